@@ -1,0 +1,197 @@
+"""Everything that flows between the stages, and the seams between the parts.
+
+Axis letters used in shape comments throughout the package: B batch, T tokens, V vocabulary,
+P prompts, K completions per prompt, C control cells, A attributes, L levels, N branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+Role = Literal["system", "user", "assistant"]
+Split = Literal["train", "dev", "test"]
+Finish = Literal["stop", "length"]
+JudgeKind = Literal["optimization", "generalization"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat turn. ``content`` is always untrusted text."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Chat messages up to and including the last user turn: the ``x`` of the paper."""
+
+    id: str
+    """Unique within a run; stable across runs of the same recipe."""
+    messages: tuple[Message, ...]
+    split: Split
+    source: str = ""
+    """Where the prompt came from (file, data set or world)."""
+    label: str = ""
+    """The source's own label, e.g. ``safe`` / ``unsafe``; empty where there is none."""
+
+
+@dataclass(frozen=True, order=True)
+class DialSetting:
+    """One level per attribute, in the manifest's attribute order: ``ζ(s_hp, s_sf)``.
+
+    A level is an int in [0, L) or ``None`` for *auto* (the null level).
+    """
+
+    levels: tuple[int | None, ...]
+
+    @property
+    def is_cell(self) -> bool:
+        """True if no attribute is on auto, i.e. the setting is one of the L^A control cells."""
+        return all(level is not None for level in self.levels)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The assistant's answer: the ``y`` of the paper."""
+
+    prompt_id: str
+    sample_index: int
+    text: str
+    finish: Finish
+    """``stop`` if the model ended by itself: then the end token belongs to the completion."""
+    n_tokens: int
+    """Sampled tokens, the end token included."""
+    model_hash: str
+    round: int = 0
+    setting: DialSetting | None = None
+    """The setting asked for; ``None`` for the untouched model."""
+
+
+@dataclass(frozen=True)
+class ScoredCompletion:
+    """A completion with one finite raw score per attribute; higher is better."""
+
+    completion: Completion
+    raw: Mapping[str, float]
+    reward_models: Mapping[str, str]
+    """Attribute to reward-model hash."""
+
+
+@dataclass(frozen=True)
+class ControlledExample:
+    """One training example of the distilled pool."""
+
+    prompt: Prompt
+    setting: DialSetting
+    text: str
+    finished: bool
+    """Whether the end token belongs to the completion."""
+    unit: Mapping[str, float]
+    """Unit score in [0, 1] per attribute."""
+    weight: float = 1.0
+    """>= 0; the mean over a distilled set is 1."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What one completion delivered for one requested setting, by one kind of judge."""
+
+    prompt_id: str
+    setting: DialSetting
+    repeat: int
+    text: str
+    finish: Finish
+    n_tokens: int
+    unit: Mapping[JudgeKind, Mapping[str, float]]
+    """Judge kind to attribute to unit score in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval and the count of units it was computed from."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One continuation of a prompt: control ids (may be empty) and its own seed."""
+
+    control_ids: tuple[int, ...]
+    seed: int
+    """64-bit; the text depends on this seed only, never on the batch around it."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt, prefilled once, and all of its branches."""
+
+    prompt_ids: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: see :class:`equipoise.config.SamplingConfig` for ranges."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One sampled continuation. ``token_ids`` exclude the end token."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish: Finish
+
+
+class Engine(Protocol):
+    """Samples continuations. Shipped: :class:`equipoise.models.sampling.TransformersEngine`."""
+
+    model_hash: str
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> list[list[Sampled]]:
+        """Return one list per request, in order, with one item per branch, in order."""
+        ...
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Scores completions of prompts; higher is better, always."""
+
+    name: str
+    hash: str
+
+    def score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """Return one finite score per (prompt, completion text), in order."""
+        ...
+
+
+class Responder(Protocol):
+    """A way to answer under a dial setting: tuned policy, prompting, reranking, untouched model."""
+
+    name: str
+    tokens_through_model: int
+    """Tokens computed so far (prompt and sampled), the cost printed by the report."""
+
+    def respond(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[DialSetting],
+        *,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """Return completions shaped (P, C): one fresh completion per prompt and setting."""
+        ...
