@@ -110,6 +110,24 @@ class Delivery:
 
 
 @dataclass(frozen=True)
+class PreferencePair:
+    """Two completions of one prompt, the better one first."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """A completion with an absolute label or score; higher is better."""
+
+    prompt: Prompt
+    completion: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A number with its 95 % interval and the count of units it was computed from."""
 
