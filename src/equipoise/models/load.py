@@ -1,0 +1,273 @@
+"""Model names to directories, directories to loaded models, and their hashes.
+
+Weights are read from safetensors only and code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from equipoise.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from equipoise.dials.encode import Encoder
+    from equipoise.dials.tokens import DialManifest
+
+Dtype = Literal["float32", "bfloat16", "probe"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HASHED = ("*.safetensors", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
+_HASHED_TOO = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "dials.json")
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A causal language model ready to be asked, with everything that belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    manifest: DialManifest | None
+    """``None`` for a model without dials."""
+    hash: str
+    """See :func:`model_hash`."""
+
+
+def cache_root() -> Path:
+    """Folder of fetched models: ``$EQUIPOISE_CACHE``, else ``~/.cache/equipoise``."""
+    override = os.environ.get("EQUIPOISE_CACHE")
+    return Path(override).expanduser() if override else Path.home() / ".cache" / "equipoise"
+
+
+def resolve_model(name: str, *, fitted_root: Path | None = None) -> str:
+    """Turn a model name of a recipe into a directory, or into a hub id.
+
+    Args:
+        name: An existing directory, ``workshop://NAME``, ``cache://NAME``, ``fitted://NAME`` or a
+            hub id (``owner/name``).
+        fitted_root: Folder of the reward models that this run has trained.
+
+    Returns:
+        The path of an existing directory, or the hub id unchanged.
+
+    Raises:
+        ModelError: The name stands for a directory that does not exist.
+    """
+    scheme, separator, rest = name.partition("://")
+    if separator:
+        return str(_resolve_scheme(name, scheme, rest, fitted_root))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    looks_like_path = (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or not _HUB_ID.fullmatch(name)
+        or ("/" in name and path.parent.is_dir())
+    )
+    if looks_like_path:
+        raise ModelError(
+            f"No model directory at {name}",
+            why="The name is a path, and there is no folder at that place.",
+            fix="Correct the path, or give a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.",
+        )
+    return name
+
+
+def _resolve_scheme(name: str, scheme: str, rest: str, fitted_root: Path | None) -> Path:
+    if scheme == "workshop":
+        from equipoise.worlds.workshop import asset
+
+        return asset(rest)
+    if scheme == "cache":
+        root, fix = cache_root(), "Run `equipoise fetch smollm2` once."
+    elif scheme == "fitted" and fitted_root is not None:
+        root, fix = fitted_root, f"Add `fit_reward.{rest}` to the recipe, or run `fit-reward`."
+    elif scheme == "fitted":
+        raise ModelError(
+            f"{name} cannot be resolved here",
+            why="fitted:// names a reward model of a run, and no run directory was given.",
+            fix="Give the directory of the fitted model instead of its fitted:// name.",
+        )
+    else:
+        raise ModelError(
+            f"Unknown kind of model name: {name}",
+            why=f"{scheme}:// is none of workshop://, cache:// and fitted://.",
+            fix="Use one of these, a directory, or a hub id.",
+        )
+    path = root / rest
+    if not rest or not path.is_dir() or not path.resolve().is_relative_to(root.resolve()):
+        raise ModelError(f"No model called {name}", why=f"There is no folder {path}.", fix=fix)
+    return path
+
+
+@lru_cache(maxsize=512)
+def _file_hash(path: str, size: int, mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; asked again for an unchanged file, it is not read again."""
+    stat = path.stat()
+    return _file_hash(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def model_hash(directory_or_hub_id: str) -> str:
+    """SHA-256 over the sorted (file name, SHA-256) of config, weights and tokenizer files.
+
+    Args:
+        directory_or_hub_id: A model directory, or the id of a hub model that is in the local cache.
+
+    Returns:
+        64 hex digits; the same files give the same hash wherever they lie.
+
+    Raises:
+        ModelError: There are no such files.
+    """
+    directory = Path(directory_or_hub_id)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            directory = Path(snapshot_download(directory_or_hub_id, local_files_only=True))
+        except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
+            raise _cannot_load(directory_or_hub_id, error) from error
+    patterns = (*_HASHED, *_HASHED_TOO)
+    files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
+    if not files:
+        raise ModelError(
+            f"{directory_or_hub_id} is no model directory",
+            why="It holds neither config.json nor safetensors.",
+            fix="Give the folder that `save_pretrained` wrote.",
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def probe_dtype() -> torch.dtype:
+    """The faster number type for matrix products on this machine, measured once per process.
+
+    Returns:
+        ``torch.bfloat16`` if it is more than 1.3 times as fast as ``torch.float32``, as on CPUs
+        with AMX and on GPUs; on CPUs without it bfloat16 is several times slower (DESIGN §3).
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def seconds(dtype: torch.dtype) -> float:
+        left = torch.ones(512, 512, dtype=dtype, device=device)
+        best = float("inf")
+        for _ in range(6):  # the first run pays for set-up, so the best of several counts
+            start = time.perf_counter()
+            _ = (left @ left).sum().item()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    gain = seconds(torch.float32) / max(seconds(torch.bfloat16), 1e-9)
+    return torch.bfloat16 if gain > 1.3 else torch.float32
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """Resolve ``probe`` and names to a torch number type."""
+    import torch
+
+    if dtype == "probe":
+        return probe_dtype()
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a directory or hub id, with a padding token in any case."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(name, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal(
+    name: str,
+    *,
+    fitted_root: Path | None = None,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+) -> LoadedPolicy:
+    """Load a policy: a plain model, one with dials, or a LoRA adapter directory.
+
+    Args:
+        name: See :func:`resolve_model`.
+        fitted_root: See :func:`resolve_model`.
+        dtype: Number type of the weights in memory.
+        device: A torch device.
+
+    Returns:
+        The model in evaluation mode with tokenizer, encoder and (where there are dials) manifest.
+
+    Raises:
+        ModelError: Missing or unreadable files, no chat template, or a manifest that does not fit.
+    """
+    from equipoise.dials import tokens
+    from equipoise.dials.encode import Encoder
+
+    place = resolve_model(name, fitted_root=fitted_root)
+    tokenizer = load_tokenizer(place)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"The tokenizer of {name} has no chat template",
+            why="Prompts are chats, and only the template says how this model was taught them.",
+            fix="Use an instruction-tuned model, or add chat_template.jinja to the directory.",
+        )
+    model = _read_causal(place, torch_dtype(dtype))
+    manifest = tokens.read_manifest(Path(place)) if Path(place).is_dir() else None
+    if manifest is not None:
+        tokens.verify(model, tokenizer, manifest)
+    return LoadedPolicy(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        encoder=Encoder(tokenizer, manifest),
+        manifest=manifest,
+        hash=model_hash(place),
+    )
+
+
+def _read_causal(place: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    adapter = Path(place) / "adapter_config.json"
+    try:
+        if adapter.is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            return AutoPeftModelForCausalLM.from_pretrained(place, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(place, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(
+        f"Cannot load {name}",
+        why=reason[0],
+        fix="Check the name, the network if it is a hub id, and that the weights are safetensors.",
+    )
