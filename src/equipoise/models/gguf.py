@@ -32,7 +32,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
             why="The package gguf is not installed.",
             fix="pip install 'equipoise[fetch]'",
         ) from error
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     fields = GGUFReader(str(file)).fields
 
@@ -47,7 +47,10 @@ def convert_gguf(file: Path, directory: Path) -> None:
             fix="Use the model's safetensors from its hub page.",
         )
     quantised = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
-    config = quantised.config
+    settings = quantised.config.to_diff_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    config = LlamaConfig(**settings)
     config.bos_token_id = field("tokenizer.ggml.bos_token_id")
     config.eos_token_id = field("tokenizer.ggml.eos_token_id")
     config.pad_token_id = field("tokenizer.ggml.padding_token_id")
