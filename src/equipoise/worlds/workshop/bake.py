@@ -1,0 +1,188 @@
+"""Bake the shipped models from seeds: tokenizer, start model and two reward models.
+
+The same seeds give the same bytes on the same machine; on another machine the same figures within
+their intervals. ``recipe.json`` in the assets folder records seeds, sizes, steps and hashes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from equipoise.errors import ModelError
+from equipoise.types import Message
+from equipoise.worlds.workshop.data import dialogues
+from equipoise.worlds.workshop.tables import CARE_WORDS, HELP_WORDS
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+ASSETS = ("start", "rm_helpfulness", "rm_safety")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class BakeConfig(BaseModel):
+    """Sizes and budgets of the bake."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = 0
+    vocabulary: int = 896
+    width: int = 128
+    layers: int = 4
+    base_steps: int = 1500
+    aligned_steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    pairs: int = 12000
+    reward_learning_rate: float = 1e-3
+
+
+def asset(name: str) -> Path:
+    """Return the directory of a packaged model: ``start``, ``rm_helpfulness`` or ``rm_safety``.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    if name not in ASSETS:
+        raise ModelError(
+            f"The Workshop ships no model {name!r}",
+            why=f"it has {', '.join(ASSETS)}",
+            fix="use one of these, e.g. workshop://start",
+        )
+    return Path(str(files("equipoise.worlds.workshop") / "assets" / name))
+
+
+def train_tokenizer(config: BakeConfig) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with four role markers on base text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = (
+        " ".join([*(m.content for m in prompt.messages), completion])
+        for prompt, completion in itertools.islice(dialogues("base", seed=config.seed), 4000)
+    )
+    words = [w for w in (*CARE_WORDS, *HELP_WORDS) if w]
+    backend.train_from_iterator(itertools.chain(texts, words * 20), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def build_model(config: BakeConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return an untrained Llama of about a million parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(config.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=config.width * 11 // 4,
+            num_hidden_layers=config.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
+            pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+        )
+    )
+
+
+def _batches(
+    config: BakeConfig, tokenizer: PreTrainedTokenizerFast, kind: Literal["base", "aligned"]
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (ids, labels), both (B, T); base text is learnt whole, aligned text from the answer."""
+    import torch
+
+    from equipoise.dials.encode import Encoder
+
+    encoder = Encoder(tokenizer)
+    stream = dialogues(kind, seed=config.seed)
+    while True:
+        # Length-sorted within sixteen batches: a third less padding.
+        rows = []
+        for prompt, completion in itertools.islice(stream, 16 * config.batch_size):
+            asked = encoder.prompt_ids(prompt.messages)
+            answer = encoder.completion_ids(completion, finished=True)
+            ignored = [-100] * len(asked) if kind == "aligned" else asked
+            rows.append((asked + answer, ignored + answer))
+        rows.sort(key=lambda row: len(row[0]))
+        groups = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+        order = torch.randperm(len(groups)).tolist()
+        for index in order:
+            width = max(len(ids) for ids, _ in groups[index])
+            ids = torch.zeros(config.batch_size, width, dtype=torch.long)
+            labels = torch.full((config.batch_size, width), -100)
+            for row, (row_ids, row_labels) in enumerate(groups[index]):
+                ids[row, : len(row_ids)] = torch.tensor(row_ids)
+                labels[row, : len(row_labels)] = torch.tensor(row_labels)
+            yield ids, labels
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    config: BakeConfig,
+    kind: Literal["base", "aligned"],
+) -> None:
+    """Train in place on base or aligned text, with a cosine schedule.
+
+    The text is generated without end, so there is no data set to shuffle and no epoch: a page of
+    torch reads better here than a trainer.
+    """
+    import torch
+
+    steps = config.base_steps if kind == "base" else config.aligned_steps
+    rate = config.learning_rate if kind == "base" else config.learning_rate / 5
+    torch.manual_seed(config.seed + 1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=rate, total_steps=steps, pct_start=0.05
+    )
+    model.train()
+    begun = time.monotonic()
+    for step, (ids, labels) in enumerate(itertools.islice(_batches(config, tokenizer, kind), steps)):
+        # Padding stands on the right, so a causal model needs no attention mask for it.
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == steps - 1:
+            spent = time.monotonic() - begun
+            print(f"{kind} step {step + 1}/{steps}  loss {loss.item():.3f}  {spent:.0f} s", flush=True)
+    model.eval()
