@@ -1,0 +1,108 @@
+"""What is wrong with a recipe, in words: wrong names get the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel
+
+from equipoise.config import Recipe
+
+Place = tuple[str | int, ...]
+"""A position in the recipe: keys and list indices."""
+
+RESPONDER = re.compile(r"start|prompting|tuned|rerank[1-9][0-9]*")
+
+
+def explain(item: Any) -> str:
+    place: Place = item["loc"]
+    key, kind = str(place[-1]) if place else "", item["type"]
+    if kind == "extra_forbidden":
+        names = field_names(place[:-1])
+        close = nearest(key, names)
+        return f"unknown key `{key}`; " + (close or f"known here: {', '.join(names)}")
+    if kind == "missing":
+        return f"`{_dotted(place)}` is missing"
+    message = str(item["msg"])
+    expected = item.get("ctx", {}).get("expected")
+    if kind == "literal_error" and isinstance(item["input"], str):
+        close = nearest(item["input"], re.findall(r"'([^']*)'", str(expected)))
+        message += f"; {close}" if close else ""
+    return f"`{_dotted(place)}` is {item['input']!r}: {message}"
+
+
+def field_names(place: Place) -> list[str]:
+    """Return the field names that are valid at a place of the recipe; empty if any name is."""
+    kind: Any = Recipe
+    for part in place:
+        kind = _inside(kind, part)
+    return list(kind.model_fields) if _is_model(kind) else []
+
+
+def _inside(kind: Any, part: str | int) -> Any:
+    if _is_model(kind):
+        field = kind.model_fields.get(part)
+        return None if field is None else _unwrapped(field.annotation)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (list, dict) and arguments:
+        return _unwrapped(arguments[-1])
+    return None
+
+
+def _unwrapped(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kept = [item for item in typing.get_args(hint) if item is not type(None)]
+        return kept[0] if len(kept) == 1 else hint
+    return hint
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
+    """Return what no single field can know."""
+    found: list[tuple[Place, str]] = []
+    names = recipe.attributes
+    if len(set(names)) != len(names) or not names:
+        found.append((("attributes",), "`attributes` must be distinct names, at least one"))
+    for part in ("reward_models", "judges"):
+        given = set(getattr(recipe, part))
+        found += [((part,), f"`{part}.{name}` is missing") for name in names if name not in given]
+        found += [
+            ((part, name), f"`{part}.{name}`: {nearest(name, names) or 'no such attribute'}")
+            for name in sorted(given - set(names))
+        ]
+        for name, config in getattr(recipe, part).items():
+            fitted = config.model.removeprefix("fitted://")
+            if fitted != config.model and fitted not in recipe.fit_reward:
+                known = ", ".join(recipe.fit_reward) or "nothing"
+                found.append(
+                    ((part, name, "model"), f"`{config.model}`: fit_reward trains {known}")
+                )
+    for index, name in enumerate(recipe.evaluate.responders):
+        if not RESPONDER.fullmatch(name):
+            near = nearest(name, ["start", "prompting", "tuned", "rerank8", "rerank16"])
+            text = f"unknown responder `{name}`; {near or 'start, prompting, rerankN or tuned'}"
+            found.append((("evaluate", "responders", index), text))
+    if recipe.distil.data == "moec" and recipe.distil.min_cells > recipe.levels ** len(names):
+        found.append(
+            (("distil", "min_cells"), f"`distil.min_cells` exceeds the number of cells "
+             f"({recipe.levels ** len(names)})")
+        )  # fmt: skip
+    return found
+
+
+def nearest(name: str, known: Iterable[object]) -> str:
+    """Return ``did you mean ...?`` with the nearest known name, or an empty text."""
+    close = difflib.get_close_matches(name, [str(item) for item in known], n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(str(part) for part in place)

@@ -1,0 +1,61 @@
+"""What each stage depends on, and how two sets of conditions differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STAGES = ("prompts", "fit-reward", "generate", "score", "distil", "tune", "evaluate", "report")
+"""In the order of the run. ``prompts`` has no command of its own: every stage makes it first."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage depends on."""
+
+    reads: tuple[str, ...]
+    """Top-level fields of the recipe; together with ``inputs`` they decide about reuse."""
+    inputs: tuple[str, ...]
+    """Earlier stages."""
+
+
+SPECS: Mapping[str, StageSpec] = {
+    "prompts": StageSpec(("seed", "data", "model", "prompts"), ()),
+    "fit-reward": StageSpec(("seed", "data", "fit_reward"), ()),
+    "generate": StageSpec(("seed", "model", "generate"), ("prompts",)),
+    "score": StageSpec(("attributes", "reward_models", "score"), ("generate", "fit-reward")),
+    "distil": StageSpec(("seed", "attributes", "levels", "distil"), ("prompts", "score")),
+    "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("distil",)),
+    "evaluate": StageSpec(
+        ("seed", "model", "attributes", "levels", "judges", "evaluate"),
+        ("prompts", "fit-reward", "score", "tune"),
+    ),
+    "report": StageSpec(("name", "description"), ("score", "distil", "tune", "evaluate")),
+}
+
+
+def first_affected(changes: list[str]) -> str | None:
+    """Return the first stage that reads one of the changed fields."""
+    fields = {line.split(":")[0].split(".")[0].split("[")[0] for line in changes}
+    return next((name for name in STAGES if fields & set(SPECS[name].reads)), None)
+
+
+def diff(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return one line ``dotted.path: old -> new`` per differing leaf."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        lines = [
+            diff(
+                old.get(key, "(absent)"), new.get(key, "(absent)"), f"{path}.{key}" if path else key
+            )
+            for key in keys
+        ]
+        return [line for group in lines for line in group]
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

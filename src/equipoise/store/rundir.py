@@ -1,0 +1,259 @@
+"""The run directory: the only interface between stages, and the only writer of their files.
+
+    RUN/
+    ├── recipe.json             the resolved recipe
+    ├── .lock                   flock of the process at work: pid, host, start time
+    └── STAGE/
+        ├── started.json        fingerprint, written first
+        ├── shards.json         shards published so far, with hashes
+        ├── shard-00000.parquet ...
+        ├── work/               scratch that survives a kill (checkpoints); deleted at the end
+        └── stage.json          hashes of every output, minutes; written last
+
+A stage is *complete* if its ``stage.json`` is there; its fingerprint (config fields it reads,
+hashes of its inputs, model hashes, package version) decides between reuse, resume and refusal.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from equipoise.config import Recipe
+from equipoise.errors import RunError
+from equipoise.store.fingerprint import SPECS, STAGES, diff, first_affected
+from equipoise.store.publish import (
+    TEMPORARY,
+    is_full,
+    json_bytes,
+    publish_bytes,
+    read_json,
+    read_json_or_none,
+    remove_orphans,
+)
+from equipoise.store.stagedir import RunFile, Stage
+
+BROKEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
+"""Errors of a disk or its rights, as opposed to mistakes in this program."""
+
+
+class RunDir:
+    """A locked run directory. Make one with :meth:`open`."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path, self.recipe = path, recipe
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: Path, recipe: Recipe, *, fresh: bool = False, only_from: str | None = None
+    ) -> Iterator[RunDir]:
+        """Lock the directory (made if missing), check the recipe against the stored one.
+
+        Args:
+            path: The run directory.
+            recipe: The resolved recipe.
+            fresh: With a changed recipe, drop the stages from the first affected one on; with an
+                unchanged one, drop all stages, or those from ``only_from`` on.
+            only_from: The stage that the user named, if any.
+
+        Raises:
+            RunError: Another process holds the directory, the recipe has changed and ``fresh`` is
+                false, or the disk is full.
+        """
+        run = cls(path, recipe)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is not a directory", why="a file is there", fix="name another")
+        with run.writing():
+            path.mkdir(parents=True, exist_ok=True)
+            foreign = [
+                item.name
+                for item in path.iterdir()
+                if not item.name.startswith((".lock", TEMPORARY))
+            ]
+        if foreign and not (path / "recipe.json").exists() and not set(foreign) <= {*STAGES}:
+            raise RunError(
+                f"{path} is not a run directory",
+                why=f"it holds other files ({', '.join(sorted(foreign)[:3])}) and no recipe.json",
+                fix="name a new or empty directory with --dir",
+            )
+        with _locked(path), run.writing():
+            remove_orphans(path)
+            run._accept_recipe(fresh=fresh, only_from=only_from)
+            yield run
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        return f"equipoise run {self.path}"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a full or failing disk into a :class:`RunError` with the resume command."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:
+            if is_full(error):
+                free = shutil.disk_usage(_existing(self.path)).free
+                raise RunError(
+                    f"no space left on the disk of {self.path}",
+                    why=f"{free / 2**20:.1f} MiB are free ({error}); what was being written was "
+                    "dropped, all that was published before is kept",
+                    fix=f"free some space, then resume with: {self.resume_command}",
+                ) from error
+            if isinstance(error, OSError) and error.errno in BROKEN:
+                raise RunError(
+                    f"cannot write to {self.path}",
+                    why=str(error),
+                    fix=f"repair the disk or its rights, then resume with: {self.resume_command}",
+                ) from error
+            raise
+
+    def begin(
+        self, name: str, *, models: Mapping[str, str] | None = None, fresh: bool = False
+    ) -> Stage:
+        """Start, resume or reuse a stage; ``stage.complete`` says that there is nothing to do.
+
+        Args:
+            name: One of :data:`STAGES`.
+            models: Name to hash of the models that the stage uses.
+            fresh: Drop what an earlier run with another fingerprint left, instead of refusing.
+
+        Raises:
+            RunError: An input stage is missing, or the stage was begun with another fingerprint.
+        """
+        fingerprint = self._fingerprint(name, models or {})
+        stage = Stage(self.path / name, fingerprint=fingerprint, run=self)
+        changes = stage.changes()
+        if changes and fresh:
+            self.drop_from(name)
+            stage = Stage(self.path / name, fingerprint=fingerprint, run=self)
+        elif changes:
+            raise RunError(
+                f"stage {name} in {self.path} was made under other conditions",
+                why="changed:\n" + "\n".join(f"    {line}" for line in changes),
+                fix=f"run again with --fresh, which drops {name} and the stages after it and keeps "
+                "the others; or name a new directory with --dir",
+            )
+        stage.prepare()
+        return stage
+
+    def done(self, name: str) -> Stage:
+        """Return a complete stage, to read from.
+
+        Raises:
+            RunError: The stage is not complete.
+        """
+        stage = Stage(self.path / name, fingerprint=None, run=self)
+        if not stage.complete:
+            raise RunError(
+                f"stage {name} of {self.path} is not complete",
+                why="a later stage needs its files",
+                fix=f"run it first: equipoise {'run' if name == 'prompts' else name} {self.path}",
+            )
+        return stage
+
+    def is_done(self, name: str) -> bool:
+        """True if the stage is complete."""
+        return Stage(self.path / name, fingerprint=None, run=self).complete
+
+    def drop_from(self, name: str) -> None:
+        """Delete a stage and all that come after it."""
+        for later in STAGES[STAGES.index(name) :]:
+            shutil.rmtree(self.path / later, ignore_errors=True)
+
+    def minutes(self) -> dict[str, float]:
+        """Return minutes spent per complete stage."""
+        done = [name for name in STAGES if self.is_done(name)]
+        return {name: self.done(name).minutes for name in done}
+
+    def _fingerprint(self, name: str, models: Mapping[str, str]) -> dict[str, Any]:
+        from equipoise import __version__
+
+        spec, plain = SPECS[name], self.recipe.model_dump(mode="json")
+        inputs = [item for item in spec.inputs if item != "fit-reward" or self.recipe.fit_reward]
+        return {
+            "config": {field: plain[field] for field in spec.reads},
+            "inputs": {item: self.done(item).outputs_hash for item in inputs},
+            "models": dict(sorted(models.items())),
+            "version": __version__,
+        }
+
+    def _accept_recipe(self, *, fresh: bool, only_from: str | None) -> None:
+        file, new = self.path / "recipe.json", self.recipe.model_dump(mode="json")
+        old = read_json_or_none(file)
+        changes = diff(old, new) if old is not None else []
+        if changes and not fresh:
+            raise RunError(
+                f"the recipe is not the one that {self.path} was made with",
+                why="changed:\n" + "\n".join(f"    {line}" for line in changes),
+                fix="run again with --fresh, which drops the stages from the first affected one on "
+                "and keeps the others; or name a new directory with --dir",
+            )
+        if fresh:
+            first = first_affected(changes) if changes else (only_from or STAGES[0])
+            if first is not None:
+                self.drop_from(first)
+        if old != new:
+            publish_bytes(file, json_bytes(new))
+
+
+def stored_recipe(path: Path) -> Recipe:
+    """Return the recipe that a run directory was made with.
+
+    Raises:
+        RunError: There is none, or it cannot be read.
+    """
+    try:
+        return Recipe.model_validate(read_json(path / "recipe.json"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"cannot read the recipe of {path}",
+            why=str(error).splitlines()[0],
+            fix="name a run directory, or a recipe: `equipoise recipes` lists the shipped ones",
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The lock belongs to the open descriptor: it dies with the process, so none is ever stale.
+    descriptor = os.open(path / RunFile.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"another process is at work in {path}",
+                why=_holder(descriptor),
+                fix="wait for it to end, stop it, or name another directory with --dir",
+            ) from error
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        data = json.dumps(note).encode().ljust(256)
+        os.pwrite(descriptor, data, 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        note = json.loads(os.pread(descriptor, 256, 0))
+        return f"pid {note['pid']} on {note['host']} holds it since {note['started']}"
+    except (ValueError, KeyError, OSError):
+        return "it is locked by a process that has just started"
+
+
+def _existing(path: Path) -> Path:
+    return next(item for item in (path, *path.absolute().parents) if item.exists())
