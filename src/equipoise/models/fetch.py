@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -127,8 +126,8 @@ def _fetch_asset(asset: Asset, root: Path, progress: Progress) -> Path:
         marker = {"name": asset.name, "origin": origin, "files": files}
         (made / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
         if final.exists():
-            os.replace(final, Path(work) / "old")
-        os.replace(made, final)
+            final.replace(Path(work) / "old")
+        made.replace(final)
     progress(f"{asset.name}: ready in {final}")
     return final
 
@@ -150,10 +149,12 @@ def _from_hub(asset: Asset, made: Path, progress: Progress) -> str | None:
                 continue
             progress(f"{asset.name}: {file}")
             path = Path(
-                hf_hub_download(asset.hub_id, file, revision=info.sha, local_dir=made.parent / "hub")
+                hf_hub_download(
+                    asset.hub_id, file, revision=info.sha, local_dir=made.parent / "hub"
+                )
             )
             _check_hub_file(asset, path, entry)
-            os.replace(path, made / file)
+            path.replace(made / file)
     except ModelError:
         raise
     except Exception as error:  # whatever the client raises, there is a second source

