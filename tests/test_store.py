@@ -146,7 +146,7 @@ def test_a_complete_stage_has_nothing_to_do(tmp_path: Path) -> None:
         assert run.begin("prompts").complete
         assert run.done("prompts").facts()["outputs"].keys() == {"prompts.jsonl"}
         assert "prompts" in run.minutes()
-        with pytest.raises(RunError, match="stage generate .* is not complete"):
+        with pytest.raises(RunError, match=r"stage generate .* is not complete"):
             run.done("generate")
 
 
@@ -161,7 +161,7 @@ def test_orphans_and_unlisted_shards_are_removed_on_open(tmp_path: Path) -> None
     with RunDir.open(tmp_path / "run", recipe()) as run:
         stage = run.begin("generate")
         names = {item.name for item in stage.path.iterdir()}
-    assert names == {"started.json", "shards.json", "shard-0.parquet"}
+    assert names == {"started.json", "published.json", "shard-0.parquet"}
 
 
 def test_a_changed_recipe_is_refused_with_a_diff_and_fresh_keeps_the_rest(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
     with RunDir.open(tmp_path / "run", recipe()) as run:
         finished_prompts(run)
         run.begin("generate", models={"policy": "one"}).finish()
-        with pytest.raises(RunError, match="models.policy: one -> two"):
+        with pytest.raises(RunError, match=r"models\.policy: one -> two"):
             run.begin("generate", models={"policy": "two"})
         assert not run.begin("generate", models={"policy": "two"}, fresh=True).complete
 

@@ -5,7 +5,7 @@
     ├── .lock                   flock of the process at work: pid, host, start time
     └── STAGE/
         ├── started.json        fingerprint, written first
-        ├── shards.json         shards published so far, with hashes
+        ├── published.json      files published so far, with hashes and seconds
         ├── shard-00000.parquet ...
         ├── work/               scratch that survives a kill (checkpoints); deleted at the end
         └── stage.json          hashes of every output, minutes; written last

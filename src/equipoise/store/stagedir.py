@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -32,7 +32,7 @@ class RunFile(StrEnum):
 
     LOCK = ".lock"
     STARTED = "started.json"
-    SHARDS = "shards.json"
+    PUBLISHED = "published.json"
     STAGE = "stage.json"
     WORK = "work"
 
@@ -58,9 +58,8 @@ class Stage:
 
     def __init__(self, path: Path, *, fingerprint: dict[str, Any] | None, run: Run) -> None:
         self.path, self.name, self.fingerprint, self._run = path, path.name, fingerprint, run
-        self._outputs: dict[str, str] = {}
-        self._shards: dict[str, dict[str, Any]] = {}
-        self._begun = self._since = time.monotonic()
+        self._published: dict[str, dict[str, Any]] = {}
+        self._since = time.monotonic()
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -100,11 +99,11 @@ class Stage:
         return [] if old is None else diff(old["fingerprint"], self.fingerprint)
 
     def prepare(self) -> None:
-        """Make the folder, note the fingerprint, and load the list of published shards."""
+        """Make the folder, note the fingerprint, and load the list of what is published."""
         with self._run.writing():
             self.path.mkdir(parents=True, exist_ok=True)
             if self.complete:
-                self._shards = self._listed()
+                self._published = self._listed()
                 return
             # A damaged or deleted file of an ended stage: only what is missing is made again.
             (self.path / RunFile.STAGE).unlink(missing_ok=True)
@@ -112,29 +111,35 @@ class Stage:
             if read_json_or_none(self.path / RunFile.STARTED) != started:
                 publish_bytes(self.path / RunFile.STARTED, json_bytes(started))
             listed = self._listed()
-            self._shards = {k: v for k, v in listed.items() if (self.path / k).exists()}
+            self._published = {k: v for k, v in listed.items() if (self.path / k).exists()}
             for file in self.path.rglob("*.parquet"):
                 # Renamed but not yet listed when the process was killed.
-                if file.relative_to(self.path).as_posix() not in self._shards:
+                if file.relative_to(self.path).as_posix() not in self._published:
                     file.unlink()
+
+    def has(self, name: str) -> bool:
+        """True if a file, or a whole folder, of this name is published."""
+        listed = self._listed()
+        files = [file for file in listed if file == name or file.startswith(f"{name}/")]
+        return bool(files) and all(file in self._published for file in files)
 
     # -- writing -------------------------------------------------------------------------------
 
-    def publish_rows(self, name: str, rows: Sequence[Row], row_type: type[Row]) -> None:
+    def publish_rows(
+        self, name: str, rows: Sequence[Row], row_type: type[Row], **facts: Any
+    ) -> None:
         """Publish one shard and list it with its hash.
 
         Args:
             name: File name relative to the stage, ending in ``.parquet``.
             rows: The shard's rows.
             row_type: Their dataclass.
+            facts: What else to note about the shard, see :meth:`shard_facts`.
         """
         with self._run.writing():
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             digest = publish_bytes(self.path / name, rows_to_parquet(rows, row_type))
-            seconds = time.monotonic() - self._since
-            self._since = time.monotonic()
-            self._shards[name] = {"sha256": digest, "rows": len(rows), "seconds": seconds}
-            publish_bytes(self.path / RunFile.SHARDS, json_bytes(self._shards))
+            self._list({name: digest}, rows=len(rows), **facts)
 
     def publish_json(self, name: str, value: Any) -> None:
         """Publish plain data as JSON."""
@@ -143,13 +148,23 @@ class Stage:
     def publish_bytes(self, name: str, data: bytes) -> None:
         """Publish one file."""
         with self._run.writing():
-            self._outputs[name] = publish_bytes(self.path / name, data)
+            self._list({name: publish_bytes(self.path / name, data)})
 
     def publish_directory(self, name: str, build: Callable[[Path], None]) -> None:
         """Publish a folder that ``build`` fills (a model directory, a report)."""
         with self._run.writing():
             hashes = publish_directory(self.path / name, build)
-            self._outputs.update({f"{name}/{file}": digest for file, digest in hashes.items()})
+            old = [file for file in self._published if file.startswith(f"{name}/")]
+            for file in old:
+                del self._published[file]
+            self._list({f"{name}/{file}": digest for file, digest in hashes.items()})
+
+    def _list(self, hashes: Mapping[str, str], **facts: Any) -> None:
+        now = time.monotonic()
+        seconds, self._since = (now - self._since) / max(len(hashes), 1), now
+        for name, digest in hashes.items():
+            self._published[name] = {"sha256": digest, "seconds": seconds, **facts}
+        publish_bytes(self.path / RunFile.PUBLISHED, json_bytes(self._published))
 
     def finish(self, **extra: Any) -> None:
         """End the stage: ``stage.json`` with the hash of every output, written last.
@@ -157,14 +172,11 @@ class Stage:
         Args:
             extra: More facts to keep, e.g. counts.
         """
-        earlier = sum(item["seconds"] for item in self._shards.values())
-        now = time.monotonic()
-        spent = earlier + now - self._since if self._shards else now - self._begun
-        outputs = {**self._outputs, **{k: v["sha256"] for k, v in self._shards.items()}}
+        spent = sum(item["seconds"] for item in self._published.values())
         record = {
             "fingerprint": self.fingerprint,
-            "outputs": dict(sorted(outputs.items())),
-            "minutes": spent / 60,
+            "outputs": {name: self._published[name]["sha256"] for name in sorted(self._published)},
+            "minutes": (spent + time.monotonic() - self._since) / 60,
             **extra,
         }
         with self._run.writing():
@@ -176,7 +188,11 @@ class Stage:
     @property
     def shards(self) -> list[str]:
         """Names of the published shards, sorted."""
-        return sorted(self._shards or self._listed())
+        return sorted(name for name in self._files() if name.endswith(".parquet"))
+
+    def shard_facts(self, name: str) -> dict[str, Any]:
+        """Return ``sha256``, ``seconds``, ``rows`` and what else was noted about a shard."""
+        return dict(self._files()[name])
 
     def facts(self) -> dict[str, Any]:
         """Return what :meth:`finish` kept."""
@@ -198,8 +214,8 @@ class Stage:
         Raises:
             RunError: The shard is damaged.
         """
-        listed = (self._shards or self._listed())[name]["sha256"]
-        return self._parse(name, listed, lambda data: rows_from_parquet(data, row_type))
+        digest = self._files()[name]["sha256"]
+        return self._parse(name, digest, lambda data: rows_from_parquet(data, row_type))
 
     def read_json(self, name: str) -> Any:
         """Return a published JSON file, its hash checked.
@@ -207,7 +223,7 @@ class Stage:
         Raises:
             RunError: The file is damaged.
         """
-        return self._parse(name, self.outputs[name], json.loads)
+        return self._parse(name, self._files()[name]["sha256"], json.loads)
 
     def read_bytes(self, name: str) -> bytes:
         """Return a published file, its hash checked.
@@ -215,7 +231,7 @@ class Stage:
         Raises:
             RunError: The file is damaged.
         """
-        return self._parse(name, self.outputs[name], bytes)
+        return self._parse(name, self._files()[name]["sha256"], bytes)
 
     def directory(self, name: str) -> Path:
         """Return a published folder, all its hashes checked.
@@ -223,8 +239,8 @@ class Stage:
         Raises:
             RunError: A file of it is damaged.
         """
-        for file, digest in self.outputs.items():
-            if file.startswith(f"{name}/") and sha256_file(self.path / file) != digest:
+        for file, listed in self._files().items():
+            if file.startswith(f"{name}/") and sha256_file(self.path / file) != listed["sha256"]:
                 raise self._damaged(file, "its SHA-256 is not the recorded one")
         return self.path / name
 
@@ -250,5 +266,8 @@ class Stage:
         record: dict[str, Any] | None = read_json_or_none(self.path / RunFile.STAGE)
         return record
 
+    def _files(self) -> dict[str, dict[str, Any]]:
+        return self._published or self._listed()
+
     def _listed(self) -> dict[str, dict[str, Any]]:
-        return read_json_or_none(self.path / RunFile.SHARDS) or {}
+        return read_json_or_none(self.path / RunFile.PUBLISHED) or {}
