@@ -1,0 +1,95 @@
+"""Commands that look around or bring things in: recipes, fetch, workshop, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to the table."""
+    app.command("recipes", help="List the shipped recipes.")(recipes)
+    app.command("fetch", help="Bring a real model into the local cache, hashes checked.")(fetch)
+    app.command("doctor", help="Check this machine.")(doctor)
+    workshop = typer.Typer(help="The embedded world: its figures, or bake its models anew.")
+    workshop.callback(invoke_without_command=True)(workshop_figures)
+    workshop.command("bake", help="Train the packaged models again from their seeds.")(bake)
+    app.add_typer(workshop, name="workshop")
+
+
+def recipes(
+    show: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from equipoise.recipe_io import describe_shipped, find_recipe
+
+    if show is not None:
+        print(find_recipe(show).read_text(encoding="utf-8"), end="")
+        return
+    described = describe_shipped()
+    width = max(len(name) for name in described)
+    for name, text in described.items():
+        print(f"{name:<{width}}  {text}")
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="What to fetch; `smollm2` is known.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Bring a real model into the local cache."""
+    from equipoise.models.fetch import fetch as fetch_models
+
+    for fetched, path in fetch_models(name).items():
+        print(f"{fetched}: {path}")
+
+
+def workshop_figures(
+    context: typer.Context,
+    stats: Annotated[bool, typer.Option("--stats", help="Print the world's figures.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Print the figures of the embedded world."""
+    if context.invoked_subcommand is not None:
+        return
+    if not stats:
+        print(context.get_help())
+        return
+    from equipoise.worlds.workshop.stats import print_stats
+
+    print_stats()
+
+
+def bake(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the models into.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train the packaged models again from their seeds."""
+    from equipoise.worlds.workshop.bake import bake as bake_models
+
+    bake_models(out)
+
+
+def doctor() -> None:
+    """Check the parts that runs depend on; exit code 1 if one is missing."""
+    import importlib.metadata
+    import os
+    import shutil
+
+    bad = 0
+    print(f"python      {sys.version.split()[0]}")
+    for name in ("torch", "transformers", "trl", "peft", "pyarrow"):
+        try:
+            print(f"{name:<11} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            bad += 1
+            print(f"{name:<11} MISSING  fix: pip install -c constraints.txt equipoise")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"cores       {cores}")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    note = "" if free > 2 else "  LOW  fix: a run of a small real model needs about 2 GiB"
+    print(f"free disk   {free:.1f} GiB{note}")
+    if bad:
+        raise typer.Exit(1)

@@ -1,0 +1,74 @@
+"""The ``equipoise`` command: one table of commands, one border where errors become messages.
+
+Nothing on the way to ``--help`` imports torch, transformers or pyarrow.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from equipoise.cli import look, stages
+from equipoise.errors import EquipoiseError
+
+app = typer.Typer(
+    name="equipoise",
+    help="Two dials, safety and helpfulness, for an aligned language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+stages.add_commands(app)
+look.add_commands(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+
+    Args:
+        arguments: Command line without the program's name; ``sys.argv`` by default.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        sys.exit(app(arguments, standalone_mode=False))
+    except typer.exceptions.Abort:
+        _fail("interrupted", code=130)
+    except typer.exceptions.TyperException as error:
+        _usage(error)
+    except KeyboardInterrupt:
+        _fail(
+            "interrupted; what was finished is kept, the same command goes on from there",
+            code=130,
+        )
+    except BrokenPipeError:
+        sys.exit(1)
+    except EquipoiseError as error:
+        if debug:
+            raise
+        _fail(f"error: {error}", code=1)
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        _fail(
+            f"error: this is a fault of the program ({kind}: {error})\n"
+            "  fix: run again with --debug and report what it prints",
+            code=1,
+        )
+
+
+def _usage(error: typer.exceptions.TyperException) -> None:
+    context = getattr(error, "ctx", None)
+    usage = f"{context.get_usage()}\n" if context is not None else ""
+    _fail(f"{usage}error: {error.format_message()}", code=2)
+
+
+def _fail(text: str, *, code: int) -> None:
+    print(text, file=sys.stderr)
+    sys.exit(code)
