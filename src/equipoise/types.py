@@ -197,6 +197,14 @@ class RewardModel(Protocol):
         ...
 
 
+class UnitScale(Protocol):
+    """Maps raw scores to unit scores. Shipped: ``pool.calibrate.Calibration``."""
+
+    def unit(self, attribute: str, raw: float) -> float:
+        """Return the unit score in [0, 1] of a raw score."""
+        ...
+
+
 class Responder(Protocol):
     """A way to answer under a dial setting: tuned policy, prompting, reranking, untouched model."""
 

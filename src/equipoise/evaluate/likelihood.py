@@ -1,0 +1,151 @@
+"""What a dial must not cost, as a language model sees it: fluency and perplexity (DESIGN §1).
+
+Reward models and repetition counts do not notice gibberish; the untouched model does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from equipoise.evaluate.intervals import bootstrap, prompt_weights
+from equipoise.types import Delivery, DialSetting, Estimate, Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from equipoise.dials.encode import Encoder
+
+
+def log_likelihood(
+    model: PreTrainedModel,
+    prefix_ids: Sequence[int],
+    completions: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+) -> list[tuple[float, int]]:
+    """Return (summed log-likelihood in nats, tokens) of each completion after one shared prefix.
+
+    The prefix is computed once per batch and its cache repeated: K completions cost P + K·R
+    positions.
+    """
+    import torch
+
+    filled = [(k, list(ids)) for k, ids in enumerate(completions) if ids]
+    result = [(0.0, 0)] * len(completions)
+    if not filled:
+        return result
+    device = model.device
+    training = model.training
+    model.train(False)
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(filled), batch_size):
+                batch = filled[start : start + batch_size]
+                prefix = torch.tensor([list(prefix_ids)], device=device)  # (1, P)
+                first = model(input_ids=prefix, use_cache=True)
+                first.past_key_values.batch_repeat_interleave(len(batch))
+                for (k, ids), value in zip(
+                    batch, _branch_sums(model, first, [ids for _, ids in batch]), strict=True
+                ):
+                    result[k] = (value, len(ids))
+    finally:
+        model.train(training)
+    return result
+
+
+def _branch_sums(model: PreTrainedModel, first: object, batch: list[list[int]]) -> list[float]:
+    import torch
+
+    longest = max(map(len, batch))
+    # Right padding needs no mask in a causal model: no real token looks at what follows it.
+    ids = torch.tensor(
+        [row + [0] * (longest - len(row)) for row in batch], device=model.device
+    )  # (B, R)
+    prefix: torch.Tensor = first.logits[:, -1:].expand(len(batch), -1, -1)  # type: ignore[attr-defined]
+    logits = prefix  # (B, 1, V)
+    if longest > 1:
+        cache = first.past_key_values  # type: ignore[attr-defined]
+        rest = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+        logits = torch.cat([prefix, rest], dim=1)  # (B, R, V)
+    chosen = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)  # (B, R)
+    lengths = torch.tensor([len(row) for row in batch], device=model.device)
+    real = torch.arange(longest, device=model.device) < lengths[:, None]  # (B, R)
+    sums: list[float] = (chosen.double() * real).sum(dim=1).tolist()
+    return sums
+
+
+def fluency(
+    deliveries: Sequence[Delivery],
+    prompts: Mapping[str, Prompt],
+    model: PreTrainedModel,
+    encoder: Encoder,
+    *,
+    batch_size: int = 32,
+) -> list[float]:
+    """Return each output's mean log-likelihood per token under the *untouched* model.
+
+    Give it the untouched model's own outputs as well: a figure means something beside that one.
+    ``quality.per_setting`` turns the values into one estimate per cell; no tokens give NaN.
+
+    Args:
+        deliveries: Outputs of any method.
+        prompts: Prompt id to prompt.
+        model: The untouched model.
+        encoder: The untouched model's encoder.
+        batch_size: Completions per forward pass.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, delivery in enumerate(deliveries):
+        places[delivery.prompt_id].append(place)
+    values = [float("nan")] * len(deliveries)
+    for prompt_id, found in places.items():
+        completions = [
+            encoder.completion_ids(
+                deliveries[place].text, finished=deliveries[place].finish == "stop"
+            )
+            for place in found
+        ]
+        sums = log_likelihood(
+            model,
+            encoder.prompt_ids(prompts[prompt_id].messages),
+            completions,
+            batch_size=batch_size,
+        )
+        for place, (total, n_tokens) in zip(found, sums, strict=True):
+            if n_tokens:
+                values[place] = total / n_tokens
+    return values
+
+
+def perplexity(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    references: Sequence[tuple[Prompt, str]],
+    *,
+    setting: DialSetting | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return exp(−log-likelihood per token) of held-out reference completions.
+
+    Args:
+        model: The tuned or the untouched model.
+        encoder: Its encoder.
+        references: Prompts with completions that no training saw.
+        setting: Usually all dials on auto; ``None`` for a model without dials.
+        draws: Bootstrap draws over references.
+        seed: Seed of the draws.
+    """
+    control = [] if setting is None else list(encoder.control_ids(setting))
+    rows = []
+    for prompt, text in references:
+        prefix = encoder.prompt_ids(prompt.messages) + control
+        ids = encoder.completion_ids(text, finished=True)
+        rows.append(log_likelihood(model, prefix, [ids])[0])
+    weights = prompt_weights(len(rows), draws=draws, seed=seed)
+    return bootstrap(np.array(rows, float), weights, lambda m: np.exp(-m[:, 0] / m[:, 1]))

@@ -1,0 +1,99 @@
+"""What a dial must not cost, seen from the text: degenerate outputs and length (DESIGN §1)."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import numpy as np
+
+from equipoise.evaluate.intervals import bootstrap, prompt_weights
+from equipoise.types import Delivery, DialSetting, Estimate, Prompt
+
+# Scripts written without blanks count one token per character, or a whole answer would be one.
+_UNSPACED = "\\u3040-\\u30ff\\u3400-\\u9fff\\uac00-\\ud7af\\u0e00-\\u0e7f"
+_TOKEN = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+|[^\\w\\s]")
+
+
+def is_degenerate(text: str, *, parses: Callable[[str], bool] | None = None) -> bool:
+    """Return whether a completion is no answer at all.
+
+    Degenerate is: under 3 tokens, more than half of its 4-grams repeated (seen before in the same
+    text), undecodable (it holds U+FFFD), or, where the world has a parser, unparseable. Tokens are
+    words and punctuation marks, so that the verdict does not depend on a model's tokenizer.
+    """
+    tokens = _TOKEN.findall(text.lower())
+    if len(tokens) < 3 or "\N{REPLACEMENT CHARACTER}" in text:
+        return True
+    grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
+    if grams and len(set(grams)) < len(grams) / 2:
+        return True
+    return parses is not None and not parses(text)
+
+
+def degenerate_share(
+    deliveries: Sequence[Delivery],
+    *,
+    prompts: Mapping[str, Prompt] | None = None,
+    parses: Callable[[Prompt, str], bool] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return the share of degenerate outputs; the bootstrap is over prompts.
+
+    Args:
+        deliveries: At least one.
+        prompts: Prompt id to prompt; needed with ``parses`` only.
+        parses: The world's parser, if it has one.
+        draws: Bootstrap draws.
+        seed: Seed of the draws.
+    """
+
+    def verdict(delivery: Delivery) -> bool:
+        if parses is None or prompts is None:
+            return is_degenerate(delivery.text)
+        prompt = prompts[delivery.prompt_id]
+        return is_degenerate(delivery.text, parses=lambda text: parses(prompt, text))
+
+    return _over_prompts(
+        [(d.prompt_id, float(verdict(d))) for d in deliveries], draws=draws, seed=seed
+    )
+
+
+def length_per_level(
+    deliveries: Sequence[Delivery], *, attributes: Sequence[str], levels: int, draws: int = 1000
+) -> dict[str, list[Estimate]]:
+    """Return per attribute and requested level the mean number of tokens, end token included."""
+    return {
+        attribute: [
+            _over_prompts(
+                [(d.prompt_id, float(d.n_tokens)) for d in deliveries if d.setting.levels[a] == lv],
+                draws=draws,
+            )
+            for lv in range(levels)
+        ]
+        for a, attribute in enumerate(attributes)
+    }
+
+
+def per_setting(
+    deliveries: Sequence[Delivery], values: Sequence[float], *, draws: int = 1000
+) -> dict[DialSetting, Estimate]:
+    """Return the mean of ``values`` (one per delivery; NaN = none) per setting, over prompts."""
+    rows: dict[DialSetting, list[tuple[str, float]]] = defaultdict(list)
+    for delivery, value in zip(deliveries, values, strict=True):
+        if not np.isnan(value):
+            rows[delivery.setting].append((delivery.prompt_id, value))
+    return {setting: _over_prompts(found, draws=draws) for setting, found in rows.items()}
+
+
+def _over_prompts(rows: Sequence[tuple[Hashable, float]], *, draws: int, seed: int = 0) -> Estimate:
+    if not rows:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    sums: dict[Hashable, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for key, value in rows:
+        sums[key][0] += value
+        sums[key][1] += 1
+    weights = prompt_weights(len(sums), draws=draws, seed=seed)
+    return bootstrap(np.array(list(sums.values())), weights, lambda m: m[:, 0] / m[:, 1])

@@ -1,0 +1,166 @@
+"""N samples of the untouched model, keep the one nearest the target (DESIGN §1, training-free).
+
+Departs from the textbook in one point: the N candidates are drawn afresh for every prompt *and*
+cell. Candidates shared between cells would make the cells' deliveries depend on each other and the
+method look steadier than a user, who asks once, would find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from equipoise.dials.attributes import target
+from equipoise.dials.encode import Encoder
+from equipoise.models.judging import unit_scores_of
+from equipoise.seeds import derive_seed
+from equipoise.steer.branches import as_completion, n_sampled, setting_key
+from equipoise.types import (
+    Branch,
+    Completion,
+    DialSetting,
+    Engine,
+    GenerationRequest,
+    Prompt,
+    RewardModel,
+    Sampled,
+    Sampling,
+    UnitScale,
+)
+
+_Key = tuple[int, str, str]  # seed, prompt id, setting
+
+
+@dataclass
+class Candidates:
+    """Samples and their unit scores, shared by rerankers of different N.
+
+    The seed of a sample depends on its index only, so N = 8 uses the first 8 of N = 16's samples
+    and both cost one sampling pass together. Each reranker still *counts* its own N in full.
+
+    Args:
+        engine: Samples from the untouched model.
+        encoder: The untouched model's encoder.
+        reward_models: The training reward model of every attribute, in attribute order.
+        calibration: Raw score to unit score, over the start model's own pool.
+        sampling: How to sample.
+        n_max: Samples drawn at once: the largest N of all rerankers that share this object.
+    """
+
+    engine: Engine
+    encoder: Encoder
+    reward_models: Mapping[str, RewardModel]
+    calibration: UnitScale
+    sampling: Sampling
+    n_max: int
+    _kept: dict[_Key, tuple[list[Sampled], list[tuple[float, ...]]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def get(
+        self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
+    ) -> list[list[tuple[list[Sampled], list[tuple[float, ...]]]]]:
+        """Return per prompt and setting (P, C) the n_max samples and their unit scores (A)."""
+        missing = [
+            prompt
+            for prompt in prompts
+            if any((seed, prompt.id, setting_key(s)) not in self._kept for s in settings)
+        ]
+        if missing:
+            self._sample(missing, settings, seed=seed)
+        return [
+            [self._kept[seed, prompt.id, setting_key(setting)] for setting in settings]
+            for prompt in prompts
+        ]
+
+    def _sample(
+        self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
+    ) -> None:
+        requests = [
+            GenerationRequest(
+                prompt_ids=tuple(self.encoder.prompt_ids(prompt.messages)),
+                branches=tuple(
+                    Branch((), derive_seed(seed, prompt.id, setting_key(setting), index))
+                    for setting in settings
+                    for index in range(self.n_max)
+                ),
+            )
+            for prompt in prompts
+        ]
+        sampled = self.engine.generate(requests, self.sampling)
+        units = unit_scores_of(
+            (
+                (prompt, item.text)
+                for prompt, items in zip(prompts, sampled, strict=True)
+                for item in items
+            ),
+            self.reward_models,
+            self.calibration,
+        )
+        for prompt, items in zip(prompts, sampled, strict=True):
+            for c, setting in enumerate(settings):
+                chosen = items[c * self.n_max : (c + 1) * self.n_max]
+                self._kept[seed, prompt.id, setting_key(setting)] = (
+                    chosen,
+                    [tuple(units[prompt.id, item.text].values()) for item in chosen],
+                )
+
+
+class Reranking:
+    """Keeps, of N fresh samples per prompt and cell, the one nearest the target.
+
+    Distance is Euclidean on unit scores over the attributes that are not on auto; ties go to the
+    lower sample index. With every attribute on auto the first sample is kept. Tokens of the reward
+    models are not counted: they are no tokens of the policy.
+
+    Args:
+        candidates: The samples, shared with rerankers of other N.
+        n: N, at most ``candidates.n_max``.
+        levels: L.
+        name: Row name in the report; ``rerank<N>`` by default.
+    """
+
+    def __init__(
+        self, candidates: Candidates, *, n: int, levels: int, name: str | None = None
+    ) -> None:
+        if not 1 <= n <= candidates.n_max:
+            raise ValueError(f"n must be in 1..{candidates.n_max}, got {n}")
+        self.name = name or f"rerank{n}"
+        self.tokens_through_model = 0
+        self._candidates, self._n, self._levels = candidates, n, levels
+
+    def respond(
+        self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
+    ) -> list[list[Completion]]:
+        """Return completions shaped (P, C), each the best of its own N samples."""
+        model_hash = self._candidates.engine.model_hash
+        completions = []
+        for prompt, row in zip(
+            prompts, self._candidates.get(prompts, settings, seed=seed), strict=True
+        ):
+            self.tokens_through_model += len(self._candidates.encoder.prompt_ids(prompt.messages))
+            kept = []
+            for setting, (sampled, units) in zip(settings, row, strict=True):
+                self.tokens_through_model += sum(map(n_sampled, sampled[: self._n]))
+                best = nearest(units[: self._n], setting, self._levels)
+                kept.append(
+                    as_completion(
+                        prompt, setting, sampled[best], sample_index=best, model_hash=model_hash
+                    )
+                )
+            completions.append(kept)
+        return completions
+
+
+def nearest(units: Sequence[Sequence[float]], setting: DialSetting, levels: int) -> int:
+    """Return the index of the unit scores (N, A) nearest the setting's target; ties to the first.
+
+    Attributes on auto do not count.
+    """
+    active = [a for a, level in enumerate(setting.levels) if level is not None]
+    goal = np.array([target(level, levels) for level in setting.levels if level is not None])
+    distance = ((np.asarray(units, float)[:, active] - goal) ** 2).sum(axis=1)  # (N,)
+    # Rounded: two distances that differ only by float noise are a tie.
+    return int(np.argmin(distance.round(12)))
