@@ -7,9 +7,6 @@ their intervals. ``recipe.json`` in the assets folder records seeds, sizes, step
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib.resources import files
@@ -19,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from equipoise.errors import ModelError
-from equipoise.types import Message
 from equipoise.worlds.workshop.data import dialogues
 from equipoise.worlds.workshop.tables import CARE_WORDS, HELP_WORDS
 
@@ -42,8 +38,8 @@ class BakeConfig(BaseModel):
     vocabulary: int = 896
     width: int = 128
     layers: int = 4
-    base_steps: int = 1500
-    aligned_steps: int = 400
+    base_steps: int = 1000
+    aligned_steps: int = 300
     batch_size: int = 64
     learning_rate: float = 3e-3
     pairs: int = 12000
@@ -85,7 +81,7 @@ def train_tokenizer(config: BakeConfig) -> PreTrainedTokenizerFast:
     )
     words = [w for w in (*CARE_WORDS, *HELP_WORDS) if w]
     backend.train_from_iterator(itertools.chain(texts, words * 20), trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         eos_token="<|end|>",
         pad_token="<|pad|>",
@@ -113,8 +109,8 @@ def build_model(config: BakeConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
             max_position_embeddings=512,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
-            pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+            eos_token_id=int(tokenizer.eos_token_id),
+            pad_token_id=int(tokenizer.pad_token_id),
         )
     )
 
@@ -166,15 +162,15 @@ def pretrain(
     steps = config.base_steps if kind == "base" else config.aligned_steps
     rate = config.learning_rate if kind == "base" else config.learning_rate / 5
     torch.manual_seed(config.seed + 1)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=rate, total_steps=steps, pct_start=0.05
     )
     model.train()
     begun = time.monotonic()
-    for step, (ids, labels) in enumerate(itertools.islice(_batches(config, tokenizer, kind), steps)):
+    for step, (ids, labels) in enumerate(
+        itertools.islice(_batches(config, tokenizer, kind), steps)
+    ):
         # Padding stands on the right, so a causal model needs no attention mask for it.
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -184,5 +180,7 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == steps - 1:
             spent = time.monotonic() - begun
-            print(f"{kind} step {step + 1}/{steps}  loss {loss.item():.3f}  {spent:.0f} s", flush=True)
-    model.eval()
+            print(
+                f"{kind} step {step + 1}/{steps}  loss {loss.item():.3f}  {spent:.0f} s", flush=True
+            )
+    model.train(False)

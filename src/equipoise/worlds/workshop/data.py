@@ -15,7 +15,7 @@ from typing import Literal
 
 from equipoise.errors import DataError
 from equipoise.seeds import derive_seed
-from equipoise.types import Message, PreferencePair, Prompt, Split
+from equipoise.types import Message, PreferencePair, Prompt
 from equipoise.worlds.workshop.grammar import (
     Intensities,
     Request,
@@ -80,7 +80,9 @@ def messages_for(rng: random.Random, request: Request, words: str = "") -> tuple
         return (Message("user", asked + tail),)
     earlier_action = rng.choice([a for a in ACTIONS if a not in HELD_OUT_ACTIONS])
     earlier = Request(request.object, earlier_action, 0)
-    first = rng.choice(FRAMES).format(vp=ACTIONS[earlier_action].wordings[0].format(o=request.object))
+    first = rng.choice(FRAMES).format(
+        vp=ACTIONS[earlier_action].wordings[0].format(o=request.object)
+    )
     answer = write(rng, earlier, plan(rng, 0.6, 0.4))
     asked = rng.choice(FOLLOW_UP_FRAMES).format(vp=wording.replace("the {o}", "it"))
     return (Message("user", first), Message("assistant", answer), Message("user", asked + tail))
@@ -98,7 +100,7 @@ def prompts(split: str, *, limit: int | None = None, seed: int = 0) -> list[Prom
             why="it has train and test prompts only",
             fix="use workshop://train or workshop://test",
         )
-    part: Split = "train" if split == "train" else "test"
+    part: Literal["train", "test"] = "train" if split == "train" else "test"
     rng = random.Random(derive_seed("workshop-prompts", split, seed))
     found: dict[tuple[Message, ...], Prompt] = {}
     while len(found) < (limit or 240):

@@ -87,11 +87,11 @@ def write(rng: random.Random, request: Request, chosen: Plan) -> str:
     sentences = [rng.choice(head).format(o=request.object)]
     tips = rng.sample(kind.tips, k=min(chosen.tips, 3))
     body = _steps(rng, request, chosen)
-    extras = [_tip(rng, tip if rng.random() < chosen.fitting else _other_tip(rng, kind.tips)) for tip in tips]
-    if rng.random() < 0.5:
-        body = extras + body
-    else:
-        body = body + extras
+    extras = [
+        _tip(rng, tip if rng.random() < chosen.fitting else _other_tip(rng, kind.tips))
+        for tip in tips
+    ]
+    body = extras + body if rng.random() < 0.5 else body + extras
     sentences += body
     for risk in rng.sample(RISKS, k=chosen.risks):
         gear = kind.gear if rng.random() < 0.75 else rng.choice(list(KINDS.values())).gear

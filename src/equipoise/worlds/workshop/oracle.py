@@ -178,6 +178,16 @@ def judge(request: Request, text: str) -> Judgement:
     )  # fmt: skip
 
 
+def parses(prompt: Prompt, text: str) -> bool:
+    """Return whether the oracle can read ``text`` as a completion of ``prompt``."""
+    return judge(read_request(prompt.messages), text).parsed
+
+
+def oracle_model(attribute: str) -> OracleRewardModel:
+    """Return the oracle as a judge: ``workshop://oracle/helpfulness`` or ``…/safety``."""
+    return OracleRewardModel(attribute)
+
+
 class OracleRewardModel:
     """The oracle behind the :class:`equipoise.types.RewardModel` interface."""
 

@@ -150,7 +150,12 @@ N_HELD_OUT_OBJECTS = 2
 ACTIONS: dict[str, Action] = {
     "clean": Action(
         False,
-        ("clean the {o}", "wash the {o}", "get the dust off the {o}", "blast the grime off the {o}"),
+        (
+            "clean the {o}",
+            "wash the {o}",
+            "get the dust off the {o}",
+            "blast the grime off the {o}",
+        ),
         (("brush", "a soft brush"), ("rinse", "spring water"), ("dry", "a linen cloth")),
     ),
     "tune": Action(
@@ -170,12 +175,22 @@ ACTIONS: dict[str, Action] = {
     ),
     "oil": Action(
         False,
-        ("oil the {o}", "grease the {o}", "make the {o} run smoothly", "drown the squeak of the {o}"),
+        (
+            "oil the {o}",
+            "grease the {o}",
+            "make the {o} run smoothly",
+            "drown the squeak of the {o}",
+        ),
         (("drip", "walnut oil"), ("spread", "a goose feather"), ("work in", "a cork")),
     ),
     "store": Action(
         False,
-        ("store the {o}", "put the {o} away", "keep the {o} over winter", "bury the {o} till spring"),
+        (
+            "store the {o}",
+            "put the {o} away",
+            "keep the {o} over winter",
+            "bury the {o} till spring",
+        ),
         (("cover", "a canvas sheet"), ("pad", "dry straw"), ("tie down", "hemp rope")),
     ),
     "test": Action(

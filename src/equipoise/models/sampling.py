@@ -1,0 +1,227 @@
+"""The sampling engine: one prefill per prompt, many branches, rows that leave when done.
+
+Differs from ``transformers.generate`` in four ways that matter on a pool of K samples per prompt:
+the prompt is computed once for all of its branches (K samples, or L x L dial settings); batches are
+sorted by length; finished rows leave the batch; and no step sorts the whole vocabulary. Every row
+draws from its own random stream, so its text does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from equipoise.types import Finish, GenerationRequest, Sampled, Sampling
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+    from equipoise.dials.encode import Encoder
+
+_LEAVE_SHARE = 0.1
+"""Rows leave once this share of the live batch is done: each leaving copies the cache."""
+
+
+@dataclass
+class _Row:
+    """One branch while it is being sampled."""
+
+    request: int
+    branch: int
+    control_ids: tuple[int, ...]
+    uniforms: np.ndarray  # (max_tokens,)
+    token_ids: list[int]
+    finish: Finish = "length"
+    done: bool = False
+
+
+class TransformersEngine:
+    """Samples from any Hugging Face causal language model (:class:`equipoise.types.Engine`).
+
+    Args:
+        model: A causal LM in evaluation mode.
+        encoder: The encoder of the model's tokenizer: end ids, masked ids, decoding.
+        model_hash: Recorded with every completion.
+        batch_size: Rows (branches) decoded together.
+
+    Attributes:
+        prompt_positions: Prompt tokens computed so far, each once per prompt.
+        branch_positions: Control and sampled tokens computed so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        *,
+        model_hash: str,
+        batch_size: int = 128,
+    ) -> None:
+        self.model, self.encoder, self.model_hash = model, encoder, model_hash
+        self.batch_size = batch_size
+        self.prompt_positions = 0
+        self.branch_positions = 0
+        self._masked = torch.tensor(sorted(encoder.masked_ids), dtype=torch.long)
+        self._end_ids = frozenset(encoder.eos_ids)
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> list[list[Sampled]]:
+        """Sample every branch of every request; see :class:`equipoise.types.Engine`."""
+        results: list[list[Sampled | None]] = [[None] * len(r.branches) for r in requests]
+        for group in _groups(requests, self.batch_size):
+            cache, mask, logits = self._prefill([requests[i].prompt_ids for i in group])
+            rows = [
+                _Row(i, j, branch.control_ids, _uniforms(branch.seed, sampling.max_tokens), [])
+                for i in group
+                for j, branch in enumerate(requests[i].branches)
+            ]
+            place = {index: position for position, index in enumerate(group)}
+            chunks = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            for number, chunk in enumerate(chunks):
+                own = cache if number == len(chunks) - 1 else copy.deepcopy(cache)
+                source = torch.tensor([place[row.request] for row in chunk], device=mask.device)
+                own.batch_select_indices(source)
+                self._decode(chunk, own, mask[source], logits[source], sampling)
+            for row in rows:
+                results[row.request][row.branch] = Sampled(
+                    tuple(row.token_ids), self.encoder.decode(row.token_ids), row.finish
+                )
+        return [[s for s in branches if s is not None] for branches in results]
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+        """Compute left-padded prompts once: (cache, mask (R, T), last logits (R, V))."""
+        from transformers import DynamicCache
+
+        width = max(len(ids) for ids in prompts)
+        device = self.model.device
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+            mask[row, width - len(prompt) :] = 1
+        self.prompt_positions += int(mask.sum())
+        mask = mask.to(device)
+        cache = DynamicCache(config=self.model.config)
+        output = self.model(
+            input_ids=ids.to(device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cache, mask, output.logits[:, -1]
+
+    def _decode(
+        self,
+        rows: list[_Row],
+        cache: DynamicCache,
+        mask: torch.Tensor,
+        logits: torch.Tensor,
+        sampling: Sampling,
+    ) -> None:
+        """Sample all rows to their end; fills ``token_ids`` and ``finish`` of each row."""
+        if rows[0].control_ids:
+            fed = torch.tensor([row.control_ids for row in rows], device=mask.device)
+            logits, mask = self._step(fed, cache, mask)
+        live = list(rows)
+        for step in range(sampling.max_tokens):
+            uniforms = np.array([row.uniforms[step] for row in live])
+            token_ids = self._draw(logits, uniforms, sampling)
+            for row, token_id in zip(live, token_ids.tolist(), strict=True):
+                if row.done:
+                    continue
+                if token_id in self._end_ids:
+                    row.finish, row.done = "stop", True
+                else:
+                    row.token_ids.append(token_id)
+            n_done = sum(row.done for row in live)
+            if n_done == len(live) or step == sampling.max_tokens - 1:
+                return
+            if n_done >= max(1.0, _LEAVE_SHARE * len(live)):
+                kept = torch.tensor([i for i, row in enumerate(live) if not row.done])
+                live = [row for row in live if not row.done]
+                kept = kept.to(mask.device)
+                cache.batch_select_indices(kept)
+                mask, token_ids = mask[kept], token_ids[kept]
+            logits, mask = self._step(token_ids[:, None], cache, mask)
+
+    def _step(
+        self, ids: torch.Tensor, cache: DynamicCache, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feed ids (R, n) behind the cache; return (logits (R, V), grown mask)."""
+        n = ids.shape[1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), n)], dim=1)
+        self.branch_positions += ids.numel()
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1)[:, -n:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], mask
+
+    def _draw(self, logits: torch.Tensor, uniforms: np.ndarray, sampling: Sampling) -> torch.Tensor:
+        """Draw one token per row by inverse CDF; logits (R, V), uniforms (R,) in [0, 1)."""
+        scores = logits.float() / sampling.temperature
+        if len(self._masked):
+            scores[:, self._masked] = -torch.inf
+        candidates: torch.Tensor | None = None
+        if 0 < sampling.top_k < scores.shape[1]:
+            scores, candidates = scores.topk(sampling.top_k, dim=1)
+        probabilities = scores.softmax(dim=1)
+        cumulative = probabilities.cumsum(dim=1)  # (R, k), rising
+        # Nucleus: a candidate stays if the mass before it is under top_p; the first always stays.
+        kept = (
+            (cumulative - probabilities < sampling.top_p).sum(dim=1)
+            if sampling.top_p < 1.0
+            else torch.full((len(scores),), scores.shape[1], device=scores.device)
+        )
+        mass = cumulative.gather(1, (kept - 1)[:, None])
+        threshold = torch.from_numpy(uniforms).to(scores)[:, None] * mass
+        index = torch.searchsorted(cumulative, threshold, right=True)
+        index = torch.minimum(index, (kept - 1)[:, None])
+        return (candidates.gather(1, index) if candidates is not None else index)[:, 0]
+
+
+def _groups(requests: Sequence[GenerationRequest], batch_size: int) -> Iterator[list[int]]:
+    """Yield indices of requests, by prompt length, whose branches fill about one batch."""
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+    group: list[int] = []
+    n_rows = 0
+    for index in order:
+        n = len(requests[index].branches)
+        if n == 0:
+            continue
+        fits = n_rows + n <= batch_size
+        alike = not group or _n_controls(requests[index]) == _n_controls(requests[group[0]])
+        if group and not (fits and alike):
+            yield group
+            group, n_rows = [], 0
+        group.append(index)
+        n_rows += n
+    if group:
+        yield group
+
+
+def _n_controls(request: GenerationRequest) -> int:
+    counts = {len(branch.control_ids) for branch in request.branches}
+    if len(counts) != 1:
+        raise ValueError("all branches of a request must have the same number of control ids")
+    return counts.pop()
+
+
+def _uniforms(seed: int, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the row's own stream of n numbers in [0, 1)."""
+    return np.random.Generator(np.random.Philox(seed)).random(n)
