@@ -1,0 +1,241 @@
+"""The one way from text to token ids, used by every stage.
+
+Contents never pass through Jinja and can never produce a forbidden id: markers are written by the
+encoder alone, through a sealed copy of the tokenizer (:mod:`equipoise.dials.sealing`), and each
+result is checked before it leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from equipoise.dials import markers, sealing, template
+from equipoise.errors import DataError, EncodingError, ModelError
+from equipoise.types import DialSetting, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from equipoise.dials.manifest import DialManifest
+
+_MAX_CACHED_SKELETONS = 1024
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A skeleton whose markers are written as seals."""
+
+    pieces: tuple[str, ...]
+    slots: tuple[template.Slot, ...]
+    markers: tuple[int, ...]
+
+
+class Encoder:
+    """Turns prompts, control settings and completions into ids, and ids into text.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer; it is not changed.
+        manifest: The dials installed on it, if any.
+        eos_ids: Further ids that end a completion, e.g. those of ``generation_config``.
+
+    Raises:
+        ModelError: If the tokenizer is not a fast one, cannot be sealed, or lacks the
+            manifest's control tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        manifest: DialManifest | None = None,
+        *,
+        eos_ids: Iterable[int] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self._backend = markers.fast_backend(tokenizer)
+        self.has_chat_template: bool = tokenizer.chat_template is not None
+        controls = markers.control_ids(self._backend, manifest)
+        self.forbidden: frozenset[int] = controls | markers.marker_ids(tokenizer, self._backend)
+        """Ids that no untrusted text can produce."""
+        self._sealed = sealing.seal(self._backend, self.forbidden)
+        self._skeletons: dict[tuple[template.Turn, ...], _Prepared] = {}
+        turn_end = self._turn_end()
+        given: list[int | None] = [turn_end, *(eos_ids or ()), tokenizer.eos_token_id]
+        ends = [token_id for token_id in given if token_id is not None]
+        self._eos_id: int | None = ends[0] if ends else None
+        self.eos_ids: frozenset[int] = frozenset(ends) - controls
+        """Every id that ends a completion."""
+        flagged = self.forbidden | set(tokenizer.all_special_ids)
+        self.masked_ids: tuple[int, ...] = tuple(sorted(flagged - self.eos_ids))
+        """Ids that must never be sampled: control tokens and all markers but the ends."""
+        self._silent = flagged | self.eos_ids
+        self._decodes_after_guard = self._loses_leading_blank()
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends the assistant's turn: the template's, else the tokenizer's own."""
+        if self._eos_id is None:
+            raise ModelError(
+                "the tokenizer has no end token",
+                why="neither its eos_token nor its chat template names one",
+                fix="set tokenizer.eos_token to the token that ends an answer",
+            )
+        return self._eos_id
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a prompt: the chat template with its generation prompt.
+
+        Raises:
+            DataError: If the messages are no prompt (no user turn, last turn not the user's,
+                blank, unknown role, not encodable), or the template refuses their order.
+            ModelError: If there is no chat template, or one that rewrites contents.
+            EncodingError: If the result holds a marker that the template did not write.
+        """
+        template.check_prompt(messages)
+        prepared = self._prepared(tuple((m.role, m.content == "") for m in messages))
+        parts = [prepared.pieces[0]]
+        for slot, piece in zip(prepared.slots, prepared.pieces[1:], strict=True):
+            parts += [slot.fit(self._untrusted(messages[slot.message].content)), piece]
+        return self._checked(self._sealed.encode("".join(parts)), prepared.markers)
+
+    def control_ids(self, setting: DialSetting) -> tuple[int, ...]:
+        """Return one control id per attribute; they follow the prompt's ids."""
+        if self.manifest is None:
+            raise ModelError(
+                "this model has no dials",
+                why="its directory holds no dials.json",
+                fix="tune it first: `equipoise tune`",
+            )
+        return self.manifest.control_ids(setting)
+
+    def completion_ids(self, text: str, *, finished: bool) -> list[int]:
+        """Return the ids of a completion, encoded as what follows a marker.
+
+        Args:
+            text: The completion; untrusted.
+            finished: Whether the end token is appended.
+        """
+        ids = self._sealed.encode(self._sealed.guard + self._untrusted(text))[1:]
+        return self._checked(ids, ()) + ([self.eos_id] if finished else [])
+
+    def pair_ids(self, first: str, second: str) -> list[int]:
+        """Return the ids of two texts as two segments, e.g. ``[CLS] a [SEP] b [SEP]``.
+
+        A tokenizer without such a form gets ``a <end> b <end>``.
+        """
+        return self._pair(first, second)[0]
+
+    def pair_type_ids(self, first: str, second: str) -> list[int]:
+        """Return the segment (0 or 1) of each id of :meth:`pair_ids`."""
+        return self._pair(first, second)[1]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; markers and end tokens are left out."""
+        kept = [token_id for token_id in ids if token_id not in self._silent]
+        if not self._decodes_after_guard:
+            return str(self._backend.decode(kept, skip_special_tokens=False))
+        return self._decode_after_guard(kept)
+
+    def _decode_after_guard(self, ids: Sequence[int]) -> str:
+        sealed = self._sealed
+        text: str = sealed.tokenizer.decode([sealed.guard_id, *ids], skip_special_tokens=False)
+        return text[text.index(sealed.guard) + len(sealed.guard) :]
+
+    def _loses_leading_blank(self) -> bool:
+        # SentencePiece decoders drop the blank before the first word of a text. A completion
+        # follows a marker, where that blank is the model's own, so decode it there.
+        def ids(text: str) -> list[int]:
+            return self._sealed.encode(self._sealed.guard + text)[1:]
+
+        plain, blank = ids("a"), ids(" a")
+        if self._backend.decode(blank, skip_special_tokens=False) == " a":
+            return False
+        after = [self._decode_after_guard(sample) for sample in (plain, blank)]
+        return after == ["a", " a"]
+
+    def _pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        tokenizer = self._sealed.tokenizer
+        form = tuple(tokenizer.encode("", "", add_special_tokens=True).ids)
+        pair = (self._untrusted(first), self._untrusted(second))
+        if form:
+            encoding = tokenizer.encode(*pair, add_special_tokens=True)
+            expected = tuple(token_id for token_id in form if token_id in self.forbidden)
+            return self._checked(encoding.ids, expected), list(encoding.type_ids)
+        a, b = (self._checked(self._sealed.encode(text), ()) for text in pair)
+        end = self.eos_id
+        return [*a, end, *b, end], [0] * (len(a) + 1) + [1] * (len(b) + 1)
+
+    def _prepared(self, turns: tuple[template.Turn, ...]) -> _Prepared:
+        prepared = self._skeletons.get(turns)
+        if prepared is None:
+            if not self.has_chat_template:
+                raise ModelError(
+                    "the tokenizer has no chat template",
+                    why="a prompt is a list of chat turns, and nothing says how the model reads it",
+                    fix="use an instruction-tuned model, or set tokenizer.chat_template",
+                )
+            if len(self._skeletons) >= _MAX_CACHED_SKELETONS:
+                self._skeletons.clear()
+            prepared = self._trusted(turns)
+            self._skeletons[turns] = prepared
+        return prepared
+
+    def _trusted(self, turns: tuple[template.Turn, ...]) -> _Prepared:
+        rendered = template.skeleton(self.tokenizer, turns, generation_prompt=True)
+        pieces: list[str] = []
+        written: list[int] = []
+        for piece in rendered.pieces:
+            text, found = self._sealed.seal_trusted(piece)
+            pieces.append(text)
+            written += found
+        # The model's own tokenizer must see the same markers, or the template writes one in a
+        # form (other case, say) that only its normaliser knows.
+        own = self._backend.encode("x".join(rendered.pieces), add_special_tokens=False).ids
+        if [token_id for token_id in own if token_id in self.forbidden] != written:
+            raise ModelError(
+                "the chat template writes a marker that cannot be told from text",
+                why="the model's own tokenizer finds other markers in it than are spelt out",
+                fix="spell the markers in the chat template as they are in the tokenizer",
+            )
+        return _Prepared(tuple(pieces), rendered.slots, tuple(written))
+
+    def _turn_end(self) -> int | None:
+        """Return the marker that the template writes after the assistant's content, if any."""
+        if not self.has_chat_template:
+            return None
+        try:
+            turns = (("user", False), ("assistant", False))
+            rendered = template.skeleton(self.tokenizer, turns, generation_prompt=False)
+        except (DataError, ModelError):
+            return None
+        if rendered.slots[-1].message != 1:
+            return None
+        return next(iter(self._sealed.seal_trusted(rendered.pieces[-1])[1]), None)
+
+    def _untrusted(self, text: str) -> str:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "a text cannot be encoded as UTF-8",
+                why=f"it holds a lone surrogate at character {error.start}",
+                fix="repair the source, e.g. text.encode('utf-8', 'replace').decode()",
+            ) from error
+        if self._sealed.nonce in text:
+            raise _forged()
+        return text
+
+    def _checked(self, ids: Sequence[int], expected: tuple[int, ...]) -> list[int]:
+        if tuple(token_id for token_id in ids if token_id in self.forbidden) != expected:
+            raise _forged()
+        return list(ids)
+
+
+def _forged() -> EncodingError:
+    return EncodingError(
+        "a text would have produced a marker of the model",
+        why="only the encoder may write control tokens and chat markers",
+        fix="leave this prompt or completion out; please report it, as it should be impossible",
+    )

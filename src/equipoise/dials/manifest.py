@@ -1,0 +1,154 @@
+"""The dial manifest: what a model directory says of its dials, kept in ``dials.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from equipoise.errors import ConfigError
+from equipoise.types import DialSetting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST_NAME = "dials.json"
+CONTROL_TOKEN = re.compile(r"<\|([a-z][a-z0-9_]*)_(auto|\d+)\|>")
+_HASH_PROBE = "Two dials: 3 x 4 = 12!\n  naïve ﬁgures, 漢字 and 🙂\t'end'"
+
+
+class DialManifest(BaseModel):
+    """What a model directory says of its dials."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attributes: tuple[str, ...] = Field(min_length=1)
+    levels: int = Field(ge=2)
+    token_ids: dict[str, tuple[int, ...]]
+    """Attribute to the id of each level, level 0 first."""
+    auto_ids: dict[str, int]
+    """Attribute to the id of its null level."""
+    tokenizer_hash: str
+    row_hashes: dict[str, str] = {}
+    """``input/DTYPE`` and, if untied, ``output/DTYPE``: hash of the control rows in that dtype."""
+    tied: bool
+    """Whether the output head shares the embedding."""
+    base_model: str = ""
+    base_model_hash: str = ""
+    calibration: dict[str, Any] | None = None
+    reward_models: dict[str, str] | None = None
+    """Attribute to reward-model hash."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DialManifest:
+        if set(self.token_ids) != set(self.attributes) or set(self.auto_ids) != set(
+            self.attributes
+        ):
+            raise ValueError("token_ids and auto_ids must name exactly the attributes")
+        if any(len(ids) != self.levels for ids in self.token_ids.values()):
+            raise ValueError("every attribute needs one token id per level")
+        if len(set(self.all_ids)) != len(self.attributes) * (self.levels + 1):
+            raise ValueError("token ids must be distinct")
+        return self
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """All control ids: per attribute its levels, then its auto id."""
+        return tuple(
+            token_id
+            for attribute in self.attributes
+            for token_id in (*self.token_ids[attribute], self.auto_ids[attribute])
+        )
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Control token text to id, in the order of :attr:`all_ids`."""
+        return dict(zip(control_tokens(self.attributes, self.levels), self.all_ids, strict=True))
+
+    def control_ids(self, setting: DialSetting) -> tuple[int, ...]:
+        """Return one id per attribute, in the manifest's order.
+
+        Raises:
+            ConfigError: If the setting has another number of attributes, or a level outside
+                [0, levels).
+        """
+        if len(setting.levels) != len(self.attributes):
+            raise ConfigError(
+                f"a setting of {len(setting.levels)} levels for {len(self.attributes)} attributes",
+                why=f"the dials of this model are {', '.join(self.attributes)}",
+                fix="give one level (or auto) per attribute",
+            )
+        ids = []
+        for attribute, level in zip(self.attributes, setting.levels, strict=True):
+            if level is not None and not 0 <= level < self.levels:
+                raise ConfigError(
+                    f"{attribute} has no level {level}",
+                    why=f"its levels are 0 to {self.levels - 1}",
+                    fix="ask for one of these, or for auto",
+                )
+            ids.append(
+                self.auto_ids[attribute] if level is None else self.token_ids[attribute][level]
+            )
+        return tuple(ids)
+
+
+def control_tokens(attributes: Sequence[str], levels: int) -> list[str]:
+    """Return the texts of all control tokens: per attribute its levels, then auto."""
+    names = [*map(str, range(levels)), "auto"]
+    return [f"<|{attribute}_{name}|>" for attribute in attributes for name in names]
+
+
+def write_manifest(manifest: DialManifest, directory: Path) -> None:
+    """Write ``dials.json`` so that a crash leaves the old file or the new one."""
+    path = directory / MANIFEST_NAME
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(manifest.model_dump(mode="json"), file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_manifest(directory: Path) -> DialManifest | None:
+    """Return the manifest of a model directory, or None if it has no ``dials.json``.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        return DialManifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{path} is not a usable manifest",
+            why=f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}",
+            fix="copy dials.json from the directory that `equipoise tune` wrote",
+        ) from error
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of what decides ids: pieces, added tokens, chat template, and a probe.
+
+    Not of ``tokenizer.json`` itself: loading and saving may rewrite it without changing an id.
+    """
+    added = {
+        token_id: [t.content, t.special, t.normalized, t.lstrip, t.rstrip, t.single_word]
+        for token_id, t in tokenizer.added_tokens_decoder.items()
+    }
+    parts: Mapping[str, object] = {
+        "vocab": tokenizer.get_vocab(),
+        "added": added,
+        "template": tokenizer.chat_template,
+        "probe": tokenizer.encode(_HASH_PROBE, add_special_tokens=False),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,122 @@
+"""Control tokens: their manifest, how they are installed, saved and found again.
+
+One token per attribute and level, and one auto token per attribute (DESIGN section 1). The manifest
+travels with the model as ``dials.json``; :func:`verify` holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equipoise.dials.manifest import CONTROL_TOKEN, control_tokens, tokenizer_hash, write_manifest
+from equipoise.dials.manifest import DialManifest as DialManifest
+from equipoise.dials.manifest import read_manifest as read_manifest
+from equipoise.dials.verify import verify as verify
+from equipoise.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ATTRIBUTE = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def install(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    attributes: Sequence[str],
+    levels: int,
+    base_model: str = "",
+    base_model_hash: str = "",
+) -> DialManifest:
+    """Add the control tokens to a tokenizer and their rows to a model, both in place.
+
+    Deterministic: the same model and arguments give the same rows. If the same dials are already
+    installed their rows stay as they are.
+
+    Args:
+        model: A causal LM, tied or untied head.
+        tokenizer: Its fast tokenizer.
+        attributes: Distinct lower-case names.
+        levels: Number of levels L, at least 2.
+        base_model: Name of the model, for the manifest.
+        base_model_hash: Its hash, for the manifest.
+
+    Raises:
+        ConfigError: If an attribute name or the number of levels is not usable.
+        ModelError: If dials of another shape are already installed.
+    """
+    from tokenizers import AddedToken
+
+    from equipoise.dials import rows
+
+    _check_names(attributes, levels)
+    texts = control_tokens(attributes, levels)
+    present = [text for text in tokenizer.get_vocab() if CONTROL_TOKEN.fullmatch(text)]
+    if present and set(present) != set(texts):
+        raise ModelError(
+            "other dials are already installed on this tokenizer",
+            why=f"it holds {len(present)} control tokens, e.g. {min(present)}, where "
+            f"{', '.join(attributes)} with {levels} levels need {len(texts)}",
+            fix="start from the untouched model, or use the attributes and levels of that tuning",
+        )
+    if not present:
+        tokens = [AddedToken(text, special=True, normalized=False) for text in texts]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[text] for text in texts]
+    table = [ids[i : i + levels + 1] for i in range(0, len(ids), levels + 1)]
+    has_rows = rows.row_count(model) > max(ids)
+    if not (present and has_rows):
+        rows.add_rows(model, table)
+    return DialManifest(
+        attributes=tuple(attributes),
+        levels=levels,
+        token_ids={a: tuple(row[:-1]) for a, row in zip(attributes, table, strict=True)},
+        auto_ids={a: row[-1] for a, row in zip(attributes, table, strict=True)},
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        row_hashes=rows.row_hashes(model, ids),
+        tied=rows.is_tied(model),
+        base_model=base_model,
+        base_model_hash=base_model_hash,
+    )
+
+
+def save_dial_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: DialManifest,
+    directory: Path,
+) -> DialManifest:
+    """Write model, tokenizer and ``dials.json``; return the manifest as written.
+
+    The hashes in the manifest are taken afresh, as tuning moves the control rows. ``dials.json`` is
+    written last: a directory without it is not a finished one.
+    """
+    from equipoise.dials import rows
+
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    written = manifest.model_copy(
+        update={
+            "row_hashes": rows.row_hashes(model, manifest.all_ids),
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "tied": rows.is_tied(model),
+        }
+    )
+    write_manifest(written, directory)
+    return written
+
+
+def _check_names(attributes: Sequence[str], levels: int) -> None:
+    bad = [name for name in attributes if not _ATTRIBUTE.fullmatch(name)]
+    if bad or not attributes or len(set(attributes)) != len(attributes) or levels < 2:
+        raise ConfigError(
+            f"cannot install dials {list(attributes)} with {levels} levels",
+            why="attributes are distinct names of a-z, 0-9 and _ (a letter first); levels >= 2",
+            fix="correct attributes or levels in the recipe",
+        )
