@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
 LINE_EVERY_SECONDS = 10.0
@@ -44,6 +44,22 @@ class Progress:
                 yield advance
         else:
             yield self._lines(name, total, done)
+
+    @contextmanager
+    def steps(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Show one task whose length is learnt on the way; yields ``on_step(done, total)``."""
+        stack, shown = ExitStack(), 0
+        advance: Callable[[int], None] | None = None
+
+        def on_step(done: int, total: int) -> None:
+            nonlocal advance, shown
+            if advance is None:
+                advance = stack.enter_context(self.task(name, total))
+            advance(done - shown)
+            shown = done
+
+        with stack:
+            yield on_step
 
     def _lines(self, name: str, total: int, done: int) -> Callable[[int], None]:
         begun = shown = time.monotonic()

@@ -120,6 +120,8 @@ def _plain(value: Any, *, for_arrow: bool) -> Any:
         return pairs if for_arrow else dict(pairs)
     if isinstance(value, tuple | list):
         return [_plain(item, for_arrow=for_arrow) for item in value]
+    if hasattr(value, "tolist"):  # a NumPy array or number
+        return value.tolist()
     return value
 
 

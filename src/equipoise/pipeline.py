@@ -1,0 +1,94 @@
+"""The order of the stages: the one place, beside the command line, that knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from equipoise.progress import Progress
+from equipoise.stages import measuring, pool, tuning
+from equipoise.stages.inputs import Job
+from equipoise.store.rundir import RunDir
+
+StageFunction = Callable[[Job], None]
+
+STAGES: Mapping[str, StageFunction] = {
+    "prompts": pool.prompts,
+    "fit-reward": pool.fit_reward,
+    "generate": pool.generate,
+    "score": pool.score,
+    "distil": pool.distil,
+    "tune": tuning.tune,
+    "evaluate": measuring.evaluate,
+    "report": measuring.report,
+}
+"""Command name to stage, in order."""
+
+
+def run_all(
+    run: RunDir, *, progress: Progress | None = None, text: bool = True, fresh: bool = False
+) -> Path:
+    """Run every stage that is not complete and return the report's page.
+
+    Args:
+        run: An open run directory.
+        progress: Where to report; stderr by default.
+        text: Whether the report shows prompts and completions.
+        fresh: Drop stages that were made under other conditions instead of refusing.
+
+    Raises:
+        EquipoiseError: With what happened, why, and what to do; what was finished is kept.
+    """
+    from equipoise.plan import print_plan
+
+    job = _job(run, progress, text=text, fresh=fresh)
+    pool.prompts(job)
+    print_plan(job)
+    for stage in list(STAGES.values())[1:]:
+        stage(job)
+    minutes = run.minutes()
+    listed = ", ".join(f"{name} {spent:.1f}" for name, spent in minutes.items())
+    job.progress.say(f"minutes: {listed}; {sum(minutes.values()):.1f} in all")
+    return run.path / "report" / measuring.PAGE
+
+
+def run_stage(
+    name: str,
+    run: RunDir,
+    *,
+    progress: Progress | None = None,
+    text: bool = True,
+    fresh: bool = False,
+) -> None:
+    """Run one stage (and the loading of prompts, which all of them need).
+
+    Args:
+        name: A key of :data:`STAGES`.
+        run: See :func:`run_all`.
+        progress: See :func:`run_all`.
+        text: See :func:`run_all`.
+        fresh: See :func:`run_all`.
+    """
+    job = _job(run, progress, text=text, fresh=fresh)
+    if name not in ("prompts", "fit-reward") and not run.is_done("prompts"):
+        pool.prompts(job)
+    STAGES[name](job)
+
+
+def _job(run: RunDir, progress: Progress | None, *, text: bool, fresh: bool) -> Job:
+    _quieten()
+    return Job(run=run, progress=progress or Progress(), fresh=fresh, text=text)
+
+
+def _quieten() -> None:
+    """Silence the progress bars and hints of libraries; warnings and errors stay."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,177 @@
+"""Estimated minutes per stage, from a short probe of this machine, printed before a run starts.
+
+Sampling and training are timed on the policy itself for a moment; what the reward models cost
+follows from their size. It is an estimate: answers may end early, and other work may be going on.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equipoise.config import RewardModelConfig
+from equipoise.stages.inputs import Job, read_prompts
+from equipoise.types import Branch, GenerationRequest, Sampling
+
+if TYPE_CHECKING:
+    from equipoise.models.load import LoadedPolicy
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the probe measured."""
+
+    sampled: float
+    """Sampled tokens per second."""
+    trained: float
+    """Tokens per second forward and backward."""
+    flops: float
+    """Per second, as the training probe reached it."""
+    prompt_tokens: float
+    """Mean length of a training prompt."""
+
+
+def print_plan(job: Job) -> None:
+    """Print the estimated minutes of every stage that is still to be done."""
+    todo = [name for name in ("fit-reward", "generate", "score", "tune", "evaluate")
+            if not job.run.is_done(name)]  # fmt: skip
+    if not job.recipe.fit_reward:
+        todo = [name for name in todo if name != "fit-reward"]
+    if not todo:
+        return
+    minutes = estimate(job, probe(job))
+    job.progress.say("plan (estimated minutes, from a short probe of this machine):")
+    for name in todo:
+        job.progress.say(f"  {name:<10} {minutes[name]:6.1f}")
+    job.progress.say(f"  {'in all':<10} {sum(minutes[name] for name in todo):6.1f}")
+
+
+def probe(job: Job) -> Speed:
+    """Time a few sampled and a few trained tokens of the policy."""
+    from equipoise.models.load import load_causal
+    from equipoise.models.sampling import TransformersEngine
+
+    policy = load_causal(job.recipe.model)
+    config = job.recipe.generate
+    train = [prompt for prompt in read_prompts(job.run) if prompt.split == "train"][:8]
+    encoded = [tuple(policy.encoder.prompt_ids(prompt.messages)) for prompt in train]
+    k = max(1, min(config.completions_per_prompt, config.batch_size // len(encoded)))
+    requests = [
+        GenerationRequest(ids, tuple(Branch((), seed) for seed in range(k))) for ids in encoded
+    ]
+    engine = TransformersEngine(
+        policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
+    )
+    sampling = Sampling(**{**config.sampling.model_dump(), "max_tokens": PROBE_TOKENS})
+    engine.generate(requests[:1], sampling)  # the first call pays for set-up
+    begun = time.perf_counter()
+    engine.generate(requests, sampling)
+    sampled = len(encoded) * k * PROBE_TOKENS / (time.perf_counter() - begun)
+    trained = _training_speed(policy, encoded)
+    size = sum(parameter.numel() for parameter in policy.model.parameters())
+    return Speed(
+        sampled=sampled,
+        trained=trained,
+        flops=6.0 * size * trained,
+        prompt_tokens=sum(map(len, encoded)) / len(encoded),
+    )
+
+
+def estimate(job: Job, speed: Speed) -> dict[str, float]:
+    """Return estimated minutes per stage."""
+    recipe = job.recipe
+    config, tune = recipe.evaluate, recipe.tune
+    counts = dict.fromkeys(("train", "dev", "test"), 0)
+    for prompt in read_prompts(job.run):
+        counts[prompt.split] += 1
+    pool = counts["train"] * recipe.generate.completions_per_prompt
+    length = recipe.generate.sampling.max_tokens
+    branches = 1 if tune.objective == "clm" else 1 + tune.n_counterfactuals
+    row = speed.prompt_tokens + branches * length
+    judged = sum(_size(model, job) for model in recipe.judges.values())
+    rewards = sum(_size(model, job) for model in recipe.reward_models.values())
+    n_prompts = min(counts[config.split], config.max_prompts or counts[config.split])
+    settings = recipe.levels ** len(recipe.attributes)
+    if config.auto_sweep:
+        settings += recipe.levels * len(recipe.attributes)
+    answers = n_prompts * settings * config.repeats
+    samples = [
+        int(name.removeprefix("rerank")) if name.startswith("rerank") else 1
+        for name in config.responders
+    ]
+    reranked = max([n for n in samples if n > 1], default=0)
+    single = sum(n == 1 for n in samples)
+    text = speed.prompt_tokens + config.sampling.max_tokens
+    scoring = (
+        2 * text * answers * ((single + (reranked > 0)) * (judged + rewards) + reranked * rewards)
+    )
+    sampling = answers * (single + reranked) * config.sampling.max_tokens
+    seconds = {
+        "fit-reward": _fitting_flops(job) / speed.flops,
+        "generate": pool * length / speed.sampled,
+        "score": 2 * pool * (speed.prompt_tokens + length) * rewards / speed.flops,
+        "tune": tune.steps * tune.batch_size * row / speed.trained,
+        "evaluate": sampling / speed.sampled + (scoring + 2 * pool * text * judged) / speed.flops,
+    }
+    return {name: value / 60 for name, value in seconds.items()}
+
+
+def parameters_of(directory: Path) -> int:
+    """Count a model's parameters from the headers of its safetensors files."""
+    count = 0
+    for file in directory.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                elements = 1
+                for extent in tensor["shape"]:
+                    elements *= extent
+                count += elements
+    return count
+
+
+def _training_speed(policy: LoadedPolicy, encoded: Sequence[Sequence[int]]) -> float:
+    import torch
+
+    flat = [token for ids in encoded for token in ids][:128]
+    rows = torch.tensor([flat] * 2)
+    policy.model(input_ids=rows, labels=rows).loss.backward()
+    begun = time.perf_counter()
+    policy.model(input_ids=rows, labels=rows).loss.backward()
+    speed = rows.numel() / (time.perf_counter() - begun)
+    policy.model.zero_grad(set_to_none=True)
+    return speed
+
+
+def _fitting_flops(job: Job) -> float:
+    total = 0.0
+    for config in job.recipe.fit_reward.values():
+        rows = sum(source.limit or 5000 for source in config.sources)
+        sides = 2 if config.kind == "pairs" else 1
+        per_token = 2 if config.head_only else 6 * config.epochs
+        # Most rows are shorter than the limit.
+        total += rows * sides * 0.7 * config.max_length * per_token * _size_of(config.backbone, job)
+    return total
+
+
+def _size(config: RewardModelConfig, job: Job) -> float:
+    fitted = config.model.removeprefix("fitted://")
+    if fitted != config.model:
+        return _size_of(job.recipe.fit_reward[fitted].backbone, job)
+    return 0.0 if config.model.startswith("workshop://oracle/") else _size_of(config.model, job)
+
+
+def _size_of(name: str, job: Job) -> float:
+    from equipoise.models.load import resolve_model
+
+    directory = Path(resolve_model(name, fitted_root=job.fitted_root))
+    return float(parameters_of(directory)) if directory.is_dir() else 0.0

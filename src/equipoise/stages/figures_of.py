@@ -1,0 +1,184 @@
+"""From the deliveries on disk to the numbers of the report: control, cost, quality, ceiling."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from equipoise.stages.inputs import Job, workshop_parser
+from equipoise.store.shards import to_plain
+from equipoise.store.stagedir import Stage
+from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt, ScoredCompletion
+
+if TYPE_CHECKING:
+    from equipoise.models.load import LoadedPolicy
+    from equipoise.stages.measuring import Bench
+
+JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
+FLUENCY_PROMPTS = 10
+"""Prompts of which every cell's output is read by the untouched model."""
+
+
+def measures_of(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return ``methods``, ``ceiling``, ``paired`` and ``n`` of the report, as plain data."""
+    from equipoise.evaluate.measure import compare_mp, measure
+    from equipoise.models.load import load_causal
+
+    recipe, config = job.recipe, job.recipe.evaluate
+    found = {name: _deliveries(stage, name) for name in config.responders}
+    untouched = load_causal(recipe.model)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    methods: dict[str, Any] = {}
+    with job.progress.task("measure", len(found)) as advance:
+        for name, deliveries in found.items():
+            methods[name] = {
+                judge: to_plain(
+                    measure(
+                        deliveries,
+                        judge=judge,
+                        attributes=recipe.attributes,
+                        levels=recipe.levels,
+                        draws=config.bootstrap,
+                        seed=recipe.seed,
+                    )
+                )
+                for judge in JUDGES
+            }
+            methods[name]["cost"] = _cost(job, stage, name)
+            methods[name]["quality"] = _quality(job, deliveries, by_id, untouched)
+            advance(1)
+    if "tuned" in found and "start" in found:
+        methods["tuned"]["quality"]["perplexity"] = _perplexity(job, found["start"], by_id)
+    paired = {
+        f"tuned - {other}": to_plain(
+            compare_mp(
+                found["tuned"],
+                found[other],
+                judge="generalization",
+                attributes=recipe.attributes,
+                levels=recipe.levels,
+                draws=config.bootstrap,
+                seed=recipe.seed,
+            )
+        )
+        for other in found
+        if "tuned" in found and other != "tuned"
+    }
+    return {
+        "methods": methods,
+        "paired": paired,
+        "ceiling": _ceiling(job, stage, bench, prompts),
+        "n": {"prompts": len(prompts), "repeats": config.repeats, "split": config.split},
+    }
+
+
+def _deliveries(stage: Stage, method: str) -> list[Delivery]:
+    shards = stage.read_rows(Delivery, prefix=f"deliveries/{method}/")
+    return [row for rows in shards for row in rows]
+
+
+def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
+    facts = {
+        name: stage.shard_facts(name) for name in stage.shards if name.startswith("deliveries/")
+    }
+
+    def total(key: str, chosen: str) -> float:
+        start = f"deliveries/{chosen}/"
+        return sum(float(fact[key]) for name, fact in facts.items() if name.startswith(start))
+
+    seconds = total("seconds", method)
+    counts = {
+        name: int(name.removeprefix("rerank"))
+        for name in job.recipe.evaluate.responders
+        if name.startswith("rerank")
+    }
+    if method in counts:
+        # Rerankers share one sampling pass; each is charged its own part of it.
+        shared = sum(total("seconds", name) for name in counts)
+        seconds = shared * counts[method] / max(counts.values())
+    cost = {"seconds": seconds, "tokens": total("tokens", method)}
+    if method == "tuned":
+        tuned = job.run.done("tune")
+        cost["steps"] = float(tuned.facts()["steps"])
+        cost["tuning_seconds"] = 60 * tuned.minutes
+        curve = tuned.read_json("curve.json")
+        cost["tuning_tokens"] = curve[-1]["tokens"] if curve else 0.0
+    return cost
+
+
+def _quality(
+    job: Job,
+    deliveries: Sequence[Delivery],
+    prompts: Mapping[str, Prompt],
+    untouched: LoadedPolicy,
+) -> dict[str, Any]:
+    from equipoise.dials.attributes import cells
+    from equipoise.evaluate.likelihood import fluency
+    from equipoise.evaluate.quality import degenerate_share, length_per_level, per_setting
+
+    recipe = job.recipe
+    grid = cells(len(recipe.attributes), recipe.levels)
+    wanted, read = set(grid), set(list(prompts)[:FLUENCY_PROMPTS])
+    shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
+    values = fluency(shown, prompts, untouched.model, untouched.encoder)
+    per_cell = per_setting(shown, values)
+    known = [value for value in values if value == value]
+    return {
+        "degenerate": to_plain(
+            degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe))
+        ),
+        "length": to_plain(
+            length_per_level(deliveries, attributes=recipe.attributes, levels=recipe.levels)
+        ),
+        "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
+        "fluency_mean": sum(known) / max(len(known), 1),
+    }
+
+
+def _perplexity(
+    job: Job, references: Sequence[Delivery], prompts: Mapping[str, Prompt]
+) -> dict[str, Any]:
+    """Perplexity on the untouched model's own answers to the evaluated prompts."""
+    from equipoise.evaluate.likelihood import perplexity
+    from equipoise.models.load import load_causal
+    from equipoise.stages.tuning import MODEL
+
+    first: dict[str, Delivery] = {}
+    for delivery in references:
+        if delivery.finish == "stop":
+            first.setdefault(delivery.prompt_id, delivery)
+    pairs = [(prompts[d.prompt_id], d.text) for d in list(first.values())[:FLUENCY_PROMPTS]]
+    if not pairs:
+        return {}
+    auto = DialSetting((None,) * len(job.recipe.attributes))
+    found = {}
+    for name, place, setting in (
+        ("start", job.recipe.model, None),
+        ("auto", str(job.run.done("tune").directory(MODEL)), auto),
+    ):
+        policy = load_causal(place)
+        found[name] = to_plain(perplexity(policy.model, policy.encoder, pairs, setting=setting))
+    return found
+
+
+def _ceiling(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Best of pool by judge: per *training* prompt and cell the completion nearest both targets."""
+    import numpy as np
+
+    from equipoise.evaluate.measure import ceiling_grid, measure_grid
+
+    recipe = job.recipe
+    calibration = bench.calibrations["generalization"]
+    units: dict[str, list[list[float]]] = defaultdict(list)
+    for rows in stage.read_rows(ScoredCompletion, prefix="pool/"):
+        for row in rows:
+            scores = [calibration.unit(name, row.raw[name]) for name in recipe.attributes]
+            units[row.completion.prompt_id].append(scores)
+    grid = ceiling_grid(
+        [np.array(rows) for rows in units.values()],
+        attributes=recipe.attributes,
+        levels=recipe.levels,
+    )
+    measured = measure_grid(grid, draws=recipe.evaluate.bootstrap, seed=recipe.seed)
+    return {"name": "best of pool by judge", "generalization": to_plain(measured)}

@@ -1,0 +1,145 @@
+"""What several stages read: the prompts, the scored pool, models and their hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equipoise.config import Recipe, RewardModelConfig
+from equipoise.errors import ModelError
+from equipoise.progress import Progress
+from equipoise.store.rundir import RunDir
+from equipoise.store.shards import rows_from_jsonl
+from equipoise.store.stagedir import Stage
+from equipoise.types import Prompt, RewardModel, ScoredCompletion
+
+if TYPE_CHECKING:
+    from equipoise.pool.calibrate import Calibration
+
+PROMPTS = "prompts.jsonl"
+CALIBRATION = "calibration.json"
+FITTED = "fitted"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One invocation: where it works, how it reports, and what it may drop."""
+
+    run: RunDir
+    progress: Progress
+    fresh: bool = False
+    text: bool = True
+    """Whether the report shows prompts and completions."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.run.recipe
+
+    @property
+    def data(self) -> Path | None:
+        """Folder of relative data sources."""
+        return Path(self.recipe.data) if self.recipe.data else None
+
+    @property
+    def fitted_root(self) -> Path:
+        """Folder of the reward models that this run has trained."""
+        return self.run.path / "fit-reward" / FITTED
+
+    def begin(self, name: str, models: Mapping[str, str] | None = None) -> Stage | None:
+        """Begin a stage, or say that there is nothing to do and return ``None``."""
+        stage = self.run.begin(name, models=models, fresh=self.fresh)
+        if stage.complete:
+            self.progress.say(f"{name}: nothing to do")
+            return None
+        return stage
+
+
+def read_prompts(run: RunDir) -> list[Prompt]:
+    """Return all prompts of the run, in their order: train, dev, test."""
+    return rows_from_jsonl(run.done("prompts").read_bytes(PROMPTS), Prompt)
+
+
+def read_scored(run: RunDir) -> list[ScoredCompletion]:
+    """Return the scored pool."""
+    shards = run.done("score").read_rows(ScoredCompletion, prefix="shard-")
+    return [row for rows in shards for row in rows]
+
+
+def read_calibration(run: RunDir) -> Calibration:
+    """Return the calibration of the reward models on the start model's pool."""
+    from equipoise.pool.calibrate import Calibration
+
+    return Calibration.from_json(run.done("score").read_json(CALIBRATION))
+
+
+def policy_hash(name: str) -> str:
+    """Return the hash of the policy's files; a hub model is brought into the hub's cache first."""
+    from equipoise.models.load import model_hash, resolve_model
+
+    place = resolve_model(name)
+    if not Path(place).is_dir():
+        _download(place)
+    return model_hash(place)
+
+
+def reward_hashes(configs: Mapping[str, RewardModelConfig], job: Job) -> dict[str, str]:
+    """Return attribute to hash of reward models (or judges), without loading them."""
+    return {attribute: _reward_hash(config, job) for attribute, config in configs.items()}
+
+
+def load_reward_models(
+    configs: Mapping[str, RewardModelConfig], job: Job
+) -> dict[str, RewardModel]:
+    """Load one reward model (or judge) per attribute, in attribute order."""
+    from equipoise.models.reward import load_reward_model
+
+    return {
+        attribute: load_reward_model(
+            configs[attribute],
+            attribute=attribute,
+            fitted_root=job.fitted_root,
+            batch_size=job.recipe.score.batch_size,
+        )
+        for attribute in job.recipe.attributes
+    }
+
+
+def workshop_parser(recipe: Recipe) -> Callable[[Prompt, str], bool] | None:
+    """Return the Workshop's own parser if the prompts are the Workshop's."""
+    sources = [*recipe.prompts.train, *recipe.prompts.test]
+    if not all(source.source.startswith("workshop://") for source in sources):
+        return None
+    from equipoise.worlds.workshop import parses
+
+    return parses
+
+
+def _reward_hash(config: RewardModelConfig, job: Job) -> str:
+    from equipoise.models.load import model_hash, resolve_model
+
+    oracle = config.model.removeprefix("workshop://oracle/")
+    if oracle != config.model:
+        from equipoise.worlds.workshop import oracle_model
+
+        return oracle_model(oracle).hash
+    place = resolve_model(config.model, fitted_root=job.fitted_root)
+    if not Path(place).is_dir():
+        _download(place)
+    return model_hash(place)
+
+
+def _download(hub_id: str) -> None:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model"]
+    try:
+        snapshot_download(hub_id, allow_patterns=wanted)
+    except Exception as error:
+        raise ModelError(
+            f"cannot load {hub_id}",
+            why=f"it is no local directory, and the model hub says: {str(error).splitlines()[0]}",
+            fix="check the spelling and the network, or give the path of a model directory",
+        ) from error

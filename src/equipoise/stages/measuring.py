@@ -1,0 +1,224 @@
+"""Step 4 on disk: sweep every responder over unseen prompts, measure, and write the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from equipoise.stages.inputs import (
+    Job,
+    load_reward_models,
+    policy_hash,
+    read_calibration,
+    read_prompts,
+    read_scored,
+    reward_hashes,
+)
+from equipoise.stages.unseen import check_unseen
+from equipoise.store.shards import to_plain
+from equipoise.store.stagedir import Stage
+from equipoise.types import Delivery, JudgeKind, Prompt, RewardModel, ScoredCompletion
+
+if TYPE_CHECKING:
+    from equipoise.pool.calibrate import Calibration
+
+PAGE = "report.html"
+MEASURES = "measures.json"
+JUDGE_CALIBRATION = "judge-calibration.json"
+CHUNK = 4
+"""Prompts per shard of deliveries."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The two kinds of judges, calibrated on the same pool: the start model's own."""
+
+    judges: Mapping[JudgeKind, Mapping[str, RewardModel]]
+    calibrations: Mapping[JudgeKind, Calibration]
+
+
+def evaluate(job: Job) -> None:
+    """Sweep every responder over the evaluated split and measure; resumes by shard."""
+    recipe = job.recipe
+    models = {"policy": policy_hash(recipe.model)}
+    for kind, configs in (("reward", recipe.reward_models), ("judge", recipe.judges)):
+        hashes = reward_hashes(configs, job)
+        models.update({f"{kind}/{attribute}": digest for attribute, digest in hashes.items()})
+    stage = job.begin("evaluate", models)
+    if stage is None:
+        return
+    from equipoise.stages.figures_of import measures_of
+
+    prompts = evaluated_prompts(job)
+    intersections = check_unseen(job, prompts)
+    bench = _bench(job, stage)
+    for responder in _responders(job, bench):
+        _sweep_one(job, stage, responder, prompts, bench)
+    measures = measures_of(job, stage, bench, prompts)
+    stage.publish_json(MEASURES, finite({**measures, "intersections": intersections}))
+    stage.finish(prompts=len(prompts))
+
+
+def evaluated_prompts(job: Job) -> list[Prompt]:
+    """Return the prompts of the evaluated split, at most ``max_prompts``."""
+    config = job.recipe.evaluate
+    found = [prompt for prompt in read_prompts(job.run) if prompt.split == config.split]
+    return found[: config.max_prompts]
+
+
+def deliveries_of(stage: Stage, method: str) -> list[Delivery]:
+    """Return all deliveries of one method."""
+    shards = stage.read_rows(Delivery, prefix=f"deliveries/{method}/")
+    return [row for rows in shards for row in rows]
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with NaN and infinities as ``None``: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(job: Job) -> None:
+    """Write ``report.json``, the page and the figures."""
+    stage = job.run.begin("report", fresh=job.fresh)
+    if stage.complete and stage.facts().get("text") != job.text:
+        # With and without text are two views of one run: no reason to refuse.
+        job.run.drop_from("report")
+        stage = job.run.begin("report")
+    if stage.complete:
+        job.progress.say("report: nothing to do")
+        return
+    from equipoise.stages.rendering import render_report
+
+    render_report(job, stage)
+    stage.finish(text=job.text)
+
+
+def _bench(job: Job, stage: Stage) -> Bench:
+    from equipoise.pool.calibrate import calibrate
+    from equipoise.pool.score import score
+
+    recipe = job.recipe
+    judges: dict[JudgeKind, Mapping[str, RewardModel]] = {
+        "optimization": load_reward_models(recipe.reward_models, job),
+        "generalization": load_reward_models(recipe.judges, job),
+    }
+    source, by_id = job.run.done("score"), {p.id: p for p in read_prompts(job.run)}
+    shards = [name for name in source.shards if name.startswith("shard-")]
+    with job.progress.task("judge the pool", len(shards)) as advance:
+        for name in shards:
+            if not stage.has(f"pool/{name}"):
+                rows = source.read_shard(name, ScoredCompletion)
+                chunks = score([row.completion for row in rows], by_id, judges["generalization"])
+                judged = [row for chunk in chunks for row in chunk]
+                stage.publish_rows(f"pool/{name}", judged, ScoredCompletion)
+            advance(1)
+    pool = [row for rows in stage.read_rows(ScoredCompletion, prefix="pool/") for row in rows]
+    calibration = calibrate(pool, mode="pooled")
+    stage.publish_json(JUDGE_CALIBRATION, calibration.to_json())
+    trained = read_calibration(job.run)
+    if trained.mode != "pooled":
+        # A delivery has no pool of its own prompt to be ranked in.
+        trained = calibrate(read_scored(job.run), mode="pooled")
+    return Bench(judges, {"optimization": trained, "generalization": calibration})
+
+
+def _responders(job: Job, bench: Bench) -> Iterator[Any]:
+    from equipoise.dials.encode import Encoder
+    from equipoise.models.load import load_causal
+    from equipoise.models.sampling import TransformersEngine
+    from equipoise.stages.tuning import MODEL
+    from equipoise.steer.prompting import Prompting
+    from equipoise.steer.reranking import Candidates, Reranking
+    from equipoise.steer.tuned import Tuned
+    from equipoise.steer.untouched import Untouched
+    from equipoise.types import Sampling
+
+    recipe, config = job.recipe, job.recipe.evaluate
+    sampling = Sampling(**config.sampling.model_dump())
+    wanted = config.responders
+    counts = [int(name.removeprefix("rerank")) for name in wanted if name.startswith("rerank")]
+
+    def engine_of(name: str) -> tuple[TransformersEngine, Encoder]:
+        policy = load_causal(name)
+        engine = TransformersEngine(
+            policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
+        )
+        return engine, policy.encoder
+
+    if set(wanted) - {"tuned"}:
+        engine, encoder = engine_of(recipe.model)
+        if "start" in wanted:
+            yield Untouched(engine, encoder, sampling=sampling)
+        if "prompting" in wanted:
+            yield Prompting(
+                engine,
+                encoder,
+                sampling=sampling,
+                attributes=recipe.attributes,
+                levels=recipe.levels,
+                phrases=config.phrases,
+                in_context=config.in_context,
+                examples=_examples(job) if config.in_context else (),
+            )
+        if counts:
+            candidates = Candidates(
+                engine,
+                encoder,
+                bench.judges["optimization"],
+                bench.calibrations["optimization"],
+                sampling,
+                max(counts),
+            )
+            for n in sorted(set(counts)):
+                yield Reranking(candidates, n=n, levels=recipe.levels)
+    if "tuned" in wanted:
+        engine, encoder = engine_of(str(job.run.done("tune").directory(MODEL)))
+        yield Tuned(engine, encoder, sampling=sampling)
+
+
+def _examples(job: Job) -> Sequence[Any]:
+    from equipoise.stages.pool import read_examples
+
+    return read_examples(job)
+
+
+def _sweep_one(
+    job: Job, stage: Stage, responder: Any, prompts: Sequence[Prompt], bench: Bench
+) -> None:
+    from equipoise.evaluate.sweep import sweep, sweep_settings
+    from equipoise.seeds import derive_seed
+
+    recipe, config = job.recipe, job.recipe.evaluate
+    settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=config.auto_sweep)
+    chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
+    names = [f"deliveries/{responder.name}/shard-{i:05d}.parquet" for i in range(len(chunks))]
+    held = sum(len(part) for name, part in zip(names, chunks, strict=True) if stage.has(name))
+    # One seed for all methods: rerankers of different N share their samples by it.
+    seed = derive_seed(recipe.seed, "evaluate")
+    with job.progress.task(f"evaluate {responder.name}", len(prompts), done=held) as advance:
+        for name, part in zip(names, chunks, strict=True):
+            if stage.has(name):
+                continue
+            before = responder.tokens_through_model
+            swept = sweep(
+                responder,
+                part,
+                settings,
+                bench.judges,
+                bench.calibrations,
+                seed=seed,
+                repeats=config.repeats,
+            )
+            rows = [row for chunk in swept for row in chunk]
+            tokens = responder.tokens_through_model - before
+            stage.publish_rows(name, rows, Delivery, tokens=tokens)
+            advance(len(part))
+
+
+__all__ = ["Bench", "deliveries_of", "evaluate", "evaluated_prompts", "report", "to_plain"]

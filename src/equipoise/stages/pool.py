@@ -1,0 +1,217 @@
+"""Steps 1 and 2 on disk: prompts, reward models, the model's own answers, their scores, MOEC."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from equipoise.errors import DataError
+from equipoise.stages.inputs import (
+    CALIBRATION,
+    FITTED,
+    PROMPTS,
+    Job,
+    load_reward_models,
+    policy_hash,
+    read_calibration,
+    read_prompts,
+    read_scored,
+    reward_hashes,
+    workshop_parser,
+)
+from equipoise.store.shards import rows_to_jsonl, to_plain
+from equipoise.store.stagedir import Stage
+from equipoise.types import Completion, ControlledExample, ScoredCompletion
+
+
+def prompts(job: Job) -> None:
+    """Load all splits, refuse what cannot be used, and keep the prompts in the run."""
+    stage = job.begin("prompts", {"policy": policy_hash(job.recipe.model)})
+    if stage is None:
+        return
+    from equipoise.dials.encode import Encoder
+    from equipoise.models.load import load_tokenizer, resolve_model
+    from equipoise.pool.prompts import check_lengths, load_prompts
+
+    config = job.recipe.prompts
+    loaded = load_prompts(config, data=job.data, seed=job.recipe.seed)
+    encoder = Encoder(load_tokenizer(resolve_model(job.recipe.model)))
+    kept = check_lengths(loaded, encoder, config)
+    counts = {name: sum(p.split == name for p in kept) for name in ("train", "dev", "test")}
+    if not counts["train"] or not counts["test"]:
+        raise DataError(
+            "no prompts left to train or to test on",
+            why=f"after dropping over-long ones there are {counts}",
+            fix="raise prompts.max_prompt_tokens or add sources",
+        )
+    stage.publish_bytes(PROMPTS, rows_to_jsonl(kept))
+    stage.finish(counts=counts, dropped=len(loaded) - len(kept))
+    job.progress.say(
+        f"prompts: {counts['train']} train, {counts['dev']} dev, {counts['test']} test"
+    )
+
+
+def fit_reward(job: Job) -> None:
+    """Train the recipe's own reward models, if it has any."""
+    recipe = job.recipe
+    if not recipe.fit_reward:
+        job.progress.say("fit-reward: nothing to do (the recipe trains none)")
+        return
+    backbones = {name: policy_hash(config.backbone) for name, config in recipe.fit_reward.items()}
+    stage = job.begin("fit-reward", backbones)
+    if stage is None:
+        return
+    from equipoise.models.fit_reward import fit_reward as fit
+    from equipoise.pool.preferences import load_labelled, load_pairs
+
+    for name, config in recipe.fit_reward.items():
+        folder = f"{FITTED}/{name}"
+        if stage.has(folder):
+            continue
+        load = load_pairs if config.kind == "pairs" else load_labelled
+        rows = load(config.sources, data=job.data, seed=recipe.seed)
+        with job.progress.steps(f"fit-reward {name}") as on_step:
+
+            def build(directory: Path) -> None:
+                # Each directory is built before the next turn of the loop.
+                fit(
+                    rows,  # noqa: B023
+                    config,  # noqa: B023
+                    attribute=name,  # noqa: B023
+                    out_dir=directory / "made",
+                    seed=recipe.seed,
+                    on_step=on_step,
+                )
+                for file in list((directory / "made").iterdir()):
+                    file.rename(directory / file.name)
+                (directory / "made").rmdir()
+
+            stage.publish_directory(folder, build)
+    stage.finish()
+
+
+def generate(job: Job) -> None:
+    """Sample K completions per training prompt from the untouched model; resumes by batch."""
+    recipe = job.recipe
+    stage = job.begin("generate", {"policy": policy_hash(recipe.model)})
+    if stage is None:
+        return
+    from equipoise.models.load import load_causal
+    from equipoise.models.sampling import TransformersEngine
+    from equipoise.pool.generate import generate as sample
+
+    config = recipe.generate
+    train = [prompt for prompt in read_prompts(job.run) if prompt.split == "train"]
+    # One shard per batch of the sampler: whole batches are repeated after a kill, so that a
+    # resumed run computes, and writes, the same bytes.
+    per_shard = max(1, config.batch_size // config.completions_per_prompt)
+    names = [_shard(index) for index in range(-(-len(train) // per_shard))]
+    done = _published_prompts(stage)
+    policy = load_causal(recipe.model)
+    engine = TransformersEngine(
+        policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
+    )
+    rows = sample(train, engine, policy.encoder, config, seed=recipe.seed, done=done)
+    with job.progress.task("generate", len(train), done=len(done)) as advance:
+        for name in names:
+            if stage.has(name):
+                continue
+            part = list(islice(rows, per_shard))
+            stage.publish_rows(name, [row for group in part for row in group], Completion)
+            advance(len(part))
+    stage.finish(completions=len(train) * config.completions_per_prompt)
+
+
+def score(job: Job) -> None:
+    """Score every completion once with every reward model, then calibrate on the pool."""
+    recipe = job.recipe
+    stage = job.begin("score", reward_hashes(recipe.reward_models, job))
+    if stage is None:
+        return
+    from equipoise.moec import shorten
+    from equipoise.pool.calibrate import calibrate
+    from equipoise.pool.score import score as score_rows
+
+    by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
+    source = job.run.done("generate")
+    models = load_reward_models(recipe.reward_models, job)
+    total = sum(source.shard_facts(name)["rows"] for name in source.shards)
+    held = sum(source.shard_facts(name)["rows"] for name in source.shards if stage.has(name))
+    cut = 0
+    with job.progress.task("score", total, done=held) as advance:
+        for name in source.shards:
+            completions = source.read_shard(name, Completion)
+            texts = [(completion, shorten(completion)) for completion in completions]
+            # What is scored is what is learnt from: an answer that the token limit cut ends with
+            # its last finished sentence.
+            kept = [replace(completion, text=text) for completion, text in texts if text]
+            cut += len(completions) - len(kept)
+            if stage.has(name):
+                continue
+            scored = [row for chunk in score_rows(kept, by_id, models) for row in chunk]
+            stage.publish_rows(name, scored, ScoredCompletion)
+            advance(len(completions))
+    pool = [row for rows in stage.read_rows(ScoredCompletion) for row in rows]
+    if not pool:
+        raise DataError(
+            "the pool is empty",
+            why="no completion holds a finished sentence",
+            fix="raise generate.sampling.max_tokens",
+        )
+    calibration = calibrate(pool, mode=recipe.score.calibration)
+    stage.publish_json(CALIBRATION, calibration.to_json())
+    stage.finish(scored=len(pool), no_finished_sentence=cut)
+
+
+def distil(job: Job) -> None:
+    """Distil the scored pool (MOEC) and measure the back door before and after."""
+    recipe = job.recipe
+    stage = job.begin("distil")
+    if stage is None:
+        return
+    from equipoise.backdoor import back_door
+    from equipoise.moec import distil as distil_pool
+    from equipoise.pool.calibrate import unit_scores
+
+    scored = read_scored(job.run)
+    units = unit_scores(scored, read_calibration(job.run))
+    by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
+    parses = workshop_parser(recipe)
+
+    def run_moec(config: object) -> tuple[list[ControlledExample], object]:
+        return distil_pool(
+            scored,
+            units,
+            by_id,
+            config,  # type: ignore[arg-type]
+            attributes=recipe.attributes,
+            levels=recipe.levels,
+            parses=parses,
+        )
+
+    examples, facts = run_moec(recipe.distil)
+    raw, _ = run_moec(recipe.distil.model_copy(update={"data": "raw"}))
+    doors = {
+        name: to_plain(back_door(rows, n_rows=min(len(raw), len(examples)), seed=recipe.seed))
+        for name, rows in (("before", raw), ("after", examples))
+    }
+    stage.publish_rows("examples.parquet", examples, ControlledExample)
+    stage.publish_json("moec.json", to_plain(facts))
+    stage.publish_json("backdoor.json", doors)
+    stage.finish(examples=len(examples))
+    job.progress.say(f"distil: {len(examples)} examples kept of {len(scored)}")
+
+
+def read_examples(job: Job) -> list[ControlledExample]:
+    """Return the distilled set."""
+    return job.run.done("distil").read_shard("examples.parquet", ControlledExample)
+
+
+def _published_prompts(stage: Stage) -> set[str]:
+    rows = stage.read_rows(Completion, prefix="shard-")
+    return {completion.prompt_id for shard in rows for completion in shard}
+
+
+def _shard(index: int) -> str:
+    return f"shard-{index:05d}.parquet"

@@ -1,0 +1,53 @@
+"""Are the evaluated prompts unseen? The sizes of all intersections; none may be above 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from equipoise.errors import DataError
+from equipoise.overlap import prompt_key
+from equipoise.stages.inputs import Job, read_prompts
+from equipoise.types import Prompt
+
+
+def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
+    """Compare the evaluated prompts with all that training and the judges saw.
+
+    Returns:
+        Name of a set to the number of evaluated prompts in it; ``None`` where the rows of a reward
+        model from elsewhere are not known.
+
+    Raises:
+        DataError: A set shares a prompt with the evaluated ones.
+    """
+    wanted = {prompt_key(prompt.messages) for prompt in prompts}
+    sizes: dict[str, int | None] = {}
+    for split in ("train", "dev", "test"):
+        if split != job.recipe.evaluate.split:
+            others = [prompt for prompt in read_prompts(job.run) if prompt.split == split]
+            sizes[f"{split} prompts"] = len(wanted & {prompt_key(p.messages) for p in others})
+    for kind, configs in (("reward model", job.recipe.reward_models), ("judge", job.recipe.judges)):
+        for attribute, config in configs.items():
+            rows = _rows_of(config.model, job)
+            sizes[f"{kind} {attribute} rows"] = None if rows is None else len(wanted & rows)
+    shared = {name: size for name, size in sizes.items() if size}
+    if shared:
+        listed = ", ".join(f"{size} in {name}" for name, size in shared.items())
+        raise DataError(
+            f"evaluated prompts are not unseen: {listed}",
+            why="a dial measured on prompts that training or a judge saw proves nothing",
+            fix="give the test split its own source, or take those rows out of the other one",
+        )
+    return sizes
+
+
+def _rows_of(model: str, job: Job) -> set[str] | None:
+    if model.startswith("workshop://oracle/"):
+        return set()  # an exact rule: it was not trained
+    from equipoise.models.load import resolve_model
+    from equipoise.models.reward_card import read_card
+
+    place = Path(resolve_model(model, fitted_root=job.fitted_root))
+    card = read_card(place) if place.is_dir() else None
+    return None if card is None else {*card.train_prompts, *card.held_out_prompts}
