@@ -1,0 +1,255 @@
+"""Any Hugging Face sequence-classification model as a reward model.
+
+A score depends on prompt and completion only: not on the batch, not on the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from equipoise.config import RewardModelConfig
+from equipoise.errors import ModelError, RewardError
+from equipoise.models.load import load_tokenizer, model_hash, resolve_model
+from equipoise.models.reward_card import Pooling, read_card
+from equipoise.models.reward_input import InputEncoder, RewardInput, collate, length_batches
+from equipoise.types import Prompt, RewardModel
+
+if TYPE_CHECKING:
+    import torch
+
+_ORACLE = "workshop://oracle/"
+
+
+def load_reward_model(
+    config: RewardModelConfig,
+    *,
+    attribute: str,
+    fitted_root: Path | None = None,
+    batch_size: int = 64,
+    device: str = "cpu",
+) -> RewardModel:
+    """Load a reward model or judge.
+
+    Args:
+        config: Name (see :mod:`equipoise.config`; also ``workshop://oracle/ATTRIBUTE``), prompt
+            format, sign and logit.
+        attribute: For messages.
+        fitted_root: Folder of the reward models that this run has trained.
+        batch_size: Rows scored together; it does not change a score.
+        device: A torch device.
+
+    Raises:
+        ModelError: The model is missing, has no classification head, or no such logit.
+    """
+    if config.model.startswith(_ORACLE):
+        from equipoise.worlds import workshop
+
+        oracle: RewardModel = workshop.oracle_model(config.model.removeprefix(_ORACLE))
+        return oracle
+    from equipoise.dials.encode import Encoder
+
+    place = resolve_model(config.model, fitted_root=fitted_root)
+    tokenizer = load_tokenizer(place)
+    model = read_classifier(place, attribute=attribute)
+    if config.logit >= model.config.num_labels:
+        raise ModelError(
+            f"{config.model} has no logit {config.logit}",
+            why=f"Its head has {model.config.num_labels} outputs, counted from 0.",
+            fix=f"Correct reward_models.{attribute}.logit.",
+        )
+    card = read_card(Path(place)) if Path(place).is_dir() else None
+    format = card.format if card is not None and config.format == "auto" else config.format
+    settle_padding(model, tokenizer)
+    return ClassifierReward(
+        model.to(device),
+        InputEncoder.of(
+            Encoder(tokenizer),
+            format=format,
+            max_length=longest_input(model, tokenizer, config.max_length),
+        ),
+        name=config.model,
+        model_hash=model_hash(place),
+        sign=config.sign,
+        logit=config.logit,
+        pooling=card.pooling if card is not None else "model",
+        batch_size=batch_size,
+    )
+
+
+class ClassifierReward:
+    """Scores with a loaded sequence-classification model; see :func:`load_reward_model`."""
+
+    def __init__(
+        self,
+        model: Any,
+        encode: InputEncoder,
+        *,
+        name: str,
+        model_hash: str,
+        sign: int = 1,
+        logit: int = 0,
+        pooling: Pooling = "model",
+        batch_size: int = 64,
+    ) -> None:
+        self.model = model.eval()
+        self.encode = encode
+        self.name = name
+        settings = f"{model_hash}\n{encode.format}\n{encode.max_length}\n{sign}\n{logit}\n{pooling}"
+        self.hash = hashlib.sha256(settings.encode()).hexdigest()
+        self.n_truncated = 0
+        """Rows so far of which a part did not fit into ``max_length``."""
+        self._sign, self._logit, self._pooling = sign, logit, pooling
+        self._batch_size = batch_size
+
+    def score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """Return one finite score per (prompt, completion text), in order; higher is better.
+
+        Raises:
+            RewardError: The model gave another shape or a value that is not finite; the message
+                names the prompt.
+        """
+        rows = [self.encode(prompt.messages, text) for prompt, text in pairs]
+        self.n_truncated += sum(row.truncated for row in rows)
+        scores = [math.nan] * len(rows)
+        for batch in length_batches([len(row.ids) for row in rows], self._batch_size):
+            values = self._forward([rows[i] for i in batch])
+            for i, value in zip(batch, values, strict=True):
+                if not math.isfinite(value):
+                    raise not_finite(self.name, value, pairs[i][0].id)
+                scores[i] = self._sign * value
+        return scores
+
+    def _forward(self, rows: Sequence[RewardInput]) -> list[float]:
+        import torch
+
+        batch = collate(
+            rows,
+            pad_id=self.model.config.get_text_config().pad_token_id,
+            with_types=has_segments(self.model),
+        )
+        batch = {key: value.to(self.model.device) for key, value in batch.items()}
+        with torch.inference_mode():
+            logits = (
+                self.model(**batch).logits
+                if self._pooling == "model"
+                else head_of(self.model)(answer_mean(self.model, batch, rows))
+            )  # (B, n_labels)
+        if tuple(logits.shape) != (len(rows), self.model.config.num_labels):
+            raise RewardError(
+                f"Reward model {self.name} returned scores of the wrong shape",
+                why=f"{tuple(logits.shape)} for {len(rows)} rows.",
+                fix="Use a sequence-classification model; nothing was written.",
+            )
+        values: list[float] = logits[:, self._logit].float().tolist()
+        return values
+
+
+def not_finite(name: str, value: float, prompt_id: str) -> RewardError:
+    """The error for a score that is NaN or infinite."""
+    return RewardError(
+        f"Reward model {name} returned {value} for a completion of prompt {prompt_id}",
+        why="A score must be a finite number; weights or number type of the model may be broken.",
+        fix="Check the model on this prompt; nothing was written.",
+    )
+
+
+def read_classifier(place: str, *, attribute: str, num_labels: int | None = None) -> Any:
+    """Load a sequence-classification model in float32.
+
+    Args:
+        place: Directory or hub id.
+        attribute: For messages.
+        num_labels: ``None`` to load a finished model; 1 to put a fresh head on a backbone.
+
+    Raises:
+        ModelError: Unreadable, or no head in the files of a finished model.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging as loud
+
+    verbosity = loud.get_verbosity()
+    loud.set_verbosity(logging.ERROR)  # a fresh head is announced as a fault otherwise
+    try:
+        extra = {} if num_labels is None else {"num_labels": num_labels}
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"Cannot load {place} as reward model for {attribute}",
+            why=(str(error).strip() or type(error).__name__).splitlines()[0],
+            fix="Give a sequence-classification model with safetensors weights.",
+        ) from error
+    finally:
+        loud.set_verbosity(verbosity)
+    if num_labels is None and found["missing_keys"]:
+        raise ModelError(
+            f"{place} cannot score {attribute}: it has no classification head",
+            why=f"Its weights lack {', '.join(sorted(found['missing_keys'])[:3])}.",
+            fix="Name a reward model, or train one on this backbone with `fit_reward`.",
+        )
+    return model
+
+
+def settle_padding(model: Any, tokenizer: Any) -> None:
+    """Make model and tokenizer agree on padding: causal heads read the last token before it."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is None:
+        raise ModelError(
+            "The reward model has no padding token",
+            why="Neither its config nor its tokenizer names one, nor an end token to stand in.",
+            fix="Set pad_token in tokenizer_config.json.",
+        )
+
+
+def longest_input(model: Any, tokenizer: Any, wanted: int) -> int:
+    """``wanted``, or less where model or tokenizer cannot take so many tokens."""
+    positions = int(getattr(model.config, "max_position_embeddings", wanted) or wanted)
+    return min(wanted, positions, int(tokenizer.model_max_length))
+
+
+def has_segments(model: Any) -> bool:
+    """Whether the model tells two segments apart (BERT does, RoBERTa and Llama do not)."""
+    return int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+
+
+def head_of(model: Any) -> Any:
+    """The linear head of a sequence-classification model.
+
+    Raises:
+        ModelError: The head is more than one linear layer.
+    """
+    import torch
+
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, torch.nn.Linear):
+            return head
+    raise ModelError(
+        f"{type(model).__name__} has no plain linear head",
+        why="head_only trains one linear layer on frozen features.",
+        fix="Set head_only: false, or use another backbone.",
+    )
+
+
+def answer_mean(
+    model: Any, batch: dict[str, torch.Tensor], rows: Sequence[RewardInput]
+) -> torch.Tensor:
+    """Mean of the last hidden states over each completion's tokens, (B, D)."""
+    import torch
+
+    hidden = model.base_model(**batch).last_hidden_state  # (B, T, D)
+    position = torch.arange(hidden.shape[1], device=hidden.device)
+    start = torch.tensor([row.answer[0] for row in rows], device=hidden.device)[:, None]
+    end = torch.tensor([row.answer[1] for row in rows], device=hidden.device)[:, None]
+    inside = ((position >= start) & (position < end)).to(hidden.dtype)  # (B, T)
+    total: torch.Tensor = (hidden * inside[..., None]).sum(1)
+    return total / inside.sum(1, keepdim=True).clamp(min=1)
