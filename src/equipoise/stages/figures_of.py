@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from equipoise.stages.inputs import Job, workshop_parser
@@ -21,7 +22,7 @@ FLUENCY_PROMPTS = 10
 
 
 def measures_of(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return ``methods``, ``ceiling``, ``paired`` and ``n`` of the report, as plain data."""
+    """Return ``methods``, ``ceiling``, ``differences`` and ``n`` of the report, as plain data."""
     from equipoise.evaluate.measure import compare_mp, measure
     from equipoise.models.load import load_causal
 
@@ -49,9 +50,10 @@ def measures_of(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt])
             methods[name]["quality"] = _quality(job, deliveries, by_id, untouched)
             advance(1)
     if "tuned" in found and "start" in found:
-        methods["tuned"]["quality"]["perplexity"] = _perplexity(job, found["start"], by_id)
+        for name, estimate in _perplexity(job, found["start"], by_id).items():
+            methods[name]["quality"]["perplexity"] = estimate
     paired = {
-        f"tuned - {other}": to_plain(
+        f"tuned − {other}": to_plain(
             compare_mp(
                 found["tuned"],
                 found[other],
@@ -67,9 +69,9 @@ def measures_of(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt])
     }
     return {
         "methods": methods,
-        "paired": paired,
+        "differences": paired,
         "ceiling": _ceiling(job, stage, bench, prompts),
-        "n": {"prompts": len(prompts), "repeats": config.repeats, "split": config.split},
+        "n": {f"evaluated prompts ({config.split})": len(prompts), "repeats": config.repeats},
     }
 
 
@@ -123,7 +125,8 @@ def _quality(
     shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
     values = fluency(shown, prompts, untouched.model, untouched.encoder)
     per_cell = per_setting(shown, values)
-    known = [value for value in values if value == value]
+    everything = DialSetting(())
+    pooled = per_setting([replace(d, setting=everything) for d in shown], values)
     return {
         "degenerate": to_plain(
             degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe))
@@ -132,7 +135,7 @@ def _quality(
             length_per_level(deliveries, attributes=recipe.attributes, levels=recipe.levels)
         ),
         "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
-        "fluency_mean": sum(known) / max(len(known), 1),
+        "fluency_mean": to_plain(pooled.get(everything)),
     }
 
 
@@ -155,7 +158,7 @@ def _perplexity(
     found = {}
     for name, place, setting in (
         ("start", job.recipe.model, None),
-        ("auto", str(job.run.done("tune").directory(MODEL)), auto),
+        ("tuned", str(job.run.done("tune").directory(MODEL)), auto),
     ):
         policy = load_causal(place)
         found[name] = to_plain(perplexity(policy.model, policy.encoder, pairs, setting=setting))
@@ -166,7 +169,8 @@ def _ceiling(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) ->
     """Best of pool by judge: per *training* prompt and cell the completion nearest both targets."""
     import numpy as np
 
-    from equipoise.evaluate.measure import ceiling_grid, measure_grid
+    from equipoise.evaluate.measure import measure_grid
+    from equipoise.evaluate.metrics import ceiling_grid
 
     recipe = job.recipe
     calibration = bench.calibrations["generalization"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from equipoise.stages.inputs import (
     reward_hashes,
 )
 from equipoise.stages.unseen import check_unseen
-from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery, JudgeKind, Prompt, RewardModel, ScoredCompletion
 
@@ -49,6 +47,7 @@ def evaluate(job: Job) -> None:
     stage = job.begin("evaluate", models)
     if stage is None:
         return
+    from equipoise.evaluate.report import plain
     from equipoise.stages.figures_of import measures_of
 
     prompts = evaluated_prompts(job)
@@ -57,7 +56,7 @@ def evaluate(job: Job) -> None:
     for responder in _responders(job, bench):
         _sweep_one(job, stage, responder, prompts, bench)
     measures = measures_of(job, stage, bench, prompts)
-    stage.publish_json(MEASURES, finite({**measures, "intersections": intersections}))
+    stage.publish_json(MEASURES, plain({**measures, "intersections": intersections}))
     stage.finish(prompts=len(prompts))
 
 
@@ -66,21 +65,6 @@ def evaluated_prompts(job: Job) -> list[Prompt]:
     config = job.recipe.evaluate
     found = [prompt for prompt in read_prompts(job.run) if prompt.split == config.split]
     return found[: config.max_prompts]
-
-
-def deliveries_of(stage: Stage, method: str) -> list[Delivery]:
-    """Return all deliveries of one method."""
-    shards = stage.read_rows(Delivery, prefix=f"deliveries/{method}/")
-    return [row for rows in shards for row in rows]
-
-
-def finite(value: Any) -> Any:
-    """Return plain data with NaN and infinities as ``None``: JSON has no word for them."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report(job: Job) -> None:
@@ -219,6 +203,3 @@ def _sweep_one(
             tokens = responder.tokens_through_model - before
             stage.publish_rows(name, rows, Delivery, tokens=tokens)
             advance(len(part))
-
-
-__all__ = ["Bench", "deliveries_of", "evaluate", "evaluated_prompts", "report", "to_plain"]

@@ -148,6 +148,7 @@ class Stage:
     def publish_bytes(self, name: str, data: bytes) -> None:
         """Publish one file."""
         with self._run.writing():
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             self._list({name: publish_bytes(self.path / name, data)})
 
     def publish_directory(self, name: str, build: Callable[[Path], None]) -> None:

@@ -1,0 +1,90 @@
+"""Gather ``report.json`` from the stages' files and render it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from equipoise.stages.inputs import CALIBRATION, Job, read_prompts
+from equipoise.store.stagedir import Stage
+from equipoise.types import Delivery
+
+
+def render_report(job: Job, stage: Stage) -> None:
+    """Write ``report.html``, ``report.json`` and the figures into the report stage."""
+    from equipoise.evaluate.report import render
+
+    evaluated = job.run.done("evaluate")
+    deliveries: dict[str, list[Delivery]] = {}
+    if job.text:
+        for method in job.recipe.evaluate.responders:
+            shards = evaluated.read_rows(Delivery, prefix=f"deliveries/{method}/")
+            deliveries[method] = [row for rows in shards for row in rows]
+    made = stage.work / "page"
+    shutil.rmtree(made, ignore_errors=True)
+    with job.run.writing():
+        render(
+            gather(job),
+            made,
+            text=job.text,
+            deliveries=deliveries,
+            prompts={prompt.id: prompt for prompt in read_prompts(job.run)} if job.text else {},
+        )
+    for file in sorted(path for path in made.rglob("*") if path.is_file()):
+        stage.publish_bytes(file.relative_to(made).as_posix(), file.read_bytes())
+
+
+def gather(job: Job) -> dict[str, Any]:
+    """Return the content of ``report.json``; see :mod:`equipoise.evaluate.report`."""
+    run = job.run
+    scored, distilled, tuned = run.done("score"), run.done("distil"), run.done("tune")
+    measures = run.done("evaluate").read_json("measures.json")
+    curve = tuned.read_json("curve.json")
+    counts = run.done("prompts").facts()["counts"]
+    recipe = run.recipe.model_dump(mode="json")
+    # The folder of the data is the user's own affair: reports are passed on.
+    recipe["data"] = None
+    return {
+        **measures,
+        "recipe": recipe,
+        "n": {
+            "training prompts": counts["train"],
+            "dev prompts": counts["dev"],
+            "test prompts": counts["test"],
+            "completions in the pool": scored.facts()["scored"],
+            "tuning examples": distilled.facts()["examples"],
+            **measures["n"],
+        },
+        "pool": {
+            **scored.read_json("pool.json"),
+            "no_finished_sentence": scored.facts()["no_finished_sentence"],
+        },
+        "moec": distilled.read_json("moec.json"),
+        "backdoor": distilled.read_json("backdoor.json"),
+        "losses": {"tuned": {key: [row[key] for row in curve] for key in (curve or [{}])[0]}},
+        "reward_models": _cards(job),
+        "stages": run.minutes(),
+        "calibration_file": f"score/{CALIBRATION}",
+    }
+
+
+def _cards(job: Job) -> dict[str, Any]:
+    """Return what is known of every fitted reward model and judge, its rows left out."""
+    from pathlib import Path
+
+    from equipoise.models.load import resolve_model
+    from equipoise.models.reward_card import read_card
+
+    found: dict[str, Any] = {}
+    for kind, configs in (("reward", job.recipe.reward_models), ("judge", job.recipe.judges)):
+        for attribute, config in configs.items():
+            name = f"{kind} {attribute}"
+            found[name] = {"model": config.model}
+            if config.model.startswith("workshop://oracle/"):
+                continue
+            place = Path(resolve_model(config.model, fitted_root=job.fitted_root))
+            card = read_card(place) if place.is_dir() else None
+            if card is not None:
+                hidden = {"train_prompts", "held_out_prompts"}
+                found[name] |= card.model_dump(mode="json", exclude=hidden)
+    return found
