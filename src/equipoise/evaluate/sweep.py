@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from equipoise.dials.attributes import cells
 from equipoise.errors import DataError
 from equipoise.models.judging import unit_scores_of
+from equipoise.overlap import prompt_key
 from equipoise.seeds import derive_seed
 from equipoise.types import (
     Delivery,
@@ -89,19 +89,6 @@ def sweep(
         ]
 
 
-def normalised(prompt: Prompt) -> str:
-    """Return the prompt's user and assistant turns, case, blanks and Unicode forms made equal.
-
-    System messages are left out: the same question under another system message is still seen.
-    """
-    turns = (
-        f"{message.role}\x1e{' '.join(unicodedata.normalize('NFKC', message.content).split())}"
-        for message in prompt.messages
-        if message.role != "system"
-    )
-    return "\x1f".join(turns).casefold()
-
-
 def check_disjoint(
     test: Sequence[Prompt], others: Mapping[str, Iterable[Prompt]]
 ) -> dict[str, int]:
@@ -115,9 +102,9 @@ def check_disjoint(
     Raises:
         DataError: A set shares a prompt with the test prompts; no report is made then.
     """
-    wanted = {normalised(prompt) for prompt in test}
+    wanted = {prompt_key(prompt.messages) for prompt in test}
     sizes = {
-        name: len(wanted & {normalised(prompt) for prompt in prompts})
+        name: len(wanted & {prompt_key(prompt.messages) for prompt in prompts})
         for name, prompts in others.items()
     }
     shared = {name: size for name, size in sizes.items() if size}

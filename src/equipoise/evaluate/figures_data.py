@@ -1,0 +1,130 @@
+"""Figures of what went into the dials: the pool, the distilled set, the back door, the losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from equipoise.evaluate.canvas import INK, MUTED, heatmap, label, number, panels, written
+from equipoise.evaluate.figures import Json, swept
+
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+def pool(report: Json, judge: str) -> Figure:
+    """Draw the completions per cell, in the raw pool and after distilling."""
+    names = report["recipe"]["attributes"][:2]
+    moec = report["moec"]
+    figure, axes = panels(1, 2, width=4.3, height=4.2)
+    titles = ("pool: what the model writes by itself", f"{_data(report)}: what it is tuned on")
+    for ax, key, title in zip(axes[0], ("grid_before", "grid_after"), titles, strict=True):
+        grid = np.array(moec[key], float)
+        heatmap(ax, 100 * grid / max(grid.sum(), 1), form="{:.1f}")
+        ax.set_title(f"{title}\n{int(grid.sum()):,} completions, % per cell", fontsize=9.5)
+        ax.set(xlabel=f"{names[0]} level", ylabel=f"{names[1]} level")
+    return figure
+
+
+def _data(report: Json) -> str:
+    kind = (report["recipe"].get("distil") or {}).get("data", "moec")
+    return {"moec": "MOEC", "raw": "raw pool", "denoised": "denoised pool"}.get(kind, str(kind))
+
+
+def backdoor(report: Json, judge: str) -> Figure:
+    """Draw how well the prompt alone predicts the control, before and after distilling."""
+    found = report["backdoor"]
+    measures = [
+        ("effective_cells", "effective cells per prompt", "more is better"),
+        ("predictive_bits", "bits a predictor gets from the prompt", "0 is best"),
+    ]
+    figure, axes = panels(1, 2, width=4.4, height=2.6)
+    for ax, (key, title, good) in zip(axes[0], measures, strict=True):
+        for row, when in enumerate(("after", "before")):
+            value, low, high = number(_estimate(found.get(when, {}).get(key)))
+            tone = "#0072B2" if when == "after" else "#8c8c8c"
+            ax.barh(row, value, color=tone, height=0.55)
+            ax.plot([low, high], [row, row], color=INK, linewidth=1.6)
+            if np.isfinite(value):
+                ax.text(np.nanmax([value, high, 0]), row, f"  {value:.2f}", va="center")
+        ax.set_yticks([0, 1], [_data(report), "raw pool"])
+        ax.axvline(0, color=MUTED, linewidth=0.8)
+        ax.margins(x=0.18)
+        ax.set_title(title)
+        ax.set_xlabel(good)
+        ax.tick_params(axis="y", length=0)
+    return figure
+
+
+def _estimate(found: Any) -> dict[str, Any] | None:
+    return {"value": found} if isinstance(found, int | float) else found
+
+
+_CURVES = {
+    "loss": ("what is minimised", {"loss": "loss"}),
+    "asked": (
+        "log-likelihood per token",
+        {"asked": "under the setting asked for", "counterfactual": "under another setting"},
+    ),
+    "pull": ("pull of the second term", {"pull": "pull"}),
+}
+
+
+def losses(report: Json, judge: str) -> Figure:
+    """Draw the loss and both log-likelihoods of every tuning run against the step."""
+    runs = report["losses"]
+    shown = [found for key, found in _CURVES.items() if any(key in run for run in runs.values())]
+    figure, axes = panels(1, len(shown), width=max(3.5, 8.6 / len(shown)), height=3.2)
+    for ax, (title, series) in zip(axes[0], shown, strict=True):
+        tones = iter(_LINES * len(runs))
+        for name, run in runs.items():
+            for key in [key for key in series if key in run]:
+                tone = next(tones)
+                y = np.array([np.nan if v is None else v for v in run[key]], float)
+                said = [
+                    *([name] if len(runs) > 1 else []),
+                    *([series[key]] if len(series) > 1 else []),
+                ]
+                ax.plot(run["step"], y, color=tone, alpha=0.22, linewidth=1)
+                ax.plot(run["step"], _smooth(y), color=tone, linewidth=1.8, label=", ".join(said))
+        ax.set_title(title)
+        ax.set_xlabel("step")
+        ax.grid(visible=True, axis="y")
+        if len(runs) > 1 or len(series) > 1:
+            ax.legend(fontsize=8)
+    return figure
+
+
+def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:
+    width = max(1, len(y) // 25)
+    padded = np.pad(y, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.full(width, 1 / width), mode="valid")
+
+
+def fluency(report: Json, judge: str) -> Figure:
+    """Draw per cell how likely the untouched model finds the outputs, against its own outputs."""
+    levels = report["recipe"]["levels"]
+    names = report["recipe"]["attributes"][:2]
+    own = number(report["methods"]["start"]["quality"]["fluency_mean"])[0]
+    shown = {
+        method: np.array([number(e)[0] for e in report["methods"][method]["quality"]["fluency"]])
+        for method in swept(report, judge)
+        if (report["methods"][method].get("quality") or {}).get("fluency")
+    }
+    figure, axes = panels(1, len(shown), width=2.5, height=3.0)
+    limit = max(0.2, *(float(np.nanmax(np.abs(v - own))) for v in shown.values()))
+    for ax, (method, values) in zip(axes[0], shown.items(), strict=True):
+        grid = (values - own).reshape(levels, levels)
+        heatmap(ax, np.full_like(grid, np.nan))
+        ax.imshow(grid.T, origin="lower", cmap="PuOr", vmin=-limit, vmax=limit, aspect="equal")
+        for x, y in np.ndindex(levels, levels):
+            if np.isfinite(grid[x, y]):
+                tone = "white" if abs(grid[x, y]) > 0.6 * limit else INK
+                said = written(float(grid[x, y]), "{:+.1f}")
+                ax.text(x, y, said, ha="center", va="center", fontsize=7, color=tone)
+        ax.set_title(label(method), loc="center")
+        ax.set_xlabel(f"{names[0]} asked for", fontsize=9)
+    axes[0][0].set_ylabel(f"{names[1]} asked for", fontsize=9)
+    return figure
