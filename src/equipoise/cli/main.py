@@ -14,6 +14,9 @@ import typer
 from equipoise.cli import look, stages
 from equipoise.errors import EquipoiseError
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C; typer hands it back instead of raising."""
+
 app = typer.Typer(
     name="equipoise",
     help="Two dials, safety and helpfulness, for an aligned language model.",
@@ -36,15 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        sys.exit(app(arguments, standalone_mode=False))
-    except typer.exceptions.Abort:
-        _fail("interrupted", code=130)
+        code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except typer.exceptions.TyperException as error:
         _usage(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.exceptions.Abort):
         _fail(
             "interrupted; what was finished is kept, the same command goes on from there",
-            code=130,
+            code=INTERRUPTED,
         )
     except BrokenPipeError:
         sys.exit(1)

@@ -1,0 +1,118 @@
+"""The command line: fast help, one message per error, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equipoise.cli.main import main
+from equipoise.store.rundir import RunDir
+
+HEAVY = ("torch", "transformers", "pyarrow", "datasets", "matplotlib", "sklearn", "trl", "peft")
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+@pytest.mark.parametrize("command", [["--help"], ["tune", "--help"], ["recipes"]])
+def test_nothing_heavy_is_imported_for_help(command: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from equipoise.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout + done.stderr
+
+
+def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["--help"], capsys)
+    assert code == 0
+    for name in ("run", "fit-reward", "generate", "score", "distil", "tune", "evaluate", "report"):
+        assert name in out
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["recipes"], capsys)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "hub-8b",
+        "smollm2-small",
+        "workshop-fit",
+        "workshop",
+    ]
+    code, out, _ = run(["recipes", "workshop"], capsys)
+    assert "name: workshop\n" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["run"], ["run", "workshop", "--no-such-flag"], ["tune", "--dir"]]
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(arguments, capsys)
+    assert code == 2
+    assert "error: " in err
+    assert "Traceback" not in err
+
+
+def test_a_user_error_is_one_message_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(["run", "workshp", "--dir", str(tmp_path / "run")], capsys)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: no recipe 'workshp'\n  why: ")
+    assert "\n  fix: did you mean `workshop`?" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fault_of_the_program_points_to_debug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by hand")
+
+    monkeypatch.setattr(RunDir, "open", broken)
+    arguments = ["run", "workshop", "--dir", str(tmp_path / "run")]
+    code, _, err = run(arguments, capsys)
+    assert code == 1
+    assert "ZeroDivisionError: by hand" in err
+    assert "run again with --debug" in err
+    with pytest.raises(ZeroDivisionError):
+        main([*arguments, "--debug"])
+
+
+def test_an_interrupt_says_that_the_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDir, "open", interrupted)
+    code, _, err = run(["run", "workshop", "--dir", str(tmp_path / "run")], capsys)
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(["generate", str(tmp_path)], capsys)
+    assert code == 1
+    assert "cannot read the recipe of" in err
+
+
+def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["doctor"], capsys)
+    assert code == 0
+    assert "torch" in out
