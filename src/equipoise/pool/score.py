@@ -1,0 +1,86 @@
+"""Raw scores for a pool: each (prompt, completion text) once per reward model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+from equipoise.errors import DataError, RewardError
+from equipoise.models.reward import not_finite
+from equipoise.types import Completion, Prompt, RewardModel, ScoredCompletion
+
+
+def score(
+    completions: Iterable[Completion],
+    prompts: Mapping[str, Prompt],
+    reward_models: Mapping[str, RewardModel],
+    *,
+    chunk_size: int = 512,
+) -> Iterator[list[ScoredCompletion]]:
+    """Score completions, in order, a chunk at a time.
+
+    A text that occurs again for the same prompt, in any chunk, takes its score from the first time:
+    the cache key is the hash of prompt id and text.
+
+    Args:
+        completions: The pool.
+        prompts: Prompt id to prompt.
+        reward_models: Attribute to reward model.
+        chunk_size: Completions per yielded list; reward models batch within a chunk.
+
+    Yields:
+        Lists of scored completions; a chunk is whole or does not appear.
+
+    Raises:
+        DataError: A completion of an unknown prompt.
+        RewardError: A reward model returned the wrong number of scores, or one that is not finite.
+    """
+    hashes = {attribute: model.hash for attribute, model in reward_models.items()}
+    known: dict[str, dict[str, float]] = {}
+    stream = iter(completions)
+    while chunk := list(islice(stream, chunk_size)):
+        keys = [content_key(completion) for completion in chunk]
+        fresh: dict[str, tuple[Prompt, str]] = {}
+        for key, completion in zip(keys, chunk, strict=True):
+            if completion.prompt_id not in prompts:
+                raise DataError(
+                    f"A completion belongs to the unknown prompt {completion.prompt_id}",
+                    why="The pool and the prompts do not come from the same run.",
+                    fix="Generate the pool again for these prompts.",
+                )
+            if key not in known:
+                fresh[key] = (prompts[completion.prompt_id], completion.text)
+        columns = {
+            attribute: _checked_scores(model, list(fresh.values()))
+            for attribute, model in reward_models.items()
+        }
+        for i, key in enumerate(fresh):
+            known[key] = {attribute: column[i] for attribute, column in columns.items()}
+        yield [
+            ScoredCompletion(completion, known[key], hashes)
+            for key, completion in zip(keys, chunk, strict=True)
+        ]
+
+
+def content_key(completion: Completion) -> str:
+    """Hash of prompt id and text: what a score depends on."""
+    content = f"{completion.prompt_id}\x1f{completion.text}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()
+
+
+def _checked_scores(model: RewardModel, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+    if not pairs:
+        return []
+    scores = model.score(pairs)
+    if len(scores) != len(pairs):
+        raise RewardError(
+            f"Reward model {model.name} returned {len(scores)} scores for {len(pairs)} rows",
+            why=f"The first row is a completion of prompt {pairs[0][0].id}.",
+            fix="Correct the reward model; nothing of this chunk was written.",
+        )
+    for value, (prompt, _) in zip(scores, pairs, strict=True):
+        if not math.isfinite(value):
+            raise not_finite(model.name, value, prompt.id)
+    return [float(value) for value in scores]
