@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tokenizers import (
     AddedToken,
@@ -126,21 +128,24 @@ def unigram() -> PreTrainedTokenizerFast:
 def wordpiece() -> PreTrainedTokenizerFast:
     """BERT: lower-casing, ``[CLS]`` and ``[SEP]`` in the vocabulary."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = sorted({word for line in CORPUS for word in re.findall(r"\w+", line.lower())})
+    chars = sorted(set("".join(CORPUS).lower()) - {" ", "\n", "\t"})
+    pieces = dict.fromkeys([*specials, *words[::2], *chars, *(f"##{c}" for c in chars)])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=specials, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
+    kinds = ["input_ids", "token_type_ids", "attention_mask"]
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
-    return _wrap(tokenizer, _WORDPIECE, sep_token="[SEP]", mask_token="[MASK]", **names)
+    wrapped = _wrap(tokenizer, _WORDPIECE, sep_token="[SEP]", mask_token="[MASK]", **names)
+    wrapped.model_input_names = kinds
+    return wrapped
 
 
 def unflagged() -> PreTrainedTokenizerFast:
@@ -188,6 +193,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "line_breaks": line_breaks,
     "word_level": word_level,
 }
+SMOLLM2 = Path("~/.cache/equipoise/smollm2").expanduser()
 # Written out by hand, so that the tests do not ask the encoder what it forbids.
 MARKERS: dict[str, list[str]] = {
     "byte_bpe": ["<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"],
@@ -234,7 +240,8 @@ def ordinary(rng: random.Random) -> str:
                 "".join(chr(rng.choice([233, 8364, 0x4E2D, 0x1F600, 0x3C9])) for _ in "12")
             )
     text = rng.choice(["", "", " ", "\n", "\n\n  "]) + rng.choice([" ", "\n", "\n\n"]).join(parts)
-    return text + rng.choice(["", "", " ", "\n", "  \n"])
+    text += rng.choice(["", "", " ", "\n", "  \n"])
+    return text if text.strip() else text + "yes"
 
 
 def hostile(rng: random.Random, markers: Sequence[str]) -> str:

@@ -84,39 +84,33 @@ def seal(backend: Tokenizer, forbidden: frozenset[int]) -> SealedTokenizer:
     """
     spec: dict[str, Any] = json.loads(backend.to_str())
     added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
-    # A token that is matched after normalisation leaves the text around it whole for the
-    # normaliser; keep that where it gives the model's own ids, else match the seal in raw text.
-    variants = [True, False]
-    if spec["normalizer"] is None or not any(
-        token.normalized for token_id, token in added.items() if token_id in forbidden
+    # Seals are matched in raw text. A marker that was matched after normalisation left the text
+    # around it whole for the normaliser; where that shows in the ids, its seal does so too.
+    variants = [_build(backend, spec, forbidden, keep_normalized=False)]
+    if spec["normalizer"] is not None and any(
+        added[i].normalized for i in forbidden & added.keys()
     ):
-        variants = [False]
-    problems: list[str] = []
-    for keep_normalized in variants:
-        sealed = _build(backend, spec, forbidden, keep_normalized=keep_normalized)
-        problem = _difference(backend, sealed)
-        if problem is None and (not keep_normalized or _agrees(backend, sealed)):
-            return sealed
-        problems.append(problem or "the text around a marker is split otherwise")
-    raise ModelError(
-        "this tokenizer cannot be sealed against untrusted text",
-        why=problems[-1],
-        fix="use the tokenizer that the model was published with (a tokenizer.json of BPE, "
-        "Unigram, WordPiece or WordLevel type)",
-    )
+        variants.append(_build(backend, spec, forbidden, keep_normalized=True))
+    problems = [_difference(backend, sealed) for sealed in variants]
+    usable = [s for s, problem in zip(variants, problems, strict=True) if problem is None]
+    if not usable:
+        raise ModelError(
+            "this tokenizer cannot be sealed against untrusted text",
+            why=str(problems[0]),
+            fix="use the tokenizer that the model was published with (a tokenizer.json of BPE, "
+            "Unigram, WordPiece or WordLevel type)",
+        )
+    return next((sealed for sealed in usable if _agrees(backend, sealed)), usable[0])
 
 
 def _build(
     backend: Tokenizer, spec: Mapping[str, Any], forbidden: frozenset[int], *, keep_normalized: bool
 ) -> SealedTokenizer:
     nonce = random_letters()
-    # Fixed length, so that no seal is the beginning of another.
-    numbers = (format(i, "05x") for i in range(len(forbidden) + 1))
-    tails = ("".join(_LETTERS[int(digit, 16)] for digit in number) for number in numbers)
-    guard = nonce + next(tails)
-    seals = {
-        token_id: nonce + tail for token_id, tail in zip(sorted(forbidden), tails, strict=True)
-    }
+    # Fixed length, so that no seal is the beginning of another; a digit at the end, as a letter
+    # could melt into a combining accent at the start of the content that follows.
+    guard, *tails = (f"{nonce}{number:06d}" for number in range(len(forbidden) + 1))
+    seals = dict(zip(sorted(forbidden), tails, strict=True))
     added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
     texts = {token_id: backend.id_to_token(token_id) or "" for token_id in seals}
     listed = {entry["id"] for entry in spec["added_tokens"]}
