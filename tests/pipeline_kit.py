@@ -61,13 +61,39 @@ def save_policy(directory: Path, *, template: bool = True, seed: int = 0) -> Pat
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        # Untrained weights are far too sure of nothing: favour full stops and the end token, so
-        # that completions have sentences and some end by themselves.
-        model.model.embed_tokens.weight.mul_(3.0)
+    _teach(model, tokenizer, seed=seed)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def _teach(model: Any, tokenizer: Any, *, seed: int, steps: int = 120) -> None:
+    """Teach sentences with full stops and ends, so that a pool is not all gibberish."""
+    import random
+
+    import torch
+
+    draw = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        texts = []
+        for _ in range(16):
+            verb, item = draw.choice(VERBS), draw.choice(ITEMS)
+            answer = " ".join(
+                f"{draw.choice(VERBS)} the {draw.choice((item, *ITEMS))} ."
+                for _ in range(draw.randint(1, 2))
+            )
+            texts.append(
+                f"<|start|>user\nhow do i {verb} the {item} ?<|end|>\n"
+                f"<|start|>assistant\n{answer}<|end|>"
+            )
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def save_reward_model(directory: Path, *, seed: int, constant: bool = False) -> Path:

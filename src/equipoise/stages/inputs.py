@@ -72,7 +72,7 @@ def read_calibration(run: RunDir) -> Calibration:
     """Return the calibration of the reward models on the start model's pool."""
     from equipoise.pool.calibrate import Calibration
 
-    return Calibration.from_json(run.done("score").read_json(CALIBRATION))
+    return Calibration.from_json(run.done("score").read_bytes(CALIBRATION).decode())
 
 
 def policy_hash(name: str) -> str:

@@ -84,7 +84,8 @@ def report(job: Job) -> None:
 
 
 def _bench(job: Job, stage: Stage) -> Bench:
-    from equipoise.pool.calibrate import calibrate
+    from equipoise.evaluate.report import plain
+    from equipoise.pool.calibrate import calibrate, calibration_report
     from equipoise.pool.score import score
 
     recipe = job.recipe
@@ -104,11 +105,10 @@ def _bench(job: Job, stage: Stage) -> Bench:
             advance(1)
     pool = [row for rows in stage.read_rows(ScoredCompletion, prefix="pool/") for row in rows]
     calibration = calibrate(pool, mode="pooled")
-    stage.publish_json(JUDGE_CALIBRATION, calibration.to_json())
+    stage.publish_bytes(JUDGE_CALIBRATION, calibration.to_json().encode())
     trained = read_calibration(job.run)
-    if trained.mode != "pooled":
-        # A delivery has no pool of its own prompt to be ranked in.
-        trained = calibrate(read_scored(job.run), mode="pooled")
+    facts = calibration_report(read_scored(job.run), trained, judged=pool)
+    stage.publish_json("pool.json", plain(facts))
     return Bench(judges, {"optimization": trained, "generalization": calibration})
 
 

@@ -130,7 +130,7 @@ def score(job: Job) -> None:
     if stage is None:
         return
     from equipoise.moec import shorten
-    from equipoise.pool.calibrate import calibrate, calibration_report
+    from equipoise.pool.calibrate import calibrate
     from equipoise.pool.score import score as score_rows
 
     by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
@@ -160,8 +160,7 @@ def score(job: Job) -> None:
             fix="raise generate.sampling.max_tokens",
         )
     calibration = calibrate(pool, mode=recipe.score.calibration)
-    stage.publish_json(CALIBRATION, calibration.to_json())
-    stage.publish_json("pool.json", to_plain(calibration_report(pool)))
+    stage.publish_bytes(CALIBRATION, calibration.to_json().encode())
     stage.finish(scored=len(pool), no_finished_sentence=cut)
 
 

@@ -56,7 +56,7 @@ def gather(job: Job) -> dict[str, Any]:
             **measures["n"],
         },
         "pool": {
-            **scored.read_json("pool.json"),
+            **run.done("evaluate").read_json("pool.json"),
             "no_finished_sentence": scored.facts()["no_finished_sentence"],
         },
         "moec": distilled.read_json("moec.json"),

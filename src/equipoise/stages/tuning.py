@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from equipoise.stages.inputs import Job, policy_hash, read_calibration, reward_hashes
@@ -35,7 +36,7 @@ def tune(job: Job) -> None:
         )
     manifest = tuned.manifest.model_copy(
         update={
-            "calibration": read_calibration(job.run).to_json(),
+            "calibration": json.loads(read_calibration(job.run).to_json()),
             "reward_models": reward_hashes(recipe.reward_models, job),
         }
     )
