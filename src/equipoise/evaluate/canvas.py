@@ -92,7 +92,7 @@ def written(value: float, form: str = "{:.2f}") -> str:
     """Return a number as text, with a real minus sign and never a negative zero."""
     text = form.format(value)
     if not any(digit in text for digit in "123456789"):
-        text = text.replace("-", "")
+        text = text.lstrip("+-")
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -139,7 +139,7 @@ def heatmap(
                 axes.text(
                     x,
                     y,
-                    "<1" if form == "{:.0f}" and values[x, y] < 0.5 else form.format(values[x, y]),
+                    "<1" if form == "{:.0f}" and values[x, y] < 1 else form.format(values[x, y]),
                     ha="center",
                     va="center",
                     fontsize=size,

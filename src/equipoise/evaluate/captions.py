@@ -37,7 +37,8 @@ CAPTIONS = {
     ),
     "losses": (
         "A model that listens finds a completion likelier under the setting that was asked for "
-        "than under another one: the two lines part. Pale lines are single steps."
+        "than under another one: the two lines part. Pale lines are single steps; the last panel, "
+        "if there is one, is how hard the second term of ExMATE pulls (w·exp(m))."
     ),
     "fluency": (
         "Log-likelihood per token of the outputs under the untouched model, minus that of its own "

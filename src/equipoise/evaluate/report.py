@@ -73,18 +73,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def main_judge(report: Json) -> str:
-    """Return the judge that the page shows: generalization where any method has it."""
-    parts = report["methods"].values()
-    return "generalization" if any(p.get("generalization") for p in parts) else "optimization"
-
-
-def main_method(report: Json, judge: str) -> str | None:
-    """Return the method that the headline is about: ``tuned``, else the last one measured."""
-    measured = [name for name, parts in report["methods"].items() if parts.get(judge)]
-    return "tuned" if "tuned" in measured else (measured[-1] if measured else None)
-
-
 def _figures(report: Json, judge: str) -> dict[str, Callable[[], Figure]]:
     """Return name to drawing function, in the page's order, for all that there are data for."""
     from equipoise.evaluate import figures, figures_data
@@ -142,6 +130,7 @@ def render(
     from equipoise.evaluate.canvas import save
     from equipoise.evaluate.page import page
     from equipoise.evaluate.sampler import sampler
+    from equipoise.evaluate.tables import main_judge
 
     report = plain(report)
     judge = main_judge(report)

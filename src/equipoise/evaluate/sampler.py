@@ -11,6 +11,7 @@ from equipoise.types import Delivery, Prompt
 
 MAX_PROMPTS = 6
 MAX_CHARACTERS = 1200
+MAX_BYTES = 1_500_000
 
 Json = Mapping[str, Any]
 
@@ -36,7 +37,7 @@ def sampler(
     }
     if not ids or not methods:
         return ""
-    ids = ids[:MAX_PROMPTS]
+    ids = _that_fit(ids[:MAX_PROMPTS], methods)
     best = "tuned" if "tuned" in methods else list(methods)[-1]
     options = "".join(
         f'<option value="{m}"{" selected" if name == best else ""}>{escape(label(name))}</option>'
@@ -67,6 +68,20 @@ def sampler(
         f'{options}</select></label><label>prompt <select data-pick="prompt">{asked}</select>'
         f"</label>{dials}</div>{questions}{answers}</div>"
     )
+
+
+def _that_fit(
+    ids: list[str], methods: Mapping[str, Mapping[tuple[str, tuple[int | None, ...]], Delivery]]
+) -> list[str]:
+    # The page stays under 5 MB with any number of methods, in any script.
+    sizes = dict.fromkeys(ids, 0)
+    for rows in methods.values():
+        for (prompt_id, _), found in rows.items():
+            if prompt_id in sizes:
+                sizes[prompt_id] += len(escape(found.text[:MAX_CHARACTERS]).encode()) + 150
+    return [
+        i for n, i in enumerate(ids) if not n or sum(sizes[j] for j in ids[: n + 1]) < MAX_BYTES
+    ]
 
 
 def _conversation(prompt: Prompt) -> str:

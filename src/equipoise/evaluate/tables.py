@@ -1,0 +1,167 @@
+"""The tables of the page: methods by metric, cost, quality, checks. All text is escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from equipoise.evaluate.canvas import label, number, written
+from equipoise.evaluate.captions import CAPTIONS
+from equipoise.evaluate.metrics import median_floor, untouched_floor
+
+Json = Mapping[str, Any]
+
+
+def main_judge(report: Json) -> str:
+    """Return the judge that the page shows: generalization where any method has it."""
+    parts = report["methods"].values()
+    return "generalization" if any(p.get("generalization") for p in parts) else "optimization"
+
+
+def _estimate(found: Json | None, form: str = "{:.2f}") -> str:
+    value, low, high = number(dict(found) if found else None)
+    if math.isnan(value):
+        return "–"
+    if math.isnan(low):
+        return written(value, form)
+    return f"{written(value, form)}<small>{written(low, form)} to {written(high, form)}</small>"
+
+
+def words(found: Json) -> str:
+    """Return an estimate with its interval as a phrase."""
+    value, low, high = map(written, number(dict(found)))
+    return f"{value} ({low} to {high})"
+
+
+def count(value: Any) -> str:
+    """Return a count with thousands marked; anything else as it is."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+_COLUMNS = {
+    "control (MP)": "mp",
+    "extremes (BT)": "bt",
+    "neighbours (BT)": "bt_neighbours",
+    "error (RMSE)": "rmse",
+    "leakage": "leakage",
+    "range": "range",
+}
+_JUDGES = {
+    "generalization": "by judges that no training saw (generalization)",
+    "optimization": "by the reward models used in training (optimization)",
+}
+
+
+def method_tables(report: Json) -> str:
+    """Return one table per judge and attribute, then cost."""
+    attributes, levels = report["recipe"]["attributes"], report["recipe"]["levels"]
+    parts = []
+    for judge, said in _JUDGES.items():
+        shown = {label(m): p[judge] for m, p in report["methods"].items() if p.get(judge)}
+        best = (report.get("ceiling") or {}).get(judge)
+        if shown and best:
+            shown[str(report["ceiling"].get("name", "ceiling"))] = best
+        for attribute in attributes if shown else ():
+            rows = [
+                [
+                    escape(name),
+                    *(_estimate(control[key].get(attribute)) for key in _COLUMNS.values()),
+                    _estimate(control["coverage"]),
+                ]
+                for name, control in shown.items()
+            ]
+            head = ["method", *_COLUMNS, "coverage"]
+            parts.append(f"<h3>{escape(attribute)}, {said}</h3>{_table(head, rows)}")
+    floors = (
+        f"To read the tables by, at {levels} levels: the error of a model that always answers at "
+        f"the median is {median_floor(levels):.3f}, that of the untouched model about "
+        f"{untouched_floor(levels):.3f}. Small print: 95 % intervals over prompts."
+    )
+    return "".join(parts) + f'<p class="muted">{floors}</p>{_cost(report)}'
+
+
+def _cost(report: Json) -> str:
+    attributes = report["recipe"]["attributes"]
+    judge = main_judge(report)
+    rows = []
+    for method, found in report["methods"].items():
+        control, cost = found.get(judge), found.get("cost") or {}
+        figures: list[Json | None] = [None] * (1 + 2 * len(attributes))
+        if control:
+            figures = [control["overall"]]
+            figures += [
+                control[key].get(a) for key in ("auto_mp", "never_moves") for a in attributes
+            ]
+        spent = [cost.get(key) for key in ("seconds", "tokens", "steps")]
+        rows.append(
+            [
+                escape(label(method)),
+                *map(_estimate, figures),
+                *("–" if value is None else count(round(value)) for value in spent),
+            ]
+        )
+    head = ["method", "overall control"]
+    head += [f"{escape(a)}, rest on auto (MP)" for a in attributes]
+    head += [f"{escape(a)} never moves" for a in attributes]
+    return f"<h3>Overall, auto, and cost</h3>{_table([*head, 'seconds', 'tokens', 'steps'], rows)}"
+
+
+def quality_tables(report: Json) -> str:
+    """Return what each method kept of the language; empty if it was not measured."""
+    found = {m: p["quality"] for m, p in report["methods"].items() if p.get("quality")}
+    if not found:
+        return ""
+    head = ["method", "degenerate", "log-likelihood per token", "perplexity, dials on auto"]
+    rows = [
+        [
+            escape(label(method)),
+            _estimate(q.get("degenerate"), "{:.1%}"),
+            _estimate(q.get("fluency_mean")),
+            _estimate(q.get("perplexity")),
+        ]
+        for method, q in found.items()
+    ]
+    return f"<h3>Quality kept</h3>{_table(head, rows)}{_lengths(report, found)}"
+
+
+def _lengths(report: Json, found: Json) -> str:
+    measured = {m: q["length"] for m, q in found.items() if q.get("length")}
+    if not measured:
+        return ""
+    attributes, levels = report["recipe"]["attributes"], report["recipe"]["levels"]
+    head = [
+        "tokens per completion",
+        *(str(k) if k else f"{escape(a)} 0" for a in attributes for k in range(levels)),
+    ]
+    rows = [
+        [escape(label(m)), *(f"{number(e)[0]:.0f}" for a in attributes for e in by[a])]
+        for m, by in measured.items()
+    ]
+    return _table(head, rows)
+
+
+def check_tables(report: Json) -> str:
+    """Return intersections, counts of the distilling step and minutes per stage."""
+    parts = []
+    if report.get("intersections") is not None:
+        rows = [[escape(k), count(v)] for k, v in report["intersections"].items()]
+        parts.append(f"<p>{CAPTIONS['intersections']}</p>{_table(['set', 'shared prompts'], rows)}")
+    if report.get("moec"):
+        moec = report["moec"]
+        rows = [["completions in the pool", count(moec.get("n_pool"))]]
+        rows += [[f"dropped: {escape(k)}", count(v)] for k, v in moec.get("dropped", {}).items()]
+        rows.append(["kept as examples", count(moec.get("n_kept"))])
+        parts.append("<p>What the distilling step kept.</p>" + _table(["", "count"], rows))
+    if report.get("stages"):
+        rows = [[escape(k), f"{v:.1f}"] for k, v in report["stages"].items() if v is not None]
+        parts.append("<p>How long each stage took.</p>" + _table(["stage", "minutes"], rows))
+    return "<h2>Checks and counts</h2>" + "".join(parts) if parts else ""
