@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,9 @@ class Calibration:
             raise _damaged(f"{type(error).__name__}: {error}") from error
         if mode not in ("pooled", "within_prompt"):
             raise _damaged(f"The mode {mode!r} is unknown.")
-        if not all(values and list(values) == sorted(values) for values in scores.values()):
-            raise _damaged("Its scores are missing or not ascending.")
+        for values in scores.values():
+            if not values or not all(map(math.isfinite, values)) or [*values] != sorted(values):
+                raise _damaged("Its scores are missing, not finite or not ascending.")
         return cls(scores, pool, mode)
 
 
