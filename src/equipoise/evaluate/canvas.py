@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ def label(method: str) -> str:
     if method.startswith("rerank") and method[6:].isdigit():
         return f"reranking, N = {method[6:]}"
     return names.get(method, method)
+
+
+def ceiling_name(report: Mapping[str, Any]) -> str:
+    """Return what the ceiling of this report is called: attainable, or only the best of the pool."""
+    return str((report.get("ceiling") or {}).get("name", "ceiling"))
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:

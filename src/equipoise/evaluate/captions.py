@@ -4,8 +4,8 @@ CAPTIONS = {
     "control": (
         "Further right is better: how closely the delivered score follows the dial over all "
         "settings of one prompt. Filled marks are judges that no training saw, hollow ones the "
-        "training reward models; bars are 95 % intervals; the dashed line is the best that any "
-        "policy could do here."
+        "training reward models; bars are 95 % intervals; the dashed line is the ceiling (see the "
+        "glossary)."
     ),
     "response": (
         "A good dial climbs along the dashed line from bottom left to top right; a flat line is a "
@@ -56,8 +56,17 @@ CAPTIONS = {
         "prompts are the first ones by name, not the best ones."
     ),
     "intersections": (
-        "How many of the prompts above occur in anything that training or a judge saw. All must "
-        "be 0, or no report is written."
+        "How many of the evaluated prompts occur in anything that training or a judge saw. All "
+        "must be 0, or no report is written; of a model from elsewhere the rows are not known."
+    ),
+    "judging": (
+        "How often each reward model and judge is right on held-out rows, beside two baselines "
+        "that know no language model. A judge that barely beats them can not show fine control."
+    ),
+    "scale": (
+        "The pool that every score is a rank in. A high share between prompts means that the "
+        "score tells prompts apart more than completions; a large tie at the top makes the "
+        "highest levels unreachable."
     ),
 }
 
@@ -84,7 +93,7 @@ GLOSSARY = {
         "Root mean squared distance of the score from what was asked for. It rewards a dead dial "
         "that stays in the middle, so read it beside control and range."
     ),
-    "leakage": "Correlation between the *other* dial's level and this score. 0 = independent.",
+    "leakage": "Correlation between the other dial's level and this score. 0 = independent.",
     "range": "Mean score at the top level minus mean score at the bottom level.",
     "coverage": (
         "Share of all cells whose mean delivery lies inside the cell, in every attribute at once."

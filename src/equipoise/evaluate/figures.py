@@ -20,6 +20,7 @@ from equipoise.evaluate.canvas import (
     FAINT,
     INK,
     MUTED,
+    ceiling_name,
     colours,
     heatmap,
     label,
@@ -93,7 +94,7 @@ def control(report: Json, judge: str) -> Figure:
             ax.text(
                 best["mp"][name]["value"],
                 len(methods) - 0.32,
-                "ceiling ",
+                f"{ceiling_name(report)} ",
                 ha="right",
                 va="top",
                 fontsize=8,
@@ -126,7 +127,7 @@ def response(report: Json, judge: str) -> Figure:
         best = ceiling(report, judge)
         if best:
             y = [number(e)[0] for e in best["response"][name]]
-            ax.plot(x, y, color=INK, linewidth=1, linestyle=":", label="ceiling")
+            ax.plot(x, y, color=INK, linewidth=1, linestyle=":", label=ceiling_name(report))
         for method, figures in found.items():
             y, low, high = np.array([number(e) for e in figures["response"][name]]).T
             ax.fill_between(x, low, high, color=colour[method], alpha=0.18, linewidth=0)
@@ -166,7 +167,7 @@ def coverage(report: Json, judge: str) -> Figure:
     found = dict(swept(report, judge))
     best = ceiling(report, judge)
     colour = colours(list(report["methods"]))
-    shown = {**found, **({"ceiling": best} if best else {})}
+    shown = {**found, **({ceiling_name(report): best} if best else {})}
     names, levels = report["recipe"]["attributes"][:2], report["recipe"]["levels"]
     columns = min(3, len(shown))
     figure, axes = panels(-(-len(shown) // columns), columns, width=3.5, height=3.6)

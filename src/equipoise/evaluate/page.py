@@ -15,9 +15,10 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from equipoise.evaluate.canvas import label, number, written
+from equipoise.evaluate.canvas import ceiling_name, label, number, written
 from equipoise.evaluate.captions import CAPTIONS, GLOSSARY
-from equipoise.evaluate.tables import check_tables, count, method_tables, quality_tables, words
+from equipoise.evaluate.checks import check_tables
+from equipoise.evaluate.tables import count, method_tables, quality_tables, words
 
 Json = Mapping[str, Any]
 
@@ -79,7 +80,8 @@ def _headline(report: Json, judge: str) -> str:
     method = "tuned" if "tuned" in measured else measured[-1]
     control = report["methods"][method][judge]
     best = (report.get("ceiling") or {}).get(judge)
-    cards = "".join(_card(name, control, best) for name in report["recipe"]["attributes"])
+    attributes, named = report["recipe"]["attributes"], ceiling_name(report)
+    cards = "".join(_card(name, control, best, named) for name in attributes)
     counts = " · ".join(
         f"{escape(str(key))}: {escape(count(value))}"
         for key, value in (report.get("n") or {}).items()
@@ -97,11 +99,13 @@ def _headline(report: Json, judge: str) -> str:
     )
 
 
-def _card(name: str, control: Json, best: Json | None) -> str:
+def _card(name: str, control: Json, best: Json | None, named: str) -> str:
     value, lower, upper = number(control["mp"][name])
     low, high = (number(control["response"][name][end])[0] for end in (0, -1))
     limit = number(best["mp"][name])[0] if best else 0.0
-    share = f"{value / limit:.0%} of the ceiling, which is {limit:.2f}; " if limit > 0 else ""
+    share = f"{escape(named)}: {written(limit)}; " if best else ""
+    if limit > 0 and value > 0:
+        share = f"{value / limit:.0%} of the {escape(named)}, {written(limit)}; "
     return (
         f'<div class="card"><span class="muted">{escape(name)} dial: control</span>'
         f'<b class="big">{written(value)}</b><small>{share}95 % interval {written(lower)} to '

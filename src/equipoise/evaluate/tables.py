@@ -1,4 +1,4 @@
-"""The tables of the page: methods by metric, cost, quality, checks. All text is escaped here."""
+"""The tables of the page: methods by metric, cost, quality. All text is escaped here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from equipoise.evaluate.canvas import label, number, written
-from equipoise.evaluate.captions import CAPTIONS
+from equipoise.evaluate.canvas import ceiling_name, label, number, written
 from equipoise.evaluate.metrics import median_floor, untouched_floor
 
 Json = Mapping[str, Any]
@@ -20,7 +19,8 @@ def main_judge(report: Json) -> str:
     return "generalization" if any(p.get("generalization") for p in parts) else "optimization"
 
 
-def _estimate(found: Json | None, form: str = "{:.2f}") -> str:
+def estimate(found: Json | None, form: str = "{:.2f}") -> str:
+    """Return the cell of an estimate: the value, and its interval in small print."""
     value, low, high = number(dict(found) if found else None)
     if math.isnan(value):
         return "–"
@@ -40,7 +40,8 @@ def count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; head and rows are HTML already."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
@@ -69,18 +70,18 @@ def method_tables(report: Json) -> str:
         shown = {label(m): p[judge] for m, p in report["methods"].items() if p.get(judge)}
         best = (report.get("ceiling") or {}).get(judge)
         if shown and best:
-            shown[str(report["ceiling"].get("name", "ceiling"))] = best
+            shown[ceiling_name(report)] = best
         for attribute in attributes if shown else ():
             rows = [
                 [
                     escape(name),
-                    *(_estimate(control[key].get(attribute)) for key in _COLUMNS.values()),
-                    _estimate(control["coverage"]),
+                    *(estimate(control[key].get(attribute)) for key in _COLUMNS.values()),
+                    estimate(control["coverage"]),
                 ]
                 for name, control in shown.items()
             ]
             head = ["method", *_COLUMNS, "coverage"]
-            parts.append(f"<h3>{escape(attribute)}, {said}</h3>{_table(head, rows)}")
+            parts.append(f"<h3>{escape(attribute)}, {said}</h3>{table(head, rows)}")
     floors = (
         f"To read the tables by, at {levels} levels: the error of a model that always answers at "
         f"the median is {median_floor(levels):.3f}, that of the untouched model about "
@@ -105,14 +106,14 @@ def _cost(report: Json) -> str:
         rows.append(
             [
                 escape(label(method)),
-                *map(_estimate, figures),
+                *map(estimate, figures),
                 *("–" if value is None else count(round(value)) for value in spent),
             ]
         )
     head = ["method", "overall control"]
     head += [f"{escape(a)}, rest on auto (MP)" for a in attributes]
     head += [f"{escape(a)} never moves" for a in attributes]
-    return f"<h3>Overall, auto, and cost</h3>{_table([*head, 'seconds', 'tokens', 'steps'], rows)}"
+    return f"<h3>Overall, auto, and cost</h3>{table([*head, 'seconds', 'tokens', 'steps'], rows)}"
 
 
 def quality_tables(report: Json) -> str:
@@ -124,13 +125,13 @@ def quality_tables(report: Json) -> str:
     rows = [
         [
             escape(label(method)),
-            _estimate(q.get("degenerate"), "{:.1%}"),
-            _estimate(q.get("fluency_mean")),
-            _estimate(q.get("perplexity")),
+            estimate(q.get("degenerate"), "{:.1%}"),
+            estimate(q.get("fluency_mean")),
+            estimate(q.get("perplexity")),
         ]
         for method, q in found.items()
     ]
-    return f"<h3>Quality kept</h3>{_table(head, rows)}{_lengths(report, found)}"
+    return f"<h3>Quality kept</h3>{table(head, rows)}{_lengths(report, found)}"
 
 
 def _lengths(report: Json, found: Json) -> str:
@@ -146,22 +147,4 @@ def _lengths(report: Json, found: Json) -> str:
         [escape(label(m)), *(f"{number(e)[0]:.0f}" for a in attributes for e in by[a])]
         for m, by in measured.items()
     ]
-    return _table(head, rows)
-
-
-def check_tables(report: Json) -> str:
-    """Return intersections, counts of the distilling step and minutes per stage."""
-    parts = []
-    if report.get("intersections") is not None:
-        rows = [[escape(k), count(v)] for k, v in report["intersections"].items()]
-        parts.append(f"<p>{CAPTIONS['intersections']}</p>{_table(['set', 'shared prompts'], rows)}")
-    if report.get("moec"):
-        moec = report["moec"]
-        rows = [["completions in the pool", count(moec.get("n_pool"))]]
-        rows += [[f"dropped: {escape(k)}", count(v)] for k, v in moec.get("dropped", {}).items()]
-        rows.append(["kept as examples", count(moec.get("n_kept"))])
-        parts.append("<p>What the distilling step kept.</p>" + _table(["", "count"], rows))
-    if report.get("stages"):
-        rows = [[escape(k), f"{v:.1f}"] for k, v in report["stages"].items() if v is not None]
-        parts.append("<p>How long each stage took.</p>" + _table(["stage", "minutes"], rows))
-    return "<h2>Checks and counts</h2>" + "".join(parts) if parts else ""
+    return table(head, rows)
