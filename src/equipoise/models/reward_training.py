@@ -141,6 +141,7 @@ def fit_head(
         cv=4,
         fit_intercept=config.kind == "labels",
         max_iter=300,
+        l1_ratios=(0.0,),
         use_legacy_attributes=False,
         scoring="neg_log_loss",
     ).fit(inputs, labels, sample_weight=weights)
