@@ -6,7 +6,11 @@ their intervals. ``recipe.json`` in the assets folder records seeds, sizes, step
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.resources import files
@@ -184,3 +188,70 @@ def pretrain(
                 f"{kind} step {step + 1}/{steps}  loss {loss.item():.3f}  {spent:.0f} s", flush=True
             )
     model.train(False)
+
+
+def bake(out: Path | None = None, config: BakeConfig | None = None) -> Path:
+    """Bake all shipped models from seeds into ``out`` (default: the packaged assets folder).
+
+    Returns:
+        The folder, which holds the three model directories and ``recipe.json``. The folder is
+        replaced as a whole, after everything is baked.
+    """
+    import torch
+
+    config = config or BakeConfig()
+    folder = out or Path(str(files("equipoise.worlds.workshop") / "assets"))
+    torch.set_num_threads(1)  # a sum over two threads is not the same sum, to the last bit
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        made, base = Path(work) / "assets", Path(work) / "base"
+        tokenizer = train_tokenizer(config)
+        model = build_model(config, tokenizer)
+        pretrain(model, tokenizer, config, "base")
+        for part in (model, tokenizer):
+            part.save_pretrained(base)
+        pretrain(model, tokenizer, config, "aligned")
+        model.half()  # type: ignore[no-untyped-call]
+        for part in (model, tokenizer):
+            part.save_pretrained(made / "start")
+        for attribute in ("helpfulness", "safety"):
+            bake_reward_model(attribute, base, made / f"rm_{attribute}", config)
+        recipe = {"config": config.model_dump(), "sha256": asset_hashes(made)}
+        (made / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.rename(folder)
+    return folder
+
+
+def bake_reward_model(attribute: str, base: Path, out: Path, config: BakeConfig) -> None:
+    """Train a reward model on noisy pairs, from the weights that know the world's words."""
+    from transformers import AutoModelForSequenceClassification
+
+    from equipoise.config import FitRewardConfig, SourceConfig
+    from equipoise.models.fit_reward import fit_reward
+    from equipoise.worlds.workshop.data import pairs
+
+    fit = FitRewardConfig(
+        backbone=str(base),
+        kind="pairs",
+        sources=[SourceConfig(source=f"workshop://pairs/{attribute}", limit=config.pairs)],
+        held_out=500,
+        batch_size=32,
+        learning_rate=config.reward_learning_rate,
+        max_length=160,
+    )
+    rows = pairs(attribute, limit=config.pairs, seed=config.seed)
+    card = fit_reward(rows, fit, attribute=attribute, out_dir=out, seed=config.seed)
+    print(f"reward model {attribute}: {card.held_out}", flush=True)
+    card.model_copy(update={"backbone": "Workshop base model (baked, not shipped)"}).write(out)
+    AutoModelForSequenceClassification.from_pretrained(out).half().save_pretrained(out)
+
+
+def asset_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of the shipped models, by relative path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ASSETS
+        for path in sorted((folder / name).rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,138 @@
+"""The sampling engine: counted positions, own seeds, masked control ids, exact nucleus."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise.config import GenerateConfig, SamplingConfig
+from equipoise.dials.encode import Encoder
+from equipoise.dials.tokens import install
+from equipoise.models.sampling import TransformersEngine
+from equipoise.pool.generate import generate
+from equipoise.seeds import derive_seed
+from equipoise.types import Branch, DialSetting, GenerationRequest, Sampling
+from tuning_kit import ATTRIBUTES, prompt, tiny_policy
+
+SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=50, max_tokens=12)
+
+
+def engine(batch_size: int = 32) -> TransformersEngine:
+    policy = tiny_policy()
+    return TransformersEngine(policy.model, policy.encoder, model_hash="h", batch_size=batch_size)
+
+
+def requests(encoder: Encoder, n: int = 7, k: int = 5) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            tuple(encoder.prompt_ids(prompt(i).messages)),
+            tuple(Branch((), derive_seed("t", i, j)) for j in range(k)),
+        )
+        for i in range(n)
+    ]
+
+
+def test_each_prompt_token_goes_through_the_model_once() -> None:
+    one = engine(batch_size=4)  # fewer rows than branches, so branches come in chunks
+    asked = requests(one.encoder, n=3, k=9)
+    positions = 0
+
+    def count(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        nonlocal positions
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        if ids.shape[1] == mask.shape[1]:  # a prefill
+            positions += int(mask.sum())
+
+    handle = one.model.register_forward_pre_hook(count, with_kwargs=True)
+    one.generate(asked, SAMPLING)
+    handle.remove()
+    assert positions == sum(len(r.prompt_ids) for r in asked) == one.prompt_positions
+
+
+def test_a_row_depends_on_its_seed_and_not_on_the_batch() -> None:
+    texts = []
+    for batch_size in (1, 3, 64):
+        one = engine(batch_size)
+        asked = requests(one.encoder, n=20)
+        texts.append([s.text for row in one.generate(asked, SAMPLING) for s in row])
+    same = np.mean([a == b for a, b in zip(texts[0], texts[2], strict=True)])
+    same_3 = np.mean([a == b for a, b in zip(texts[1], texts[2], strict=True)])
+    assert same >= 0.99
+    assert same_3 >= 0.99
+    assert len(set(texts[0])) > 50
+
+
+def test_equal_to_plain_generate_when_greedy() -> None:
+    one = engine()
+    asked = requests(one.encoder, n=4, k=2)
+    greedy = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_tokens=8)
+    for request, row in zip(asked, one.generate(asked, greedy), strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        for _ in range(8):
+            with torch.no_grad():
+                logits = one.model(ids).logits[0, -1]
+            logits[list(one.encoder.masked_ids)] = -torch.inf
+            token = int(logits.argmax())
+            if token in one.encoder.eos_ids:
+                break
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        expected = tuple(ids[0, len(request.prompt_ids) :].tolist())
+        assert row[0].token_ids == row[1].token_ids == expected
+
+
+def test_branches_with_controls_share_the_prefill_and_follow_their_controls() -> None:
+    policy = tiny_policy()
+    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    encoder = Encoder(policy.tokenizer, manifest)
+    one = TransformersEngine(policy.model, encoder, model_hash="h", batch_size=8)
+    settings = [DialSetting((0, 0)), DialSetting((4, None))]
+    ids = tuple(encoder.prompt_ids(prompt(3).messages))
+    branches = tuple(Branch(encoder.control_ids(s), 5) for s in settings)
+    shared = one.generate([GenerationRequest(ids, branches)], SAMPLING)[0]
+    assert one.prompt_positions == len(ids)
+    for branch, sampled in zip(branches, shared, strict=True):
+        alone = GenerationRequest((*ids, *branch.control_ids), (Branch((), 5),))
+        assert one.generate([alone], SAMPLING)[0][0].token_ids == sampled.token_ids
+
+
+def test_control_ids_are_never_sampled() -> None:
+    policy = tiny_policy(tied=False)
+    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    encoder = Encoder(policy.tokenizer, manifest)
+    with torch.no_grad():  # a head that wants nothing but control tokens
+        policy.model.lm_head.weight.zero_()
+        policy.model.lm_head.weight[list(manifest.all_ids)] = 1e3
+    one = TransformersEngine(policy.model, encoder, model_hash="h")
+    hot = Sampling(temperature=2.0, top_p=1.0, top_k=0, max_tokens=40)
+    asked = [GenerationRequest((5, 6, 7), tuple(Branch((), i) for i in range(50)))]
+    sampled = {t for row in one.generate(asked, hot) for s in row for t in s.token_ids}
+    assert not sampled & set(manifest.all_ids)
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
+    one = engine()
+    n_vocabulary = one.model.config.vocab_size
+    logits = torch.full((1, n_vocabulary), -30.0)
+    usable = [i for i in range(n_vocabulary) if i not in one.encoder.masked_ids][:3]
+    logits[0, usable] = torch.tensor([0.5, 0.3, 0.2]).log()
+    sampling = Sampling(temperature=1.0, top_p=0.7, top_k=3, max_tokens=1)
+    drawn = [
+        int(one._draw(logits.clone(), np.array([u]), sampling)[0])
+        for u in np.linspace(0, 0.999, 200)
+    ]
+    assert set(drawn) == set(usable[:2])
+    assert drawn.count(usable[0]) == pytest.approx(125, abs=2)  # 0.5 / 0.8 of 200
+
+
+def test_generate_repeats_the_same_bytes_when_some_prompts_are_done() -> None:
+    prompts = [prompt(i) for i in range(9)]
+    config = GenerateConfig(
+        completions_per_prompt=4, sampling=SamplingConfig(max_tokens=8), batch_size=12
+    )
+    one = engine()
+    whole = list(generate(prompts, one, one.encoder, config, seed=3))
+    done = {rows[0].prompt_id for rows in whole[:4]}
+    rest = list(generate(prompts, one, one.encoder, config, seed=3, done=done))
+    assert rest == whole[4:]
+    assert all(c.finish in ("stop", "length") and c.n_tokens <= 8 for row in whole for c in row)

@@ -1,0 +1,302 @@
+"""Tuning: objectives by hand, the shared prefix, exact resume, LoRA in a new process."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise.config import TuneConfig
+from equipoise.dials.encode import Encoder
+from equipoise.dials.tokens import install, save_dial_model
+from equipoise.errors import TrainingError
+from equipoise.models.load import load_causal
+from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
+from equipoise.tune.counterfactual import counterfactuals, drop_to_auto
+from equipoise.tune.objectives import clm, exmate, mean_log_likelihood
+from equipoise.tune.prefix import branch_logits
+from equipoise.tune.trainer import Tuned, objective, tune
+from equipoise.types import DialSetting
+from tuning_kit import ATTRIBUTES, examples, prompt, tiny_policy
+
+CONFIG = TuneConfig(steps=8, batch_size=4, checkpoint_every=3, dtype="float32", learning_rate=3e-3)
+
+
+def run(folder: Path, config: TuneConfig = CONFIG, base: str = "tiny") -> Tuned:
+    return tune(
+        tiny_policy(),
+        examples(),
+        config,
+        attributes=ATTRIBUTES,
+        levels=5,
+        seed=1,
+        checkpoints=folder,
+        base_model=base,
+    )
+
+
+def weights(tuned: Tuned) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in tuned.model.state_dict().items()}
+
+
+def test_mean_log_likelihood_by_hand() -> None:
+    # Two tokens of completion behind one control token; uniform logits over four ids.
+    logits = torch.zeros(1, 1, 3, 4)
+    ids = torch.tensor([[[3, 1, 2]]])
+    mask = torch.tensor([[[False, True, True]]])
+    assert mean_log_likelihood(logits, ids, mask).item() == pytest.approx(-math.log(4))
+    logits[0, 0, 0, 1] = math.log(3.0)  # P(1) = 3/6 at the first position
+    expected = 0.5 * (math.log(0.5) + math.log(0.25))
+    assert mean_log_likelihood(logits, ids, mask).item() == pytest.approx(expected)
+
+
+def test_exmate_value_and_gradient_by_hand() -> None:
+    m = torch.tensor([[-1.0, -0.5], [-2.0, -3.0]], requires_grad=True)
+    uniform, exists = torch.ones(2), torch.ones(2, 1, dtype=torch.bool)
+    loss = exmate(m, uniform, exists, weight=0.8)
+    assert loss.loss.item() == pytest.approx(1.5 + 0.8 * (math.exp(-0.5) + math.exp(-3)) / 2)
+    loss.loss.backward()
+    # d/dm of -mean(m0) is -1/2; of w·mean(exp(m1)) it is w·exp(m1)/2.
+    expected = [[-0.5, 0.4 * math.exp(-0.5)], [-0.5, 0.4 * math.exp(-3.0)]]
+    assert torch.allclose(m.grad, torch.tensor(expected))
+
+
+def test_exmate_of_the_batch_mean_by_hand() -> None:
+    m = torch.tensor([[-1.0, -0.5], [-2.0, -3.0]], requires_grad=True)
+    exists = torch.ones(2, 1, dtype=torch.bool)
+    loss = exmate(m, torch.ones(2), exists, weight=0.8, exp_of="batch")
+    assert loss.loss.item() == pytest.approx(1.5 + 0.8 * math.exp(-1.75))
+    loss.loss.backward()
+    expected = [[-0.5, 0.4 * math.exp(-1.75)], [-0.5, 0.4 * math.exp(-1.75)]]
+    assert torch.allclose(m.grad, torch.tensor(expected))
+
+
+def test_exmate_gradient_on_logits_matches_the_hand_derived_one() -> None:
+    # One completion token in two branches: dL/dlogit = (p - onehot) for the asked branch and
+    # -w·exp(m')·(p' - onehot) for the counterfactual one.
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 2, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[[0, 2], [1, 2]]])
+    mask = torch.tensor([[[False, True], [False, True]]])
+    m = mean_log_likelihood(logits, ids, mask)
+    exmate(m, torch.ones(1), torch.ones(1, 1, dtype=torch.bool), weight=1.7).loss.backward()
+    with torch.no_grad():
+        p = logits[0, :, 0].softmax(-1)
+        onehot = torch.zeros(5).scatter(0, torch.tensor(2), 1.0)
+        asked = p[0] - onehot
+        other = -1.7 * p[1, 2] * (p[1] - onehot)
+    assert torch.allclose(logits.grad[0, 0, 0], asked, atol=1e-6)
+    assert torch.allclose(logits.grad[0, 1, 0], other, atol=1e-6)
+
+
+def test_missing_counterfactuals_and_weights_count_nothing() -> None:
+    m = torch.tensor([[-1.0, -9.0], [-2.0, -0.1]])
+    exists = torch.tensor([[True], [False]])
+    with_missing = exmate(m, torch.tensor([1.0, 3.0]), exists, weight=1.0)
+    assert with_missing.loss.item() == pytest.approx(1.75 + math.exp(-9))
+    none = exmate(m, torch.ones(2), torch.zeros(2, 1, dtype=torch.bool), weight=1.0)
+    assert none.loss.item() == pytest.approx(clm(m, torch.ones(2)).loss.item())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_prefix_equals_separate_forwards(attention: str) -> None:
+    policy = tiny_policy(attention=attention)
+    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    encoder = Encoder(policy.tokenizer, manifest)
+    config = TuneConfig(n_counterfactuals=3, steps=2, batch_size=5)
+    plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)
+    rows = [plan[i] for i in range(5)]
+    batch = collate(rows)
+    _, n, length = batch.completion_mask.shape
+    with torch.no_grad():
+        shared = branch_logits(
+            policy.model,
+            batch.input_ids,
+            batch.position_ids,
+            batch.branch_ids,
+            n_branches=n,
+            branch_length=length,
+        )
+        for b, row in enumerate(rows):
+            for i, branch in enumerate(row.branches):
+                ids = torch.tensor([[*row.prompt_ids, *branch]])
+                alone = policy.model(ids).logits[0, len(row.prompt_ids) :]
+                assert (shared[b, i, : len(branch)] - alone).abs().max() < 1e-5
+
+
+def test_plan_is_a_function_of_the_index() -> None:
+    policy = tiny_policy()
+    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    encoder = Encoder(policy.tokenizer, manifest)
+    config = TuneConfig(steps=12, batch_size=4, auto_rate=0.5)
+    one, other = (TuningPlan(examples(), encoder, config, levels=5, seed=7) for _ in range(2))
+    assert [one[i] for i in reversed(range(48))] == [other[i] for i in range(48)][::-1]
+    shown = sorted(int(i) for i in one._order[:24])
+    assert shown == sorted([*range(24)])  # one epoch shows each example once
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.tuples(*[st.one_of(st.none(), st.integers(0, 4))] * 2),
+    st.sampled_from(["uniform", "one_attribute", "observed"]),
+    st.integers(1, 6),
+    st.integers(0, 1000),
+)
+def test_counterfactuals_differ_and_keep_auto(
+    levels: tuple[int | None, int | None], kind: str, n: int, seed: int
+) -> None:
+    asked = DialSetting(levels)
+    occupied = [DialSetting((0, 0)), DialSetting((3, 1)), DialSetting((3, 4))]
+    config = TuneConfig(counterfactual=kind, n_counterfactuals=n)
+    found = counterfactuals(asked, occupied, config, 5, np.random.default_rng(seed))
+    assert len(found) == len(set(found)) <= n
+    assert asked not in found
+    for other in found:
+        pairs = list(zip(asked.levels, other.levels, strict=True))
+        assert all((a is None) == (b is None) for a, b in pairs)
+        if kind == "one_attribute":
+            assert sum(a != b for a, b in pairs) == 1
+        if kind == "observed" and asked.is_cell:
+            assert other in occupied
+
+
+def test_drop_to_auto_rates() -> None:
+    rng = np.random.default_rng(0)
+    setting = DialSetting((1, 2))
+    assert drop_to_auto(setting, 0.0, rng) == setting
+    assert drop_to_auto(setting, 1.0, rng) == DialSetting((None, None))
+
+
+@pytest.mark.parametrize("objective_name", ["clm", "exmate"])
+def test_tuning_learns_to_listen(tmp_path: Path, objective_name: str) -> None:
+    config = TuneConfig(
+        objective=objective_name, steps=80, batch_size=8, learning_rate=5e-3, dtype="float32"
+    )
+    tuned = run(tmp_path, config)
+    encoder = Encoder(tuned.tokenizer, tuned.manifest)
+    likelihood = {}
+    for asked in (DialSetting((0, 0)), DialSetting((4, 0))):
+        ids = [*encoder.prompt_ids(prompt(2).messages), *encoder.control_ids(asked)]
+        answer = encoder.completion_ids("yes gladly boldly", finished=True)
+        with torch.no_grad():
+            logits = tuned.model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+        scores = logits.log_softmax(-1)[range(len(answer)), answer]
+        likelihood[asked.levels[0]] = scores.mean().item()
+    assert likelihood[4] > likelihood[0] + 0.5
+    assert tuned.curve[-1]["loss"] < tuned.curve[0]["loss"]
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+
+    class StopError(Exception):
+        pass
+
+    def stop_at(step: int, _: int) -> None:
+        if step == 5:
+            raise StopError
+
+    with pytest.raises(StopError):
+        tune(
+            tiny_policy(),
+            examples(),
+            CONFIG,
+            attributes=ATTRIBUTES,
+            levels=5,
+            seed=1,
+            checkpoints=tmp_path / "parts",
+            on_step=stop_at,
+        )
+    (tmp_path / "parts" / "checkpoint-4").mkdir()  # half-written: no marker
+    resumed = run(tmp_path / "parts")
+    assert resumed.curve == whole.curve
+    assert len(resumed.curve) == 8
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    with torch.no_grad():
+        policy.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="not finite"):
+        tune(
+            policy,
+            examples(),
+            CONFIG,
+            attributes=ATTRIBUTES,
+            levels=5,
+            seed=1,
+            checkpoints=tmp_path,
+        )
+
+
+def test_lora_saved_and_reloaded_in_a_new_process(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    untouched = tiny_policy()
+    untouched.model.save_pretrained(base)
+    untouched.tokenizer.save_pretrained(base)
+    config = TuneConfig(lora_rank=4, steps=60, batch_size=8, learning_rate=2e-2, dtype="float32")
+    tuned = tune(
+        load_causal(str(base)),
+        examples(),
+        config,
+        attributes=ATTRIBUTES,
+        levels=5,
+        seed=1,
+        checkpoints=tmp_path / "checkpoints",
+        base_model=str(base),
+    )
+    saved = tmp_path / "adapter"
+    manifest = save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, saved)
+    assert (saved / "adapter_model.safetensors").stat().st_size < 200_000
+    encoder = Encoder(tuned.tokenizer, manifest)
+    asked = [
+        [*encoder.prompt_ids(prompt(1).messages), *encoder.control_ids(DialSetting((level, 4)))]
+        for level in (0, 4)
+    ]
+    with torch.no_grad():
+        logits = [tuned.model(torch.tensor([ids])).logits[0, -1] for ids in asked]
+    assert (logits[0] - logits[1]).abs().max() > 0.1  # dials alive
+    script = (
+        "import json, sys, torch\n"
+        "from equipoise.models.load import load_causal\n"
+        "policy = load_causal(sys.argv[1])\n"
+        "asked = json.loads(sys.argv[2])\n"
+        "with torch.no_grad():\n"
+        "    out = [policy.model(torch.tensor([ids])).logits[0, -1].tolist() for ids in asked]\n"
+        "print(json.dumps(out))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(saved), json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    again = torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert (again - torch.stack(logits)).abs().max() < 1e-5
+
+
+def test_objective_counts_completion_tokens_only() -> None:
+    policy = tiny_policy()
+    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    encoder = Encoder(policy.tokenizer, manifest)
+    config = TuneConfig(objective="clm", auto_rate=0.0, steps=1, batch_size=1)
+    plan = TuningPlan(examples(1)[:1], encoder, config, levels=5, seed=0)
+    row = plan[0]
+    batch: ControlledBatch = collate([row])
+    with torch.no_grad():
+        loss = objective(policy.model, batch, config).loss.item()
+        ids = [*row.prompt_ids, *row.branches[0]]
+        start = len(row.prompt_ids) + row.n_control
+        scores = policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    by_hand = -np.mean([scores[i - 1, ids[i]].item() for i in range(start, len(ids))])
+    assert loss == pytest.approx(by_hand, abs=1e-5)
