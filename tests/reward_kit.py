@@ -50,7 +50,7 @@ def llama_config(*, pad_token_id: int | None = 0) -> LlamaConfig:
         vocab_size=len(MARKERS) + 256,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -96,7 +96,7 @@ def bert_dir(directory: Path) -> Path:
             vocab_size=len(vocab),
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=64,
         )

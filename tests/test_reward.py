@@ -214,6 +214,7 @@ def test_fitted_model_finds_what_is_better(
     asked = [(prompt("mend the lamp"), "ask slow"), (prompt("mend the lamp"), "ask fast")]
     good, bad = model.score(asked)
     assert good > bad
+    assert model.model.config.num_hidden_layers == (2 if head_only else 3)
     # An ordinary directory: the library's own class reads it, head included.
     _, found = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "rm", output_loading_info=True

@@ -21,6 +21,8 @@ from equipoise.pool.shapes import (
 from equipoise.types import LabelledAnswer, Message, PreferencePair
 
 _WORKSHOP = "workshop://"
+_WORKSHOP_PAIRS = 12_000
+"""That world never ends, so a source without limit needs one."""
 _ANSWERS = ("response", "completion", "answer", "output")
 _SCORES = ("score", "is_safe", "safe", "label")
 _WORDS = {"safe": 1.0, "unsafe": 0.0}
@@ -45,7 +47,8 @@ def load_pairs(
             from equipoise.worlds import workshop
 
             attribute = source.source.removeprefix(_WORKSHOP).removeprefix("pairs/")
-            pairs += workshop.pairs(attribute, limit=source.limit, seed=seed)
+            limit = source.limit or _WORKSHOP_PAIRS
+            pairs += workshop.pairs(attribute, limit=limit, seed=seed)
             continue
         rows = numbered(read_rows(source, data=data), source)
         found = [(_read_pair(row, where, source.source)) for where, row in rows]
