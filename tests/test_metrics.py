@@ -78,6 +78,12 @@ def test_two_by_two_grid_by_hand() -> None:
     assert report.coverage.value == 1.0
 
 
+def test_extremes_and_neighbours_by_hand() -> None:
+    one = grid(np.array([[[[0.2], [0.1], [0.9]]]]), 3)
+    assert bt_per_prompt(one, "helpfulness", neighbours=False).tolist() == [1.0]
+    assert bt_per_prompt(one, "helpfulness", neighbours=True).tolist() == [0.5]
+
+
 def test_coverage_needs_both_attributes() -> None:
     unit = perfect().unit.copy()
     unit[..., 1] = 0.5  # a dial that is dead in safety hits its middle level only

@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from equipoise.evaluate.canvas import colours, heatmap, label, markers, written
+from equipoise.evaluate.figures_data import losses
 from equipoise.evaluate.measure import measure
 from equipoise.evaluate.report import control_json, render, shared_runs
 from equipoise.evaluate.sampler import MAX_BYTES, sampler
@@ -165,6 +166,14 @@ def test_a_bare_report_leaves_out_what_is_missing(tmp_path: Path) -> None:
         "posterior",
     }
     assert "the training judges" in html
+
+
+def test_a_run_without_counterfactual_has_one_line_and_no_empty_panel() -> None:
+    nothing = [None, None]
+    run = {"step": [1, 2], "loss": [2.0, 1.0], "asked": [-2.0, -1.0]}
+    report = {"losses": {"clm": {**run, "counterfactual": nothing, "pull": nothing}}}
+    axes = losses(report, "generalization").axes
+    assert [len(ax.lines) for ax in axes] == [2, 2]  # single steps and the smooth line
 
 
 def test_sampler_holds_every_cell_and_stays_small(made: tuple[Path, Path, dict]) -> None:

@@ -50,7 +50,7 @@ def label(method: str) -> str:
 
 
 def ceiling_name(report: Mapping[str, Any]) -> str:
-    """Return what the ceiling of this report is called: attainable, or only the best of the pool."""
+    """Return what the ceiling of this report is called: attainable, or best of the pool."""
     return str((report.get("ceiling") or {}).get("name", "ceiling"))
 
 

@@ -75,12 +75,14 @@ _CURVES = {
 def losses(report: Json, judge: str) -> Figure:
     """Draw the loss and both log-likelihoods of every tuning run against the step."""
     runs = report["losses"]
-    shown = [found for key, found in _CURVES.items() if any(key in run for run in runs.values())]
+    shown = [
+        found for key, found in _CURVES.items() if any(_has(run, key) for run in runs.values())
+    ]
     figure, axes = panels(1, len(shown), width=max(3.5, 8.6 / len(shown)), height=3.2)
     for ax, (title, series) in zip(axes[0], shown, strict=True):
         tones = iter(_LINES * len(runs))
         for name, run in runs.items():
-            for key in [key for key in series if key in run]:
+            for key in [key for key in series if _has(run, key)]:
                 tone = next(tones)
                 y = np.array([np.nan if v is None else v for v in run[key]], float)
                 said = [
@@ -95,6 +97,11 @@ def losses(report: Json, judge: str) -> Figure:
         if len(runs) > 1 or len(series) > 1:
             ax.legend(fontsize=8)
     return figure
+
+
+def _has(run: Json, key: str) -> bool:
+    # CLM has no counterfactual: a series of nothing but null is no series.
+    return any(value is not None for value in run.get(key, ()))
 
 
 def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:
