@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -81,14 +82,11 @@ def _job(run: RunDir, progress: Progress | None, *, text: bool, fresh: bool) -> 
 
 
 def _quieten() -> None:
-    """Silence the progress bars and hints of libraries; warnings and errors stay."""
-    import os
+    """Silence the progress bars and hints of libraries; warnings and errors stay.
 
+    By environment, as importing them here would make "nothing to do" take seconds.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

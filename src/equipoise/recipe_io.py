@@ -100,7 +100,7 @@ def build_recipe(
     raise ConfigError(
         f"{len(texts)} error{'s' if len(texts) > 1 else ''} in recipe {file}",
         why="\n".join(["the values below cannot be used", *(f"    {text}" for text in texts)]),
-        fix="correct these lines (or flags); docs/recipes.md explains every field",
+        fix="correct these lines (or flags); `equipoise recipes workshop` prints a complete recipe",
     )
 
 

@@ -115,8 +115,8 @@ def remove_orphans(root: Path) -> list[Path]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return plain data as stable, readable JSON."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    """Return plain data as readable JSON, keys in the order given."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

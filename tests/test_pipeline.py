@@ -1,0 +1,127 @@
+"""All stages on models of two layers: files, report, reuse, and a report without text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equipoise.evaluate.report import shared_runs
+from equipoise.pipeline import run_all
+from equipoise.progress import Progress
+from equipoise.recipe_io import load_recipe
+from equipoise.stages.inputs import read_prompts
+from equipoise.store.fingerprint import STAGES
+from equipoise.store.rundir import RunDir, stored_recipe
+from equipoise.types import Delivery
+from pipeline_kit import prompt_texts, save_assets, tiny_recipe, write_recipe
+
+PAIRS = 40
+
+
+def pairs_file(file: Path) -> Path:
+    rows = [
+        {
+            "prompt": f"{text} case {index}",
+            "chosen": "mend the kettle . clean the piano .",
+            "rejected": "paint the wheel .",
+        }
+        for index, text in enumerate(prompt_texts(20) * (PAIRS // 20))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return file
+
+
+def recipe_of(root: Path) -> dict[str, Any]:
+    assets = save_assets(root / "assets")
+    plain = tiny_recipe(assets)
+    plain["fit_reward"] = {
+        "helpfulness": {
+            "backbone": str(assets / "policy"),
+            "kind": "pairs",
+            "sources": [{"source": str(pairs_file(root / "pairs.jsonl"))}],
+            "held_out": 8,
+            "max_length": 64,
+        }
+    }
+    plain["reward_models"]["helpfulness"] = {"model": "fitted://helpfulness"}
+    plain["evaluate"]["responders"] = ["start", "prompting", "rerank2", "rerank4", "tuned"]
+    plain["evaluate"]["auto_sweep"] = True
+    return plain
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pipeline")
+    recipe = load_recipe(str(write_recipe(root / "tiny.yaml", recipe_of(root))))
+    with RunDir.open(root / "run", recipe) as run:
+        page = run_all(run, progress=Progress(quiet=True))
+    assert page == root / "run/report/report.html"
+    return root / "run"
+
+
+def test_every_stage_is_complete_and_listed_with_hashes(finished: Path) -> None:
+    for stage in STAGES:
+        record = json.loads((finished / stage / "stage.json").read_text())
+        assert record["outputs"], stage
+        assert record["minutes"] >= 0
+        assert not (finished / stage / "work").exists()
+
+
+def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
+    report = json.loads((finished / "report/report.json").read_text())
+    assert list(report["methods"]) == ["start", "prompting", "rerank2", "rerank4", "tuned"]
+    for name, parts in report["methods"].items():
+        for judge in ("optimization", "generalization"):
+            assert set(parts[judge]["mp"]) == {"helpfulness", "safety"}, name
+            assert set(parts[judge]["auto_mp"]) == {"helpfulness", "safety"}, name
+        assert parts["cost"]["tokens"] > 0, name
+        assert parts["quality"]["degenerate"]["n"] == 4, name
+        assert len(parts["quality"]["fluency"]) == 9, name
+    cost = {name: parts["cost"]["tokens"] for name, parts in report["methods"].items()}
+    assert cost["start"] < cost["rerank2"] < cost["rerank4"]
+    assert report["methods"]["tuned"]["cost"]["steps"] == 6
+    assert report["intersections"]["train prompts"] == 0
+    assert report["intersections"]["reward model helpfulness rows"] == 0
+    assert report["reward_models"]["reward helpfulness"]["held_out"]["metric"] == "accuracy"
+    assert set(report["stages"]) == {*STAGES} - {"report"}
+    assert report["ceiling"]["generalization"]["mp"]["helpfulness"]["value"] > 0
+    assert len(report["losses"]["tuned"]["loss"]) == 6
+    assert "tuned − rerank4" in report["differences"]
+
+
+def test_deliveries_cover_the_grid_once(finished: Path) -> None:
+    with RunDir.open(finished, stored_recipe(finished)) as run:
+        shards = run.done("evaluate").read_rows(Delivery, prefix="deliveries/tuned/")
+        rows = [row for shard in shards for row in shard]
+    assert len({(row.prompt_id, row.setting) for row in rows}) == len(rows) == 4 * (9 + 6)
+
+
+def test_the_same_command_again_has_nothing_to_do(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    with RunDir.open(finished, stored_recipe(finished)) as run:
+        run_all(run)
+    assert capsys.readouterr().err.count("nothing to do") == len(STAGES)
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert {p: t for p, t in after.items() if p.name != ".lock"} == {
+        p: t for p, t in before.items() if p.name != ".lock"
+    }
+
+
+def test_a_report_without_text_holds_no_run_of_eight_words(finished: Path) -> None:
+    with RunDir.open(finished, stored_recipe(finished)) as run:
+        run_all(run, progress=Progress(quiet=True), text=False)
+        shards = run.done("evaluate").read_rows(Delivery, prefix="deliveries/")
+        texts = {row.text for shard in shards for row in shard}
+        texts |= {message.content for prompt in read_prompts(run) for message in prompt.messages}
+    outputs = [
+        path.read_text("utf-8")
+        for path in (finished / "report").rglob("*")
+        if path.suffix in (".html", ".json", ".svg")
+    ]
+    assert any(len(text.split()) >= 8 for text in texts)
+    assert shared_runs(outputs, texts) == set()
