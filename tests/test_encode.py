@@ -15,29 +15,21 @@ from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import control_tokens, install
 from equipoise.errors import DataError, EncodingError, EquipoiseError, ModelError
 from equipoise.types import DialSetting, Message
-from tokenizer_kit import FAMILIES, MARKERS, SMOLLM2, conversation, hostile, ordinary, word_level
+from tokenizer_kit import FAMILIES, MARKERS, cached, conversation, hostile, ordinary, word_level
 
 ALL = [*FAMILIES, "smollm2"]
-HOSTILE_CONVERSATIONS = 1600  # per family: more than 3,000 strings each
+HOSTILE_CONVERSATIONS = 1600  # per family, of more than 5,000 strings
 ATTRIBUTES = ["helpfulness", "safety"]
-
-
-def _smollm2() -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if not (SMOLLM2 / "tokenizer.json").is_file():
-        pytest.skip("SmolLM2 is not in the cache: run `equipoise fetch smollm2`")
-    return AutoTokenizer.from_pretrained(SMOLLM2)
 
 
 @cache
 def own(family: str) -> PreTrainedTokenizerBase:
-    return _smollm2() if family == "smollm2" else FAMILIES[family]()
+    return cached(family) if family == "smollm2" else FAMILIES[family]()
 
 
 @cache
 def dialled(family: str) -> Encoder:
-    tokenizer = _smollm2() if family == "smollm2" else FAMILIES[family]()
+    tokenizer = cached(family) if family == "smollm2" else FAMILIES[family]()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,
@@ -99,7 +91,7 @@ def test_hostile_text_writes_no_marker(family: str) -> None:
         assert not marks(encoder.completion_ids(text, finished=False), family), text
         form = marks(encoder.pair_ids("the", "the"), family)
         assert marks(encoder.pair_ids(turns[0]["content"], text), family) == form, text
-    assert strings >= 3000
+    assert strings >= 5000
     # The same strings do fool the plain tokenizer, so they are worth refusing.
     assert leaks_of_own > HOSTILE_CONVERSATIONS / 2
 
@@ -229,6 +221,21 @@ def test_pairs_are_two_segments() -> None:
     pair = tokenizer("the ferry", "how do I")
     assert encoder.pair_ids("the ferry", "how do I") == pair["input_ids"]
     assert encoder.pair_type_ids("the ferry", "how do I") == pair["token_type_ids"]
+
+
+def test_pairs_of_a_real_two_segment_model() -> None:
+    tokenizer = cached("minilm")
+    encoder = Encoder(tokenizer)
+    rng = random.Random("minilm")
+    marker_ids = set(tokenizer.all_special_ids)
+    for _ in range(200):
+        first, second = ordinary(rng), ordinary(rng)
+        pair = tokenizer(first, second)
+        assert encoder.pair_ids(first, second) == pair["input_ids"]
+        assert encoder.pair_type_ids(first, second) == pair["token_type_ids"]
+        ids = encoder.pair_ids(hostile(rng, MARKERS["wordpiece"]), second)
+        unknown = tokenizer.unk_token_id
+        assert len([i for i in ids if i in marker_ids and i != unknown]) == 3
 
 
 def test_pairs_without_a_two_segment_form_are_ended_by_the_end_token() -> None:

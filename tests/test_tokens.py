@@ -116,6 +116,26 @@ def test_rows_lie_on_an_ordinal_ramp(tied: bool) -> None:
     assert torch.allclose(auto, rows["safety"][2], atol=1e-5)
 
 
+def test_numbered_tokens_of_the_model_are_no_dials() -> None:
+    tokenizer = byte_bpe()
+    reserved = [AddedToken(f"<|reserved_special_token_{i}|>", special=True) for i in range(3)]
+    tokenizer.add_tokens(reserved, special_tokens=True)
+    model = tiny(len(tokenizer), tied=True)
+    manifest = install(model, tokenizer, attributes=ATTRIBUTES, levels=5)
+    verify(model, tokenizer, manifest)
+    with pytest.raises(ModelError, match="already installed"):
+        install(model, tokenizer, attributes=["reserved_special_token"], levels=3)
+
+
+def test_a_model_with_fewer_rows_than_its_tokenizer_gets_mean_rows() -> None:
+    tokenizer = byte_bpe()
+    model = tiny(len(tokenizer) - 3, tied=True)
+    manifest = install(model, tokenizer, attributes=ATTRIBUTES, levels=5)
+    weight = model.get_input_embeddings().weight.detach()
+    known = min(manifest.all_ids)
+    assert torch.allclose(weight[known - 3 : known], weight[: known - 3].mean(0), atol=1e-6)
+
+
 def test_an_untied_head_starts_without_preference() -> None:
     model, _, manifest = dialled(tied=False)
     head = model.get_output_embeddings().weight.detach()

@@ -8,8 +8,8 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+import pytest
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -20,7 +20,9 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from equipoise.models.load import cache_root
 
 CORPUS = [
     "The ferry leaves at noon. How do I tune the frostbell?",
@@ -49,6 +51,7 @@ _UNFLAGGED = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% if enable_thinking %}{{ '<think>\\n' }}{% endif %}"
 )
 _GEMMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + "
@@ -193,13 +196,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "line_breaks": line_breaks,
     "word_level": word_level,
 }
-SMOLLM2 = Path("~/.cache/equipoise/smollm2").expanduser()
+
+
+def cached(name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a fetched model; the test is skipped where it was not fetched."""
+    directory = cache_root() / name
+    if not (directory / "tokenizer.json").is_file():
+        pytest.skip(f"{name} is not in the cache: run `equipoise fetch smollm2`")
+    return AutoTokenizer.from_pretrained(directory)
+
+
 # Written out by hand, so that the tests do not ask the encoder what it forbids.
 MARKERS: dict[str, list[str]] = {
     "byte_bpe": ["<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"],
     "unigram": ["<s>", "</s>", "<unk>"],
     "wordpiece": ["[PAD]", "[CLS]", "[SEP]", "[MASK]"],
-    "unflagged": ["<begin>", "<end>", "<|system|>", "<|user|>", "<|assistant|>"],
+    "unflagged": ["<begin>", "<end>", "<|system|>", "<|user|>", "<|assistant|>", "<think>"],
     "line_breaks": ["<bos>", "<eos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
     "word_level": ["<pad>", "<user>", "<assistant>", "<end>"],
     "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>"],

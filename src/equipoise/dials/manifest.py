@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST_NAME = "dials.json"
-CONTROL_TOKEN = re.compile(r"<\|([a-z][a-z0-9_]*)_(auto|\d+)\|>")
+_CONTROL_TOKEN = re.compile(r"<\|([a-z][a-z0-9_]*)_(auto|\d+)\|>")
 _HASH_PROBE = "Two dials: 3 x 4 = 12!\n  naïve ﬁgures, 漢字 and 🙂\t'end'"
 
 
@@ -102,6 +102,16 @@ def control_tokens(attributes: Sequence[str], levels: int) -> list[str]:
     """Return the texts of all control tokens: per attribute its levels, then auto."""
     names = [*map(str, range(levels)), "auto"]
     return [f"<|{attribute}_{name}|>" for attribute in attributes for name in names]
+
+
+def installed_tokens(vocabulary: Collection[str]) -> set[str]:
+    """Return the control tokens in a vocabulary: of every attribute that has an auto token.
+
+    Numbered tokens alone are none: Llama 3 holds ``<|reserved_special_token_0|>`` and so on.
+    """
+    found = {text: m for text in vocabulary if (m := _CONTROL_TOKEN.fullmatch(text))}
+    attributes = {m[1] for m in found.values() if m[2] == "auto"}
+    return {text for text, m in found.items() if m[1] in attributes}
 
 
 def write_manifest(manifest: DialManifest, directory: Path) -> None:

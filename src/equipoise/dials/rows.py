@@ -64,7 +64,8 @@ def add_rows(model: PreTrainedModel, table: Sequence[Sequence[int]]) -> None:
     old = row_count(model)
     if old <= max(ids):
         # New rows are overwritten below; the global generator must not notice them.
-        with torch.random.fork_rng(devices=[]):
+        devices = [embedding(model).device] if embedding(model).is_cuda else []
+        with torch.random.fork_rng(devices):
             model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     weight = embedding(model)  # (V, width)
     present = weight[:known].to("cpu", torch.float64)

@@ -130,7 +130,7 @@ def _render(
         rendered = tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generation_prompt
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise DataError(
             "the chat template refuses this sequence of turns: "
             + ", ".join(role for role, _ in turns),

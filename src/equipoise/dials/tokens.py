@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.dials.manifest import CONTROL_TOKEN, control_tokens, tokenizer_hash, write_manifest
 from equipoise.dials.manifest import DialManifest as DialManifest
+from equipoise.dials.manifest import (
+    control_tokens,
+    installed_tokens,
+    tokenizer_hash,
+    write_manifest,
+)
 from equipoise.dials.manifest import read_manifest as read_manifest
 from equipoise.dials.verify import verify as verify
 from equipoise.errors import ConfigError, ModelError
@@ -55,8 +60,9 @@ def install(
 
     _check_names(attributes, levels)
     texts = control_tokens(attributes, levels)
-    present = [text for text in tokenizer.get_vocab() if CONTROL_TOKEN.fullmatch(text)]
-    if present and set(present) != set(texts):
+    before = tokenizer.get_vocab()
+    present = installed_tokens(before) | (before.keys() & set(texts))
+    if present and present != set(texts):
         raise ModelError(
             "other dials are already installed on this tokenizer",
             why=f"it holds {len(present)} control tokens, e.g. {min(present)}, where "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from equipoise.dials.manifest import CONTROL_TOKEN, DialManifest, tokenizer_hash
+from equipoise.dials.manifest import DialManifest, installed_tokens, tokenizer_hash
 from equipoise.errors import ModelError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _verify_tokenizer(tokenizer: PreTrainedTokenizerBase, manifest: DialManifest
                 f"{text} has id {vocabulary[text]} in the tokenizer, {token_id} in dials.json",
                 _COPY_TOKENIZER,
             )
-    extra = {text for text in vocabulary if CONTROL_TOKEN.fullmatch(text)} - manifest.tokens.keys()
+    extra = installed_tokens(vocabulary) - manifest.tokens.keys()
     if extra:
         raise _refuse(
             f"the tokenizer holds the control token {min(extra)}, which dials.json does not name",
