@@ -17,12 +17,7 @@ hashes of its inputs, model hashes, package version) decides between reuse, resu
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
-import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +26,7 @@ from typing import Any
 from equipoise.config import Recipe
 from equipoise.errors import RunError
 from equipoise.store.fingerprint import SPECS, STAGES, diff, first_affected
+from equipoise.store.lock import locked
 from equipoise.store.publish import (
     TEMPORARY,
     is_full,
@@ -40,7 +36,8 @@ from equipoise.store.publish import (
     read_json_or_none,
     remove_orphans,
 )
-from equipoise.store.stagedir import RunFile, Stage
+from equipoise.store.stagedir import Stage
+from equipoise.store.stagefiles import StageFiles
 
 BROKEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 """Errors of a disk or its rights, as opposed to mistakes in this program."""
@@ -86,7 +83,7 @@ class RunDir:
                 why=f"it holds other files ({', '.join(sorted(foreign)[:3])}) and no recipe.json",
                 fix="name a new or empty directory with --dir",
             )
-        with _locked(path), run.writing():
+        with locked(path), run.writing():
             remove_orphans(path)
             run._accept_recipe(fresh=fresh, only_from=only_from)
             yield run
@@ -149,13 +146,13 @@ class RunDir:
         stage.prepare()
         return stage
 
-    def done(self, name: str) -> Stage:
+    def done(self, name: str) -> StageFiles:
         """Return a complete stage, to read from.
 
         Raises:
             RunError: The stage is not complete.
         """
-        stage = Stage(self.path / name, fingerprint=None, run=self)
+        stage = StageFiles(self.path / name)
         if not stage.complete:
             raise RunError(
                 f"stage {name} of {self.path} is not complete",
@@ -166,7 +163,7 @@ class RunDir:
 
     def is_done(self, name: str) -> bool:
         """True if the stage is complete."""
-        return Stage(self.path / name, fingerprint=None, run=self).complete
+        return StageFiles(self.path / name).complete
 
     def drop_from(self, name: str) -> None:
         """Delete a stage and all that come after it."""
@@ -223,36 +220,6 @@ def stored_recipe(path: Path) -> Recipe:
             why=str(error).splitlines()[0],
             fix="name a run directory, or a recipe: `equipoise recipes` lists the shipped ones",
         ) from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # The lock belongs to the open descriptor: it dies with the process, so none is ever stale.
-    descriptor = os.open(path / RunFile.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another process is at work in {path}",
-                why=_holder(descriptor),
-                fix="wait for it to end, stop it, or name another directory with --dir",
-            ) from error
-        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        data = json.dumps(note).encode().ljust(256)
-        os.pwrite(descriptor, data, 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _holder(descriptor: int) -> str:
-    try:
-        note = json.loads(os.pread(descriptor, 256, 0))
-        return f"pid {note['pid']} on {note['host']} holds it since {note['started']}"
-    except (ValueError, KeyError, OSError):
-        return "it is locked by a process that has just started"
 
 
 def _existing(path: Path) -> Path:

@@ -1,40 +1,25 @@
-"""One stage's folder of a run directory: shards in, hashes out, ``stage.json`` last."""
+"""Writing one stage's folder of a run directory: shards in, hashes out, ``stage.json`` last."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from equipoise.errors import RunError
 from equipoise.store.fingerprint import diff
 from equipoise.store.publish import (
     json_bytes,
     publish_bytes,
     publish_directory,
     read_json_or_none,
-    sha256_bytes,
-    sha256_file,
 )
-from equipoise.store.shards import rows_from_parquet, rows_to_parquet
+from equipoise.store.shards import rows_to_parquet
+from equipoise.store.stagefiles import RunFile, StageFiles
 
 Row = TypeVar("Row")
-Parsed = TypeVar("Parsed")
-
-
-class RunFile(StrEnum):
-    """Names of the store's own files."""
-
-    LOCK = ".lock"
-    STARTED = "started.json"
-    PUBLISHED = "published.json"
-    STAGE = "stage.json"
-    WORK = "work"
 
 
 class Run(Protocol):
@@ -47,44 +32,19 @@ class Run(Protocol):
         ...
 
 
-class Stage:
-    """A stage's folder. Make one with :meth:`equipoise.store.rundir.RunDir.begin`.
+class Stage(StageFiles):
+    """A stage at work. Make one with :meth:`equipoise.store.rundir.RunDir.begin`.
 
     Args:
         path: The folder.
-        fingerprint: What the stage depends on; ``None`` if the stage is only read.
+        fingerprint: What the stage depends on.
         run: The run directory it lies in.
     """
 
-    def __init__(self, path: Path, *, fingerprint: dict[str, Any] | None, run: Run) -> None:
-        self.path, self.name, self.fingerprint, self._run = path, path.name, fingerprint, run
-        self._published: dict[str, dict[str, Any]] = {}
+    def __init__(self, path: Path, *, fingerprint: dict[str, Any], run: Run) -> None:
+        super().__init__(path)
+        self.fingerprint, self._run = fingerprint, run
         self._since = time.monotonic()
-
-    # -- state ---------------------------------------------------------------------------------
-
-    @property
-    def complete(self) -> bool:
-        """True if the stage has ended and all its files are there."""
-        record = self._record()
-        return record is not None and all((self.path / name).exists() for name in record["outputs"])
-
-    @property
-    def outputs(self) -> dict[str, str]:
-        """Relative file name to SHA-256 of every output of a complete stage."""
-        record = self._record()
-        return dict(record["outputs"]) if record else {}
-
-    @property
-    def outputs_hash(self) -> str:
-        """One hash over all outputs; it is part of the fingerprints of later stages."""
-        return sha256_bytes(json_bytes(self.outputs))
-
-    @property
-    def minutes(self) -> float:
-        """Minutes that the complete stage took, earlier attempts' published shards included."""
-        record = self._record()
-        return float(record["minutes"]) if record else 0.0
 
     @property
     def work(self) -> Path:
@@ -122,8 +82,6 @@ class Stage:
         listed = self._listed()
         files = [file for file in listed if file == name or file.startswith(f"{name}/")]
         return bool(files) and all(file in self._published for file in files)
-
-    # -- writing -------------------------------------------------------------------------------
 
     def publish_rows(
         self, name: str, rows: Sequence[Row], row_type: type[Row], **facts: Any
@@ -183,92 +141,3 @@ class Stage:
         with self._run.writing():
             publish_bytes(self.path / RunFile.STAGE, json_bytes(record))
             shutil.rmtree(self.path / RunFile.WORK, ignore_errors=True)
-
-    # -- reading -------------------------------------------------------------------------------
-
-    @property
-    def shards(self) -> list[str]:
-        """Names of the published shards, sorted."""
-        return sorted(name for name in self._files() if name.endswith(".parquet"))
-
-    def shard_facts(self, name: str) -> dict[str, Any]:
-        """Return ``sha256``, ``seconds``, ``rows`` and what else was noted about a shard."""
-        return dict(self._files()[name])
-
-    def facts(self) -> dict[str, Any]:
-        """Return what :meth:`finish` kept."""
-        return self._record() or {}
-
-    def read_rows(self, row_type: type[Row], *, prefix: str = "") -> Iterator[list[Row]]:
-        """Yield the rows of each shard whose name starts with ``prefix``, in order.
-
-        Raises:
-            RunError: A shard is damaged.
-        """
-        for name in self.shards:
-            if name.startswith(prefix):
-                yield self.read_shard(name, row_type)
-
-    def read_shard(self, name: str, row_type: type[Row]) -> list[Row]:
-        """Return the rows of one shard, its hash checked.
-
-        Raises:
-            RunError: The shard is damaged.
-        """
-        digest = self._files()[name]["sha256"]
-        return self._parse(name, digest, lambda data: rows_from_parquet(data, row_type))
-
-    def read_json(self, name: str) -> Any:
-        """Return a published JSON file, its hash checked.
-
-        Raises:
-            RunError: The file is damaged.
-        """
-        return self._parse(name, self._files()[name]["sha256"], json.loads)
-
-    def read_bytes(self, name: str) -> bytes:
-        """Return a published file, its hash checked.
-
-        Raises:
-            RunError: The file is damaged.
-        """
-        return self._parse(name, self._files()[name]["sha256"], bytes)
-
-    def directory(self, name: str) -> Path:
-        """Return a published folder, all its hashes checked.
-
-        Raises:
-            RunError: A file of it is damaged.
-        """
-        for file, listed in self._files().items():
-            if file.startswith(f"{name}/") and sha256_file(self.path / file) != listed["sha256"]:
-                raise self._damaged(file, "its SHA-256 is not the recorded one")
-        return self.path / name
-
-    def _parse(self, name: str, digest: str, parse: Callable[[bytes], Parsed]) -> Parsed:
-        try:
-            data = (self.path / name).read_bytes()
-            if sha256_bytes(data) != digest:
-                raise ValueError("its SHA-256 is not the recorded one")
-            return parse(data)
-        except (ValueError, FileNotFoundError) as error:
-            raise self._damaged(name, str(error)) from error
-
-    def _damaged(self, name: str, why: str) -> RunError:
-        file = self.path / name
-        return RunError(
-            f"{file} is damaged",
-            why=why,
-            fix=f"delete that file and run again: only its content is made anew ({self.name} keeps "
-            "its other files)",
-        )
-
-    def _record(self) -> dict[str, Any] | None:
-        record: dict[str, Any] | None = read_json_or_none(self.path / RunFile.STAGE)
-        return record
-
-    def _files(self) -> dict[str, dict[str, Any]]:
-        return self._published or self._listed()
-
-    def _listed(self) -> dict[str, dict[str, Any]]:
-        return read_json_or_none(self.path / RunFile.PUBLISHED) or {}
