@@ -153,6 +153,21 @@ def test_missing_file_is_refused(tmp_path: Path, name: str) -> None:
         read_rows(SourceConfig(source=name), data=tmp_path)
 
 
+def test_datasets_name_is_loaded_with_its_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(name: str, *, split: str) -> datasets.Dataset:
+        if name != "owner/name":
+            raise FileNotFoundError(f"no {name}")
+        return datasets.Dataset.from_list([{"prompt": split, "label": None}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = SourceConfig(source="owner/name", split="validation")
+    assert read_rows(source, data=None) == [{"prompt": "validation", "label": None}]
+    with pytest.raises(DataError, match="No data set owner/other"):
+        read_rows(SourceConfig(source="owner/other"), data=None)
+
+
 def test_damaged_gzip_and_parquet_are_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "a.parquet"):
         (tmp_path / name).write_bytes(b"nonsense")

@@ -77,7 +77,8 @@ def _find_file(name: str, data: Path | None) -> Path | None:
     for place in places:
         if place.is_file():
             return place
-    if path.name.removesuffix(".gz").endswith(_SUFFIXES) or path.is_absolute():
+    is_folder = path.is_absolute() and path.is_dir()  # `datasets` reads folders
+    if path.name.removesuffix(".gz").endswith(_SUFFIXES) or path.is_absolute() != is_folder:
         looked = " and ".join(str(place.parent) for place in places)
         raise DataError(
             f"No data file {name}",
