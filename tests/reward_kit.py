@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     BertTokenizerFast,
     LlamaConfig,
@@ -78,8 +79,8 @@ def classifier_dir(directory: Path, *, num_labels: int = 1, pad_token_id: int | 
     return directory
 
 
-def bert_dir(directory: Path) -> Path:
-    """A bare two-segment encoder without chat template."""
+def bert_dir(directory: Path, *, head: bool = False) -> Path:
+    """A two-segment encoder without chat template, bare or with a random head."""
     torch.manual_seed(2)
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "human", "assistant", ":"]
     vocab = {token: i for i, token in enumerate(pieces)}
@@ -91,16 +92,18 @@ def bert_dir(directory: Path) -> Path:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     BertTokenizerFast(tokenizer_object=core, model_max_length=64).save_pretrained(directory)
-    BertModel(
-        BertConfig(
-            vocab_size=len(vocab),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        )
-    ).save_pretrained(directory)
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3 if head else 0.02,  # a small random head is deaf at 0.02
+        num_labels=2,
+    )
+    kind = BertForSequenceClassification if head else BertModel
+    kind(config).save_pretrained(directory)
     return directory
 
 

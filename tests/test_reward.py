@@ -64,10 +64,14 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_score_depends_on_neither_batch_nor_order(causal: Path, batch_size: int) -> None:
+@pytest.mark.parametrize("two_segments", [False, True])
+def test_score_depends_on_neither_batch_nor_order(
+    causal: Path, tmp_path: Path, batch_size: int, two_segments: bool
+) -> None:
+    place = bert_dir(tmp_path / "bert", head=True) if two_segments else causal
     asked = rows(20)
-    wanted = loaded(causal, batch_size=7).score(asked)
-    model = loaded(causal, batch_size=batch_size)
+    wanted = loaded(place, batch_size=7).score(asked)
+    model = loaded(place, batch_size=batch_size)
     order = list(range(20))
     random.Random(batch_size).shuffle(order)
     found = model.score([asked[i] for i in order])
