@@ -38,7 +38,7 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
     # Without a GPU the CPU build saves gigabytes of CUDA packages.
     torch_index=(--extra-index-url "$cpu_index")
   fi
-  pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
+  pip=("$python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
   "${pip[@]}" ${torch_index[@]+"${torch_index[@]}"} torch
   "${pip[@]}" --editable "$root[$extras]"
   echo "$wanted" >"$stamp"

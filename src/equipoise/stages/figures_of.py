@@ -14,6 +14,7 @@ from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt, ScoredComp
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
+    from equipoise.pool.calibrate import Calibration
     from equipoise.stages.measuring import Bench
 
 JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
@@ -166,23 +167,37 @@ def _perplexity(
 
 
 def _ceiling(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Best of pool by judge: per *training* prompt and cell the completion nearest both targets."""
-    import numpy as np
+    """Measure a policy that picks, per prompt and cell, the completion nearest both targets.
 
+    In the Workshop it picks among all that the grammar can write, for the evaluated prompts. On
+    real data nobody knows what could be written: "best of pool by judge" takes its place, over the
+    training prompts and their pool.
+    """
     from equipoise.evaluate.measure import measure_grid
     from equipoise.evaluate.metrics import ceiling_grid
 
     recipe = job.recipe
     calibration = bench.calibrations["generalization"]
+    oracles = {name: config.model for name, config in recipe.judges.items()}
+    known = oracles == {name: f"workshop://oracle/{name}" for name in ("helpfulness", "safety")}
+    if known and workshop_parser(recipe) and recipe.attributes == ["helpfulness", "safety"]:
+        from equipoise.worlds.workshop.stats import ceiling_candidates
+
+        name = "attainable ceiling"
+        candidates = ceiling_candidates(prompts, calibration, seed=recipe.seed)
+    else:
+        name, candidates = "best of pool by judge", _pool_candidates(job, stage, calibration)
+    grid = ceiling_grid(candidates, attributes=recipe.attributes, levels=recipe.levels)
+    measured = measure_grid(grid, draws=recipe.evaluate.bootstrap, seed=recipe.seed)
+    return {"name": name, "generalization": to_plain(measured)}
+
+
+def _pool_candidates(job: Job, stage: Stage, calibration: Calibration) -> list[Any]:
+    import numpy as np
+
     units: dict[str, list[list[float]]] = defaultdict(list)
     for rows in stage.read_rows(ScoredCompletion, prefix="pool/"):
         for row in rows:
-            scores = [calibration.unit(name, row.raw[name]) for name in recipe.attributes]
+            scores = [calibration.unit(name, row.raw[name]) for name in job.recipe.attributes]
             units[row.completion.prompt_id].append(scores)
-    grid = ceiling_grid(
-        [np.array(rows) for rows in units.values()],
-        attributes=recipe.attributes,
-        levels=recipe.levels,
-    )
-    measured = measure_grid(grid, draws=recipe.evaluate.bootstrap, seed=recipe.seed)
-    return {"name": "best of pool by judge", "generalization": to_plain(measured)}
+    return [np.array(rows) for rows in units.values()]

@@ -54,7 +54,18 @@ class Job:
         if stage.complete:
             self.progress.say(f"{name}: nothing to do")
             return None
+        if name not in ("prompts", "report"):
+            self.settle_threads()
         return stage
+
+    def settle_threads(self) -> None:
+        """Compute with the number of threads that this run has settled on."""
+        from equipoise.models.load import resolve_model
+        from equipoise.threads import settle_threads
+
+        place = Path(resolve_model(self.recipe.model))
+        with self.run.writing():
+            settle_threads(self.run.path, place if place.is_dir() else None)
 
 
 def read_prompts(run: RunDir) -> list[Prompt]:

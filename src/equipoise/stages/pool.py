@@ -129,7 +129,7 @@ def score(job: Job) -> None:
     stage = job.begin("score", reward_hashes(recipe.reward_models, job))
     if stage is None:
         return
-    from equipoise.moec import shorten
+    from equipoise.denoise import shorten
     from equipoise.pool.calibrate import calibrate
     from equipoise.pool.score import score as score_rows
 

@@ -2,6 +2,7 @@
 
     RUN/
     ├── recipe.json             the resolved recipe
+    ├── machine.json            number of threads that the run computes with
     ├── .lock                   flock of the process at work: pid, host, start time
     └── STAGE/
         ├── started.json        fingerprint, written first
