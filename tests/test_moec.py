@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from equipoise.backdoor import back_door
 from equipoise.config import DistilConfig
+from equipoise.denoise import shorten
 from equipoise.errors import DataError
-from equipoise.moec import distil, shorten
+from equipoise.moec import distil
 from equipoise.types import (
     Completion,
     ControlledExample,

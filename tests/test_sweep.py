@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from equipoise.denoise import is_degenerate
 from equipoise.dials.attributes import cells
-from equipoise.errors import DataError, RewardError
+from equipoise.errors import RewardError
 from equipoise.evaluate.likelihood import fluency, log_likelihood, perplexity
 from equipoise.evaluate.quality import (
     degenerate_share,
-    is_degenerate,
     length_per_level,
     per_setting,
 )
-from equipoise.evaluate.sweep import check_disjoint, sweep, sweep_settings
+from equipoise.evaluate.sweep import sweep, sweep_settings
+from equipoise.overlap import prompt_key
 from equipoise.steer.untouched import Untouched
 from equipoise.types import Delivery, DialSetting, Message, Prompt
 from eval_kit import (
@@ -100,24 +101,16 @@ def test_a_broken_judge_stops_the_sweep(scores: list[float]) -> None:
         run(PROMPTS, chunk=5, safety=Broken())
 
 
-def test_disjoint_sets_give_zeros() -> None:
-    sizes = check_disjoint(
-        PROMPTS, {"training prompts": [prompt("q")], "judge rows": iter([prompt("r")])}
-    )
-    assert sizes == {"training prompts": 0, "judge rows": 0}
-
-
 @pytest.mark.parametrize("text", ["question p3", "  Question\n\tP3 ", "ｑuestion p3"])
 def test_the_same_question_is_found_however_it_is_written(text: str) -> None:
-    seen = Prompt("other", (Message("system", "be brief"), Message("user", text)), "train")
-    with pytest.raises(DataError, match="1 in reward-model rows"):
-        check_disjoint(PROMPTS, {"training prompts": [], "reward-model rows": [seen]})
+    seen = (Message("system", "be brief"), Message("user", text))
+    assert prompt_key(seen) == prompt_key(prompt("p3").messages)
 
 
 def test_a_turn_is_not_a_prompt_and_roles_count() -> None:
-    longer = Prompt("o", (Message("user", "hi"), Message("user", "question p3")), "train")
-    spoken = Prompt("o", (Message("assistant", "question p3"),), "train")
-    assert check_disjoint(PROMPTS, {"t": [longer, spoken]}) == {"t": 0}
+    longer = (Message("user", "hi"), Message("user", "question p3"))
+    spoken = (Message("assistant", "question p3"),)
+    assert prompt_key(prompt("p3").messages) not in {prompt_key(longer), prompt_key(spoken)}
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,78 @@
-"""Two dials, safety and helpfulness, for an aligned language model."""
+"""Two dials, safety and helpfulness, for an aligned language model.
+
+The public names, resolved on first use (PEP 562): ``import equipoise`` imports neither torch nor
+transformers. The function that tunes is not among them, as ``equipoise.tune`` is the package it
+lives in: ``from equipoise.tune.trainer import tune``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Branch": "types",
+    "Calibration": "pool.calibrate",
+    "Completion": "types",
+    "ControlReport": "evaluate.measure",
+    "ControlledExample": "types",
+    "Delivery": "types",
+    "DialManifest": "dials.manifest",
+    "DialSetting": "types",
+    "Encoder": "dials.encode",
+    "Engine": "types",
+    "EquipoiseError": "errors",
+    "Estimate": "types",
+    "GenerationRequest": "types",
+    "LabelledAnswer": "types",
+    "LoadedPolicy": "models.load",
+    "Message": "types",
+    "PreferencePair": "types",
+    "Prompt": "types",
+    "Prompting": "steer.prompting",
+    "Recipe": "config",
+    "Reranking": "steer.reranking",
+    "Responder": "types",
+    "RewardModel": "types",
+    "RunDir": "store.rundir",
+    "Sampling": "types",
+    "ScoredCompletion": "types",
+    "TransformersEngine": "models.sampling",
+    "Tuned": "steer.tuned",
+    "Untouched": "steer.untouched",
+    "back_door": "backdoor",
+    "calibrate": "pool.calibrate",
+    "cells": "dials.attributes",
+    "distil": "moec",
+    "fit_reward": "models.fit_reward",
+    "generate": "pool.generate",
+    "install": "dials.tokens",
+    "level_for_value": "dials.attributes",
+    "load_causal": "models.load",
+    "load_prompts": "pool.prompts",
+    "load_recipe": "recipe_io",
+    "load_reward_model": "models.reward",
+    "measure": "evaluate.measure",
+    "run_all": "pipeline",
+    "save_dial_model": "dials.tokens",
+    "score": "pool.score",
+    "sweep": "evaluate.sweep",
+    "target": "dials.attributes",
+    "unit_scores": "pool.calibrate",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
+    value = getattr(import_module(f"equipoise.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

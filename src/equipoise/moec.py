@@ -7,7 +7,6 @@ paper's page that spells the letters out could not be read, so none of our pages
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from equipoise.config import DistilConfig
+from equipoise.denoise import is_degenerate, shorten
 from equipoise.dials.attributes import cell_of, target
 from equipoise.errors import DataError
-from equipoise.evaluate.quality import is_degenerate
-from equipoise.types import Completion, ControlledExample, DialSetting, Prompt, ScoredCompletion
+from equipoise.types import ControlledExample, DialSetting, Prompt, ScoredCompletion
 
 Parses = Callable[[Prompt, str], bool]
 
@@ -37,20 +36,6 @@ class MoecReport:
     """(L, L) completions per cell of the first two attributes, pool."""
     grid_after: tuple[tuple[int, ...], ...]
     """(L, L) examples per cell, distilled set."""
-
-
-def shorten(completion: Completion) -> str | None:
-    """Return the text to learn from, or None if there is none.
-
-    A completion cut by the token limit keeps its finished sentences and gets no end token; with no
-    finished sentence it is dropped.
-    """
-    if completion.finish == "stop":
-        return completion.text
-    ends = [match.end() for match in re.finditer(r"[.!?。！？](?=[\s\"')\]]|$)", completion.text)]
-    # A number at the head of a list item ("2.") ends no sentence.
-    ends = [end for end in ends if not re.search(r"(^|\n)\s*\d+\.$", completion.text[:end])]
-    return completion.text[: ends[-1]] if ends else None
 
 
 def distil(

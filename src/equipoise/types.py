@@ -172,6 +172,30 @@ class Sampled:
     text: str
     finish: Finish
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens sampled, the end token included."""
+        return len(self.token_ids) + (self.finish == "stop")
+
+    def as_completion(
+        self,
+        prompt_id: str,
+        sample_index: int,
+        *,
+        model_hash: str,
+        setting: DialSetting | None = None,
+    ) -> Completion:
+        """Return the record of this continuation as a completion of a prompt."""
+        return Completion(
+            prompt_id=prompt_id,
+            sample_index=sample_index,
+            text=self.text,
+            finish=self.finish,
+            n_tokens=self.n_tokens,
+            model_hash=model_hash,
+            setting=setting,
+        )
+
 
 class Engine(Protocol):
     """Samples continuations. Shipped: :class:`equipoise.models.sampling.TransformersEngine`."""

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
+from equipoise.denoise import is_degenerate
 from equipoise.evaluate.intervals import bootstrap, prompt_weights
 from equipoise.types import Delivery, DialSetting, Estimate, Prompt
-
-# Scripts written without blanks count one token per character, or a whole answer would be one.
-_UNSPACED = "\\u3040-\\u30ff\\u3400-\\u9fff\\uac00-\\ud7af\\u0e00-\\u0e7f"
-_TOKEN = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+|[^\\w\\s]")
-
-
-def is_degenerate(text: str, *, parses: Callable[[str], bool] | None = None) -> bool:
-    """Return whether a completion is no answer at all.
-
-    Degenerate is: under 3 tokens, more than half of its 4-grams repeated (seen before in the same
-    text), undecodable (it holds U+FFFD), or, where the world has a parser, unparseable. Tokens are
-    words and punctuation marks, so that the verdict does not depend on a model's tokenizer.
-    """
-    tokens = _TOKEN.findall(text.lower())
-    if len(tokens) < 3 or "\N{REPLACEMENT CHARACTER}" in text:
-        return True
-    grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
-    if grams and len(set(grams)) < len(grams) / 2:
-        return True
-    return parses is not None and not parses(text)
 
 
 def degenerate_share(

@@ -6,7 +6,7 @@ is :func:`control_json` of a :class:`~equipoise.evaluate.measure.ControlReport`:
 
     {"recipe": Recipe.model_dump(),             # name, description, seed, attributes, levels, …
      "n": {"test prompts": 40, …},              # counts, printed under the headline as they are
-     "intersections": {"training prompts": 0, …},          # sweep.check_disjoint
+     "intersections": {"training prompts": 0, …},          # stages/unseen.py
      "methods": {NAME: {
          "optimization": CONTROL or null,
          "generalization": CONTROL or null,

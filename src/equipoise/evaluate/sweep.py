@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from equipoise.denoise import shorten
 from equipoise.dials.attributes import cells
-from equipoise.errors import DataError
 from equipoise.models.judging import unit_scores_of
-from equipoise.overlap import prompt_key
 from equipoise.seeds import derive_seed
 from equipoise.types import (
+    Completion,
     Delivery,
     DialSetting,
     JudgeKind,
@@ -70,7 +70,7 @@ def sweep(
             for row in responder.respond(part, settings, seed=derive_seed(seed, "repeat", repeat))
             for completion in row
         ]
-        pairs = [(by_id[c.prompt_id], c.text) for _, c in completions]
+        pairs = [(by_id[c.prompt_id], _judged_text(c)) for _, c in completions]
         units = {
             kind: unit_scores_of(pairs, models, calibrations[kind])
             for kind, models in judges.items()
@@ -83,36 +83,15 @@ def sweep(
                 text=completion.text,
                 finish=completion.finish,
                 n_tokens=completion.n_tokens,
-                unit={kind: units[kind][completion.prompt_id, completion.text] for kind in judges},
+                unit={
+                    kind: units[kind][completion.prompt_id, _judged_text(completion)]
+                    for kind in judges
+                },
             )
             for repeat, completion in completions
         ]
 
 
-def check_disjoint(
-    test: Sequence[Prompt], others: Mapping[str, Iterable[Prompt]]
-) -> dict[str, int]:
-    """Return how many test prompts occur in each other set; all must be 0.
-
-    Args:
-        test: Prompts of the split that is evaluated.
-        others: Name of a set (training prompts, rows of each reward model and judge) to its
-            prompts.
-
-    Raises:
-        DataError: A set shares a prompt with the test prompts; no report is made then.
-    """
-    wanted = {prompt_key(prompt.messages) for prompt in test}
-    sizes = {
-        name: len(wanted & {prompt_key(prompt.messages) for prompt in prompts})
-        for name, prompts in others.items()
-    }
-    shared = {name: size for name, size in sizes.items() if size}
-    if shared:
-        listed = ", ".join(f"{size} in {name}" for name, size in shared.items())
-        raise DataError(
-            f"test prompts are not unseen: {listed}",
-            why="a dial measured on prompts that training or a judge saw proves nothing",
-            fix="give the test split its own source, or lower its limit",
-        )
-    return sizes
+def _judged_text(completion: Completion) -> str:
+    # The pool that gave the unit scores their meaning was cut to finished sentences too.
+    return shorten(completion) or completion.text

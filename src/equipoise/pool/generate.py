@@ -13,7 +13,6 @@ from equipoise.types import (
     Engine,
     GenerationRequest,
     Prompt,
-    Sampled,
     Sampling,
 )
 
@@ -63,18 +62,6 @@ def generate(
         for prompt, sampled in zip(batch, engine.generate(requests, sampling), strict=True):
             if prompt.id not in done:
                 yield [
-                    completion_of(prompt.id, index, one, engine.model_hash)
+                    one.as_completion(prompt.id, index, model_hash=engine.model_hash)
                     for index, one in enumerate(sampled)
                 ]
-
-
-def completion_of(prompt_id: str, index: int, sampled: Sampled, model_hash: str) -> Completion:
-    """Return the completion record of one sampled continuation."""
-    return Completion(
-        prompt_id=prompt_id,
-        sample_index=index,
-        text=sampled.text,
-        finish=sampled.finish,
-        n_tokens=len(sampled.token_ids) + (sampled.finish == "stop"),
-        model_hash=model_hash,
-    )

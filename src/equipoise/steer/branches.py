@@ -13,7 +13,6 @@ from equipoise.types import (
     Engine,
     GenerationRequest,
     Prompt,
-    Sampled,
     Sampling,
 )
 
@@ -21,31 +20,6 @@ from equipoise.types import (
 def setting_key(setting: DialSetting) -> str:
     """Return a stable text for seeds, e.g. ``3,auto``."""
     return ",".join("auto" if level is None else str(level) for level in setting.levels)
-
-
-def n_sampled(sampled: Sampled) -> int:
-    """Return how many tokens were sampled, the end token included."""
-    return len(sampled.token_ids) + (sampled.finish == "stop")
-
-
-def as_completion(
-    prompt: Prompt,
-    setting: DialSetting,
-    sampled: Sampled,
-    *,
-    sample_index: int,
-    model_hash: str,
-) -> Completion:
-    """Return the completion of ``prompt`` that was asked for under ``setting``."""
-    return Completion(
-        prompt_id=prompt.id,
-        sample_index=sample_index,
-        text=sampled.text,
-        finish=sampled.finish,
-        n_tokens=n_sampled(sampled),
-        model_hash=model_hash,
-        setting=setting,
-    )
 
 
 def sample_branches(
@@ -85,7 +59,7 @@ def sample_branches(
     sampled = engine.generate(requests, sampling)
     completions = [
         [
-            as_completion(prompt, setting, item, sample_index=c, model_hash=engine.model_hash)
+            item.as_completion(prompt.id, c, model_hash=engine.model_hash, setting=setting)
             for c, (setting, item) in enumerate(zip(settings, items, strict=True))
         ]
         for prompt, items in zip(prompts, sampled, strict=True)

@@ -13,7 +13,7 @@ from equipoise.dials.attributes import target
 from equipoise.dials.encode import Encoder
 from equipoise.errors import ConfigError, DataError
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import as_completion, setting_key
+from equipoise.steer.branches import setting_key
 from equipoise.types import (
     Branch,
     Completion,
@@ -130,12 +130,8 @@ class Prompting:
         sampled = iter(self._engine.generate(requests, self._sampling))
         completions = [
             [
-                as_completion(
-                    prompt,
-                    setting,
-                    next(sampled)[0],
-                    sample_index=c,
-                    model_hash=self._engine.model_hash,
+                next(sampled)[0].as_completion(
+                    prompt.id, c, model_hash=self._engine.model_hash, setting=setting
                 )
                 for c, setting in enumerate(settings)
             ]

@@ -16,7 +16,7 @@ from equipoise.dials.attributes import target
 from equipoise.dials.encode import Encoder
 from equipoise.models.judging import unit_scores_of
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import as_completion, n_sampled, setting_key
+from equipoise.steer.branches import setting_key
 from equipoise.types import (
     Branch,
     Completion,
@@ -143,11 +143,11 @@ class Reranking:
             self.tokens_through_model += len(self._candidates.encoder.prompt_ids(prompt.messages))
             kept = []
             for setting, (sampled, units) in zip(settings, row, strict=True):
-                self.tokens_through_model += sum(map(n_sampled, sampled[: self._n]))
+                self.tokens_through_model += sum(s.n_tokens for s in sampled[: self._n])
                 best = nearest(units[: self._n], setting, self._levels)
                 kept.append(
-                    as_completion(
-                        prompt, setting, sampled[best], sample_index=best, model_hash=model_hash
+                    sampled[best].as_completion(
+                        prompt.id, best, model_hash=model_hash, setting=setting
                     )
                 )
             completions.append(kept)

@@ -47,6 +47,7 @@ class BakeConfig(BaseModel):
     batch_size: int = 64
     learning_rate: float = 3e-3
     pairs: int = 12000
+    reward_epochs: float = 3.0
     reward_learning_rate: float = 1e-3
 
 
@@ -236,6 +237,7 @@ def bake_reward_model(attribute: str, base: Path, out: Path, config: BakeConfig)
         kind="pairs",
         sources=[SourceConfig(source=f"workshop://pairs/{attribute}", limit=config.pairs)],
         held_out=500,
+        epochs=config.reward_epochs,
         batch_size=32,
         learning_rate=config.reward_learning_rate,
         max_length=160,
