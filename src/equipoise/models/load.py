@@ -5,7 +5,6 @@ Weights are read from safetensors only and code that comes with a model is never
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from equipoise.errors import ModelError
+from equipoise.models.hashing import cannot_load, file_sha256, model_hash
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,19 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "probe"]
 
+__all__ = [
+    "LoadedPolicy",
+    "cache_root",
+    "file_sha256",
+    "load_causal",
+    "load_tokenizer",
+    "model_hash",
+    "probe_dtype",
+    "resolve_model",
+    "torch_dtype",
+]
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HASHED = ("*.safetensors", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
-_HASHED_TOO = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "dials.json")
 
 
 @dataclass(frozen=True)
@@ -111,53 +121,6 @@ def _resolve_scheme(name: str, scheme: str, rest: str, fitted_root: Path | None)
     return path
 
 
-@lru_cache(maxsize=512)
-def _file_hash(path: str, size: int, mtime_ns: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file; asked again for an unchanged file, it is not read again."""
-    stat = path.stat()
-    return _file_hash(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-
-
-def model_hash(directory_or_hub_id: str) -> str:
-    """SHA-256 over the sorted (file name, SHA-256) of config, weights and tokenizer files.
-
-    Args:
-        directory_or_hub_id: A model directory, or the id of a hub model that is in the local cache.
-
-    Returns:
-        64 hex digits; the same files give the same hash wherever they lie.
-
-    Raises:
-        ModelError: There are no such files.
-    """
-    directory = Path(directory_or_hub_id)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            directory = Path(snapshot_download(directory_or_hub_id, local_files_only=True))
-        except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
-            raise _cannot_load(directory_or_hub_id, error) from error
-    patterns = (*_HASHED, *_HASHED_TOO)
-    files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
-    if not files:
-        raise ModelError(
-            f"{directory_or_hub_id} is no model directory",
-            why="It holds neither config.json nor safetensors.",
-            fix="Give the folder that `save_pretrained` wrote.",
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
 @lru_cache(maxsize=1)
 def probe_dtype() -> torch.dtype:
     """The faster number type for matrix products on this machine, measured once per process.
@@ -199,7 +162,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(name, error) from error
+        raise cannot_load(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -261,13 +224,4 @@ def _read_causal(place: str, dtype: torch.dtype) -> Any:
             return AutoPeftModelForCausalLM.from_pretrained(place, dtype=dtype)
         return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(place, error) from error
-
-
-def _cannot_load(name: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return ModelError(
-        f"Cannot load {name}",
-        why=reason[0],
-        fix="Check the name, the network if it is a hub id, and that the weights are safetensors.",
-    )
+        raise cannot_load(place, error) from error

@@ -10,17 +10,15 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ModelError, RewardError
 from equipoise.models.load import load_tokenizer, model_hash, resolve_model
 from equipoise.models.reward_card import Pooling, read_card
+from equipoise.models.reward_head import answer_mean, head_of
 from equipoise.models.reward_input import InputEncoder, RewardInput, collate, length_batches
 from equipoise.types import Prompt, RewardModel
-
-if TYPE_CHECKING:
-    import torch
 
 _ORACLE = "workshop://oracle/"
 
@@ -219,37 +217,3 @@ def longest_input(model: Any, tokenizer: Any, wanted: int) -> int:
 def has_segments(model: Any) -> bool:
     """Whether the model tells two segments apart (BERT does, RoBERTa and Llama do not)."""
     return int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
-
-
-def head_of(model: Any) -> Any:
-    """The linear head of a sequence-classification model.
-
-    Raises:
-        ModelError: The head is more than one linear layer.
-    """
-    import torch
-
-    for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if isinstance(head, torch.nn.Linear):
-            return head
-    raise ModelError(
-        f"{type(model).__name__} has no plain linear head",
-        why="head_only trains one linear layer on frozen features.",
-        fix="Set head_only: false, or use another backbone.",
-    )
-
-
-def answer_mean(
-    model: Any, batch: dict[str, torch.Tensor], rows: Sequence[RewardInput]
-) -> torch.Tensor:
-    """Mean of the last hidden states over each completion's tokens, (B, D)."""
-    import torch
-
-    hidden = model.base_model(**batch).last_hidden_state  # (B, T, D)
-    position = torch.arange(hidden.shape[1], device=hidden.device)
-    start = torch.tensor([row.answer[0] for row in rows], device=hidden.device)[:, None]
-    end = torch.tensor([row.answer[1] for row in rows], device=hidden.device)[:, None]
-    inside = ((position >= start) & (position < end)).to(hidden.dtype)  # (B, T)
-    total: torch.Tensor = (hidden * inside[..., None]).sum(1)
-    return total / inside.sum(1, keepdim=True).clamp(min=1)
