@@ -3,8 +3,8 @@
     python examples/paper.py
 
 Nothing is downloaded and no option is read: change the numbers below. They are small, so that the
-page runs in about a minute on two cores; `equipoise run workshop` is the same with more of
-everything, kept on disk and resumable.
+page runs in about a minute on two cores, and the dials only begin to move. `equipoise run workshop`
+is the same with more of everything, kept on disk and resumable.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ SEED = 0
 ATTRIBUTES, LEVELS = ("helpfulness", "safety"), 5
 N_TRAIN, N_TEST = 64, 8
 COMPLETIONS_PER_PROMPT = 16
-TUNING = TuneConfig(
-    objective="exmate", weight=0.2, steps=200, batch_size=16, learning_rate=5e-4
-)
+TUNING = TuneConfig(objective="exmate", weight=0.2, steps=200, batch_size=16, learning_rate=5e-4)
 REWARD_MODELS = {name: f"workshop://rm_{name}" for name in ATTRIBUTES}
 JUDGES = {name: f"workshop://oracle/{name}" for name in ATTRIBUTES}
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=256, max_tokens=64)
