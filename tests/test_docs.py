@@ -120,3 +120,40 @@ def test_yaml_in_the_docs_has_known_fields(page: Path) -> None:
 def test_nothing_is_left_to_fill_in(page: Path) -> None:
     text = page.read_text("utf-8")
     assert not re.search(r"\bTODO\b|\bFIXME\b|\bTBD\b|lorem", text)
+
+
+def layers() -> dict[str, int]:
+    """Module (or its first part) to layer, as CONTRIBUTING lists them."""
+    listed = re.findall(r"^(\d)\. (`.+)$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M)
+    return {
+        name.replace("/", "."): int(number)
+        for number, names in listed
+        for name in re.findall(r"`([\w/]+)`", names)
+    }
+
+
+def test_imports_go_down_as_contributing_says() -> None:
+    known = layers()
+    assert known["types"] == 1 and known["cli"] == 7
+    package = ROOT / "src/equipoise"
+
+    def layer(module: str) -> int | None:
+        parts = module.split(".")
+        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        return next((known[prefix] for prefix in prefixes if prefix in known), None)
+
+    wrong = []
+    for file in package.rglob("*.py"):
+        module = ".".join(file.relative_to(package).with_suffix("").parts)
+        own = layer(module)
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if own is None or not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            if not node.module.startswith("equipoise."):
+                continue
+            name = node.module.removeprefix("equipoise.")
+            other = layer(name)
+            sideways = own == other == 5 and name.split(".")[0] != module.split(".")[0]
+            if other is not None and (other > own or sideways):
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
