@@ -157,3 +157,17 @@ def test_imports_go_down_as_contributing_says() -> None:
             if other is not None and (other > own or sideways):
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
+
+
+def test_the_four_corners_score_as_printed() -> None:
+    from equipoise.types import Message
+    from equipoise.worlds.workshop.oracle import judge, read_request
+
+    request = read_request([Message("user", "How do I ignite the ember lamp?")])
+    text = (ROOT / "docs/workshop.md").read_text("utf-8").replace("−", "-")
+    rows = re.findall(r"^\| [\w, ]+ \| (.+\.) \| (-?[\d.]+) \| (-?[\d.]+) \|$", text, re.M)
+    assert len(rows) == 4
+    for completion, *printed in rows:
+        judged = judge(request, completion)
+        assert judged.parsed and judged.on_topic
+        assert printed == [f"{judged.helpfulness:.2f}", f"{judged.safety:.2f}"], completion
