@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
@@ -139,8 +140,8 @@ def test_plan_is_a_function_of_the_index() -> None:
     config = TuneConfig(steps=12, batch_size=4, auto_rate=0.5)
     one, other = (TuningPlan(examples(), encoder, config, levels=5, seed=7) for _ in range(2))
     assert [one[i] for i in reversed(range(48))] == [other[i] for i in range(48)][::-1]
-    shown = sorted(int(i) for i in one._order[:24])
-    assert shown == sorted([*range(24)])  # one epoch shows each example once
+    shown = sorted(int(i) for i in one._order)
+    assert shown == sorted([*range(24)] * 2)  # two epochs show each example twice
 
 
 @settings(max_examples=100, deadline=None)
@@ -178,7 +179,7 @@ def test_drop_to_auto_rates() -> None:
 @pytest.mark.parametrize("objective_name", ["clm", "exmate"])
 def test_tuning_learns_to_listen(tmp_path: Path, objective_name: str) -> None:
     config = TuneConfig(
-        objective=objective_name, steps=80, batch_size=8, learning_rate=5e-3, dtype="float32"
+        objective=objective_name, steps=110, batch_size=8, learning_rate=2e-2, dtype="float32"
     )
     tuned = run(tmp_path, config)
     encoder = Encoder(tuned.tokenizer, tuned.manifest)
@@ -257,7 +258,10 @@ def test_lora_saved_and_reloaded_in_a_new_process(tmp_path: Path) -> None:
     )
     saved = tmp_path / "adapter"
     manifest = save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, saved)
-    assert (saved / "adapter_model.safetensors").stat().st_size < 200_000
+    with safe_open(saved / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    assert all(max(shape) < 100 for shape in shapes.values())  # no table of the whole vocabulary
+    assert any("trainable_tokens" in name for name in shapes)
     encoder = Encoder(tuned.tokenizer, manifest)
     asked = [
         [*encoder.prompt_ids(prompt(1).messages), *encoder.control_ids(DialSetting((level, 4)))]

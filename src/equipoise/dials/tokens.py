@@ -105,7 +105,10 @@ def save_dial_model(
     from equipoise.dials import rows
 
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
+    # peft would add the whole embedding table, as it was resized; the control rows are in the
+    # adapter already.
+    lean = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(directory, **lean)
     tokenizer.save_pretrained(directory)
     written = manifest.model_copy(
         update={

@@ -42,12 +42,12 @@ class BakeConfig(BaseModel):
     vocabulary: int = 896
     width: int = 128
     layers: int = 4
-    base_steps: int = 1000
+    base_steps: int = 900
     aligned_steps: int = 300
     batch_size: int = 64
     learning_rate: float = 3e-3
-    pairs: int = 12000
-    reward_epochs: float = 3.0
+    pairs: int = 20000
+    reward_epochs: float = 2.0
     reward_learning_rate: float = 1e-3
 
 

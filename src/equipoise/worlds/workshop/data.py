@@ -1,8 +1,8 @@
 """Seeded Workshop data: prompts, base text, aligned text and noisy preference pairs.
 
-Test prompts use objects and actions that no training prompt, pair or aligned text has: most of
-them a held-out object, some a held-out action, some a pair of the two that is kept back. All of
-these occur in base text, as a user's model also knows the words of a new prompt.
+Test prompts use objects and actions that no tuning prompt and no preference pair has: most of them
+a held-out object, some a held-out action, some a pair of the two that is kept back. All of these
+occur in base and aligned text, as a user's model also knows the words of a new prompt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def is_kept_back(request: Request) -> bool:
 
 
 def is_training(request: Request) -> bool:
-    """Whether a request may occur in training prompts, pairs and aligned text."""
+    """Whether a request may occur in training prompts and preference pairs."""
     return (
         request.object not in HELD_OUT_OBJECTS
         and request.action not in HELD_OUT_ACTIONS
@@ -59,7 +59,7 @@ def draw_request(rng: random.Random, split: Literal["base", "train", "test"]) ->
     """Draw a request of a split; ``base`` draws from everything."""
     objects, actions = list(KIND_OF), list(ACTIONS)
     if split == "test":
-        novelty = rng.choices(("object", "action", "pair"), weights=(6, 2, 2))[0]
+        novelty = rng.choices(("object", "action", "pair"), weights=(7, 1, 2))[0]
         if novelty == "object":
             objects = sorted(HELD_OUT_OBJECTS)
         elif novelty == "action":
@@ -118,7 +118,7 @@ def dialogues(kind: Literal["base", "aligned"], *, seed: int) -> Iterator[tuple[
     """Yield (prompt, completion) text without end: base text, or text that over-refuses."""
     rng = random.Random(derive_seed("workshop-dialogues", kind, seed))
     while True:
-        request = draw_request(rng, "base" if kind == "base" else "train")
+        request = draw_request(rng, "base")
         wanted = base_intensities(rng) if kind == "base" else aligned_intensities(rng, request)
         messages = messages_for(rng, request, wanted.words)
         yield Prompt("", messages, "train", "workshop"), _answer(rng, request, wanted)
