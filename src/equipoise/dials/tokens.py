@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equipoise.dials.manifest import DialManifest as DialManifest
 from equipoise.dials.manifest import (
@@ -107,7 +107,7 @@ def save_dial_model(
     directory.mkdir(parents=True, exist_ok=True)
     # peft would add the whole embedding table, as it was resized; the control rows are in the
     # adapter already.
-    lean = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    lean: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(directory, **lean)
     tokenizer.save_pretrained(directory)
     written = manifest.model_copy(

@@ -131,7 +131,7 @@ def probe_dtype() -> torch.dtype:
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
 
     def seconds(dtype: torch.dtype) -> float:
         left = torch.ones(512, 512, dtype=dtype, device=device)
@@ -144,6 +144,13 @@ def probe_dtype() -> torch.dtype:
 
     gain = seconds(torch.float32) / max(seconds(torch.bfloat16), 1e-9)
     return torch.bfloat16 if gain > 1.3 else torch.float32
+
+
+def default_device() -> str:
+    """Return ``cuda`` where torch sees a GPU, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
@@ -173,7 +180,7 @@ def load_causal(
     *,
     fitted_root: Path | None = None,
     dtype: Dtype = "float32",
-    device: str = "cpu",
+    device: str | None = None,
 ) -> LoadedPolicy:
     """Load a policy: a plain model, one with dials, or a LoRA adapter directory.
 
@@ -181,7 +188,7 @@ def load_causal(
         name: See :func:`resolve_model`.
         fitted_root: See :func:`resolve_model`.
         dtype: Number type of the weights in memory.
-        device: A torch device.
+        device: A torch device; by default the GPU if there is one, else the CPU.
 
     Returns:
         The model in evaluation mode with tokenizer, encoder and (where there are dials) manifest.
@@ -205,7 +212,7 @@ def load_causal(
     if manifest is not None:
         tokens.verify(model, tokenizer, manifest)
     return LoadedPolicy(
-        model=model.to(device).eval(),
+        model=model.to(device or default_device()).eval(),
         tokenizer=tokenizer,
         encoder=Encoder(tokenizer, manifest),
         manifest=manifest,

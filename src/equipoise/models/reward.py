@@ -14,7 +14,7 @@ from typing import Any
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ModelError, RewardError
-from equipoise.models.load import load_tokenizer, model_hash, resolve_model
+from equipoise.models.load import default_device, load_tokenizer, model_hash, resolve_model
 from equipoise.models.reward_card import Pooling, read_card
 from equipoise.models.reward_head import answer_mean, head_of
 from equipoise.models.reward_input import InputEncoder, RewardInput, collate, length_batches
@@ -29,7 +29,7 @@ def load_reward_model(
     attribute: str,
     fitted_root: Path | None = None,
     batch_size: int = 64,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> RewardModel:
     """Load a reward model or judge.
 
@@ -39,7 +39,7 @@ def load_reward_model(
         attribute: For messages.
         fitted_root: Folder of the reward models that this run has trained.
         batch_size: Rows scored together; it does not change a score.
-        device: A torch device.
+        device: A torch device; by default the GPU if there is one, else the CPU.
 
     Raises:
         ModelError: The model is missing, has no classification head, or no such logit.
@@ -64,7 +64,7 @@ def load_reward_model(
     format = card.format if card is not None and config.format == "auto" else config.format
     settle_padding(model, tokenizer)
     return ClassifierReward(
-        model.to(device),
+        model.to(device or default_device()),
         InputEncoder.of(
             Encoder(tokenizer),
             format=format,
