@@ -179,7 +179,9 @@ def _sweep_one(
     from equipoise.seeds import derive_seed
 
     recipe, config = job.recipe, job.recipe.evaluate
-    settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=config.auto_sweep)
+    # Auto is a control of its own: only a tuned policy has learnt one.
+    auto = config.auto_sweep and responder.name == "tuned"
+    settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=auto)
     chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
     names = [f"deliveries/{responder.name}/shard-{i:05d}.parquet" for i in range(len(chunks))]
     held = sum(len(part) for name, part in zip(names, chunks, strict=True) if stage.has(name))

@@ -146,7 +146,7 @@ class Prompting:
         said = " ".join(
             self._phrases[attribute][level]
             for attribute, level in zip(self._attributes, setting.levels, strict=True)
-            if level is not None
+            if level is not None and self._phrases[attribute][level]
         )
         turns: list[Message] = []
         for example in self._nearest_examples(setting):

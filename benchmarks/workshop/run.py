@@ -1,0 +1,259 @@
+"""The Workshop bench: every method over seeds, and how fast each objective learns to listen.
+
+    python benchmarks/workshop/run.py                 # all of it; resumes where it was stopped
+    python benchmarks/workshop/run.py --only seeds    # or: curves, collect
+
+A seed re-draws prompts, pool, reward models and tuning. Everything that was chosen (steps, rate,
+temperature, w) was chosen on dev prompts; the test prompts are read here. Runs lie in
+``runs/bench``; the committed result is ``benchmarks/workshop/results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equipoise.config import Recipe
+from equipoise.evaluate.intervals import over_seeds
+from equipoise.pipeline import run_all
+from equipoise.recipe_io import load_recipe
+from equipoise.store.rundir import RunDir
+from equipoise.types import Completion
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/bench")
+SEEDS = (0, 1, 2)
+ATTRIBUTES = ("helpfulness", "safety")
+METRICS = ("mp", "bt", "bt_neighbours", "leakage", "rmse", "range")
+TRAINING_FREE = ("start", "prompting", "rerank8", "rerank16")
+STEPS = 1600
+CURVE_STEPS = (100, 400, 1600)
+UPSTREAM = ("prompts", "fit-reward", "generate", "score", "distil")
+
+
+def recipe(seed: int, **changes: str) -> Recipe:
+    """Return the bench recipe: ``workshop-fit`` with its own budget."""
+    overrides = {
+        "seed": str(seed),
+        "tune.steps": str(STEPS),
+        "tune.objective": "exmate",
+        "evaluate.responders": "[tuned]",
+        **changes,
+    }
+    return load_recipe("workshop-fit", overrides=[f"{key}={value}" for key, value in overrides.items()])
+
+
+def run(name: str, made: Recipe, *, upstream: str | None = None) -> None:
+    """Run a recipe in ``runs/bench/NAME``; stages that a run before it shares are copied."""
+    folder = RUNS / name
+    if upstream is not None and not folder.exists():
+        partial = RUNS / f".{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for stage in UPSTREAM:
+            shutil.copytree(RUNS / upstream / stage, partial / stage)
+        shutil.copy(RUNS / upstream / "recipe.json", partial / "recipe.json")
+        partial.rename(folder)
+    print(f"== {name}", file=sys.stderr, flush=True)
+    with RunDir.open(folder, made, fresh=not _same(folder, made)) as opened:
+        run_all(opened)
+
+
+def _same(folder: Path, made: Recipe) -> bool:
+    stored = folder / "recipe.json"
+    return not stored.exists() or json.loads(stored.read_text()) == made.model_dump(mode="json")
+
+
+def run_seed(seed: int) -> None:
+    """ExMATE with all training-free methods, then CLM on the same pool."""
+    responders = f"[{', '.join(TRAINING_FREE)}, tuned]"
+    run(f"seed{seed}-exmate", recipe(seed, **{"evaluate.responders": responders}))
+    run(
+        f"seed{seed}-clm",
+        recipe(seed, **{"tune.objective": "clm"}),
+        upstream=f"seed{seed}-exmate",
+    )
+
+
+def run_curves() -> None:
+    """CLM and ExMATE on the raw pool and on MOEC over the tuning budget, one seed."""
+    for name, steps, objective, data in curve_points():
+        changes = {
+            "tune.steps": str(steps),
+            "tune.objective": objective,
+            "distil.data": data,
+            "evaluate.auto_sweep": "false",
+        }
+        run(name, recipe(0, **changes), upstream="seed0-exmate")
+
+
+def curve_points() -> Iterator[tuple[str, int, str, str]]:
+    """Yield (run name, steps, objective, data)."""
+    for data in ("moec", "raw"):
+        for objective in ("clm", "exmate"):
+            for steps in CURVE_STEPS:
+                yield f"curve-{data}-{objective}-{steps}", steps, objective, data
+
+
+def report_of(name: str) -> dict[str, Any]:
+    """Return ``report.json`` of a run."""
+    found: dict[str, Any] = json.loads((RUNS / name / "report" / "report.json").read_text())
+    return found
+
+
+def collect(seconds_demo: float | None) -> dict[str, Any]:
+    """Gather all finished runs into one result."""
+    headline: dict[str, float] = {}
+
+    def put(name: str, values: Sequence[float]) -> None:
+        estimate = over_seeds(values)
+        headline[name] = round(estimate.value, 4)
+        headline[f"{name}.low"] = round(estimate.low, 4)
+        headline[f"{name}.high"] = round(estimate.high, 4)
+
+    exmate = [report_of(f"seed{seed}-exmate") for seed in SEEDS]
+    clm = [report_of(f"seed{seed}-clm") for seed in SEEDS]
+    methods: dict[str, list[Mapping[str, Any]]] = {
+        name: [report["methods"][name] for report in exmate] for name in TRAINING_FREE
+    }
+    methods["exmate"] = [report["methods"]["tuned"] for report in exmate]
+    methods["clm"] = [report["methods"]["tuned"] for report in clm]
+    for name, found in methods.items():
+        for judge in ("generalization", "optimization"):
+            for metric in METRICS:
+                for attribute in ATTRIBUTES:
+                    values = [one[judge][metric][attribute]["value"] for one in found]
+                    put(f"{name}.{judge}.{metric}.{attribute}", values)
+            put(f"{name}.{judge}.coverage", [one[judge]["coverage"]["value"] for one in found])
+        put(f"{name}.degenerate", [one["quality"]["degenerate"]["value"] for one in found])
+    for metric in METRICS:
+        for attribute in ATTRIBUTES:
+            values = [r["ceiling"]["generalization"][metric][attribute]["value"] for r in exmate]
+            put(f"ceiling.{metric}.{attribute}", values)
+    best = max(("exmate", "clm"), key=lambda name: _overall(methods[name]))
+    for name in ("exmate", "clm"):
+        for attribute in ATTRIBUTES:
+            values = [
+                one["generalization"]["auto_mp"][attribute]["value"] for one in methods[name]
+            ]
+            put(f"{name}.auto.mp.{attribute}", values)
+            if name == best:
+                put(f"auto.mp.{attribute}", values)
+    for other in ("exmate", "clm"):
+        for attribute in ATTRIBUTES:
+            put(
+                f"{other}_minus_rerank16.mp.{attribute}",
+                [
+                    one["generalization"]["mp"][attribute]["value"]
+                    - two["generalization"]["mp"][attribute]["value"]
+                    for one, two in zip(methods[other], methods["rerank16"], strict=True)
+                ],
+            )
+    for attribute, values in _nearest_copies().items():
+        put(f"nearest_copy.mp.{attribute}", values)
+    if seconds_demo is not None:
+        headline["seconds.demo"] = round(seconds_demo, 1)
+    return {
+        "made_by": "python benchmarks/workshop/run.py",
+        "machine": {"processor": platform.processor(), "system": platform.system()},
+        "seeds": list(SEEDS),
+        "n_test_prompts": exmate[0]["methods"]["start"]["generalization"]["n_prompts"],
+        "interval": "95 %, t over seeds; per seed: bootstrap over prompts",
+        "best": best,
+        "headline": headline,
+        "paired_within_seed": [report["differences"] for report in exmate],
+        "per_seed": [
+            {
+                "seed": seed,
+                "reward_models": _fits(seed),
+                "pool": one.get("pool"),
+                "moec": one.get("moec"),
+                "backdoor": one.get("backdoor"),
+                "cost": {
+                    **{name: one["methods"][name]["cost"] for name in (*TRAINING_FREE, "tuned")},
+                    "clm": other["methods"]["tuned"]["cost"],
+                },
+                "minutes": one.get("stages"),
+            }
+            for seed, one, other in zip(SEEDS, exmate, clm, strict=True)
+        ],
+        "curves": list(_curves()),
+    }
+
+
+def _overall(found: Sequence[Mapping[str, Any]]) -> float:
+    return float(np.mean([one["generalization"]["overall"]["value"] for one in found]))
+
+
+def _fits(seed: int) -> dict[str, Any]:
+    folder = RUNS / f"seed{seed}-exmate" / "fit-reward" / "fitted"
+    cards = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("reward.json")}
+    return {name: card["held_out"] for name, card in sorted(cards.items())}
+
+
+def _curves() -> Iterator[dict[str, Any]]:
+    for name, steps, objective, data in curve_points():
+        if (RUNS / name / "report" / "report.json").exists():
+            tuned = report_of(name)["methods"]["tuned"]
+            yield {
+                "data": data,
+                "objective": objective,
+                "steps": steps,
+                "tuning_tokens": tuned["cost"]["tuning_tokens"],
+                "mp": {
+                    judge: {a: tuned[judge]["mp"][a] for a in ATTRIBUTES}
+                    for judge in ("generalization", "optimization")
+                },
+            }
+
+
+def _nearest_copies() -> dict[str, list[float]]:
+    """MP of the policy that copies, on each seed's own prompts and pool."""
+    from equipoise.stages.inputs import read_prompts
+    from equipoise.worlds.workshop.stats import measure_world
+
+    found: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
+    for seed in SEEDS:
+        name = f"seed{seed}-exmate"
+        stored = Recipe.model_validate_json((RUNS / name / "recipe.json").read_text())
+        with RunDir.open(RUNS / name, stored) as opened:
+            prompts = read_prompts(opened)
+            shards = opened.done("generate").read_rows(Completion, prefix="shard-")
+            pool = [completion for shard in shards for completion in shard]
+        train = [prompt for prompt in prompts if prompt.split == "train"]
+        test = [prompt for prompt in prompts if prompt.split == "test"]
+        copied = asdict(measure_world(pool, train, test))["nearest_copy_mp"]
+        for attribute in ATTRIBUTES:
+            found[attribute].append(copied[attribute]["value"])
+    return found
+
+
+def main() -> None:
+    """Run what is missing, then write ``results.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("seeds", "curves", "collect"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument("--demo-seconds", type=float, help="measured time of ./demo after set-up")
+    arguments = parser.parse_args()
+    if arguments.only in (None, "seeds"):
+        for seed in arguments.seeds:
+            run_seed(seed)
+    if arguments.only in (None, "curves"):
+        run_curves()
+    if arguments.only in (None, "collect"):
+        result = collect(arguments.demo_seconds)
+        (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {HERE / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()
