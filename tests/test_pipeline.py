@@ -76,7 +76,9 @@ def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
     for name, parts in report["methods"].items():
         for judge in ("optimization", "generalization"):
             assert set(parts[judge]["mp"]) == {"helpfulness", "safety"}, name
-            assert set(parts[judge]["auto_mp"]) == {"helpfulness", "safety"}, name
+            # Only a model with dials knows auto; the others are not swept on it.
+            expected = {"helpfulness", "safety"} if name == "tuned" else set()
+            assert set(parts[judge]["auto_mp"]) == expected, name
         assert parts["cost"]["tokens"] > 0, name
         assert parts["quality"]["degenerate"]["n"] == 4, name
         assert len(parts["quality"]["fluency"]) == 9, name

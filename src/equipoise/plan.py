@@ -99,15 +99,17 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
     rewards = sum(_size(model, job) for model in recipe.reward_models.values())
     n_prompts = min(counts[config.split], config.max_prompts or counts[config.split])
     settings = recipe.levels ** len(recipe.attributes)
-    if config.auto_sweep:
-        settings += recipe.levels * len(recipe.attributes)
+    auto = 0.0
+    if config.auto_sweep and "tuned" in config.responders:
+        # Only the tuned model is swept with a dial on auto.
+        auto = recipe.levels * len(recipe.attributes) / settings
     answers = n_prompts * settings * config.repeats
     samples = [
         int(name.removeprefix("rerank")) if name.startswith("rerank") else 1
         for name in config.responders
     ]
     reranked = max([n for n in samples if n > 1], default=0)
-    single = sum(n == 1 for n in samples)
+    single = sum(n == 1 for n in samples) + auto
     text = speed.prompt_tokens + config.sampling.max_tokens
     scoring = (
         2 * text * answers * ((single + (reranked > 0)) * (judged + rewards) + reranked * rewards)
