@@ -36,8 +36,8 @@ SEEDS = (0, 1, 2)
 ATTRIBUTES = ("helpfulness", "safety")
 METRICS = ("mp", "bt", "bt_neighbours", "leakage", "rmse", "range")
 TRAINING_FREE = ("start", "prompting", "rerank8", "rerank16")
-STEPS = 600
-CURVE_STEPS = (75, 200, 600)
+STEPS = 400
+CURVE_STEPS = (50, 150, 400)
 """Tuning budgets in ExMATE steps of 32 examples; CLM gets as many tokens, see CLM_STEPS."""
 CLM_STEPS = 1.65
 """CLM steps for the tokens of one ExMATE step (2,468 against 4,077 tokens, measured)."""
@@ -98,7 +98,7 @@ def run_curves() -> None:
             changes = {
                 "distil.data": data,
                 "evaluate.auto_sweep": "false",
-                "evaluate.max_prompts": "24",
+                "evaluate.max_prompts": "16",
             }
             made = recipe(0, steps=steps, objective=objective, **changes)
             run(name, made, upstream="seed0-exmate")
