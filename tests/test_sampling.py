@@ -7,12 +7,20 @@ import pytest
 import torch
 
 from equipoise.config import GenerateConfig, SamplingConfig
+from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
 from equipoise.models.sampling import TransformersEngine
 from equipoise.pool.generate import generate
 from equipoise.seeds import derive_seed
-from equipoise.types import Branch, DialSetting, GenerationRequest, Sampling
+from equipoise.types import (
+    Branch,
+    DialSetting,
+    GenerationRequest,
+    Message,
+    Prompt,
+    Sampling,
+)
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=50, max_tokens=12)
@@ -136,3 +144,28 @@ def test_generate_repeats_the_same_bytes_when_some_prompts_are_done() -> None:
     rest = list(generate(prompts, one, one.encoder, config, seed=3, done=done))
     assert rest == whole[4:]
     assert all(c.finish in ("stop", "length") and c.n_tokens <= 8 for row in whole for c in row)
+
+
+def test_prompted_completions_stand_behind_the_models_own() -> None:
+    prompts = [prompt(i) for i in range(5)]
+    config = GenerateConfig(
+        completions_per_prompt=3,
+        sampling=SamplingConfig(max_tokens=6),
+        batch_size=9,
+        prompted_per_prompt=2,
+    )
+    one = engine()
+    asked: list[DialSetting] = []
+
+    def ask(about: Prompt, cell: DialSetting) -> tuple[Message, ...]:
+        asked.append(cell)
+        return (Message("user", f"{about.messages[0].content} {cell.levels}"),)
+
+    grid = cells(2, 3)
+    rows = list(generate(prompts, one, one.encoder, config, seed=3, cells=grid, ask=ask))
+    plain = config.model_copy(update={"prompted_per_prompt": 0})
+    own = list(generate(prompts, one, one.encoder, plain, seed=3))
+    assert [row[:3] for row in rows] == own
+    assert [c.setting for row in rows for c in row[3:]] == asked
+    assert all(len({c.setting for c in row[3:]}) == 2 for row in rows)
+    assert [c.sample_index for c in rows[0]] == [0, 1, 2, 3, 4]

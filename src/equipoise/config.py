@@ -99,6 +99,11 @@ class GenerateConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     batch_size: Positive = 128
     """Rows (prompts times completions) decoded together."""
+    prompted_per_prompt: Annotated[int, Field(ge=0)] = 0
+    """Further completions per prompt, each asked for one control cell in words: they fill rare
+    cells. They are scored and learnt from, but the unit scale stays that of the model's own."""
+    phrases: dict[str, list[str]] = {}
+    """The words for them, as in ``evaluate.phrases``; empty = built-in English."""
 
 
 class ScoreConfig(Config):

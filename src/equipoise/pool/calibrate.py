@@ -133,18 +133,24 @@ def calibrate(scored: Sequence[ScoredCompletion], *, mode: Mode) -> Calibration:
     return Calibration(scores, pool_hash(scored), mode)
 
 
+def own_pool(scored: Sequence[ScoredCompletion]) -> list[ScoredCompletion]:
+    """Return what the start model wrote unasked: prompted completions give no scale."""
+    return [row for row in scored if row.completion.setting is None]
+
+
 def unit_scores(
     scored: Sequence[ScoredCompletion], calibration: Calibration
 ) -> list[Mapping[str, float]]:
     """Unit scores of the pool that the calibration was made from, in order.
 
     Returns:
-        Attribute to unit score in [0, 1]; with ``within_prompt`` the rank among the completions
-        of the same prompt.
+        Attribute to unit score in [0, 1]; with ``within_prompt`` the rank among the model's own
+        completions of the same prompt.
     """
     if calibration.mode == "pooled":
         return [{a: calibration.unit(a, raw) for a, raw in row.raw.items()} for row in scored]
-    fellows = {attribute: _by_prompt(scored, attribute) for attribute in calibration.scores}
+    own = own_pool(scored)
+    fellows = {attribute: _by_prompt(own, attribute) for attribute in calibration.scores}
     return [
         {a: mid_rank(fellows[a][row.completion.prompt_id], raw) for a, raw in row.raw.items()}
         for row in scored

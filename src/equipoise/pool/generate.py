@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import numpy as np
 
 from equipoise.config import GenerateConfig
 from equipoise.dials.encode import Encoder
@@ -10,11 +12,15 @@ from equipoise.seeds import derive_seed
 from equipoise.types import (
     Branch,
     Completion,
+    DialSetting,
     Engine,
     GenerationRequest,
+    Message,
     Prompt,
     Sampling,
 )
+
+Ask = Callable[[Prompt, DialSetting], tuple[Message, ...]]
 
 
 def generate(
@@ -25,8 +31,10 @@ def generate(
     *,
     seed: int,
     done: Collection[str] = (),
+    cells: Sequence[DialSetting] = (),
+    ask: Ask | None = None,
 ) -> Iterator[list[Completion]]:
-    """Yield the K completions of one prompt after the other.
+    """Yield the K completions of one prompt after the other, and its prompted ones behind them.
 
     Prompts are grouped into batches by length over *all* prompts, whatever is done already, and a
     batch with a missing prompt is sampled whole: so a resumed run computes the same batches, and
@@ -39,9 +47,12 @@ def generate(
         config: K, sampling and batch size.
         seed: The recipe's seed; row (prompt, k) draws from ``derive_seed(seed, id, k)``.
         done: Ids of prompts whose completions exist; they are not yielded again.
+        cells: The cells that prompted completions are drawn for.
+        ask: Puts a cell into words, for prompted completions.
 
     Yields:
-        Lists of K completions, in a deterministic order of prompts.
+        Lists of completions, in a deterministic order of prompts. A prompted completion carries
+        the cell it was asked for; that is a wish, its scores say what it became.
     """
     k = config.completions_per_prompt
     encoded = {prompt.id: tuple(encoder.prompt_ids(prompt.messages)) for prompt in prompts}
@@ -52,16 +63,34 @@ def generate(
         batch = order[start : start + size]
         if all(prompt.id in done for prompt in batch):
             continue
-        requests = [
-            GenerationRequest(
-                encoded[prompt.id],
-                tuple(Branch((), derive_seed(seed, "generate", prompt.id, i)) for i in range(k)),
-            )
-            for prompt in batch
-        ]
-        for prompt, sampled in zip(batch, engine.generate(requests, sampling), strict=True):
+        requests, asked_cells = [], []
+        for prompt in batch:
+            seeds = [derive_seed(seed, "generate", prompt.id, i) for i in range(k)]
+            own = tuple(Branch((), one) for one in seeds)
+            requests.append(GenerationRequest(encoded[prompt.id], own))
+            drawn = _draw_cells(prompt, cells, config, seed) if ask is not None else []
+            asked_cells.append(drawn)
+            for i, cell in enumerate(drawn):
+                words = tuple(encoder.prompt_ids(ask(prompt, cell))) if ask is not None else ()
+                branch = Branch((), derive_seed(seed, "prompted", prompt.id, i))
+                requests.append(GenerationRequest(words, (branch,)))
+        sampled = iter(engine.generate(requests, sampling))
+        for prompt, drawn in zip(batch, asked_cells, strict=True):
+            rows = [(one, None) for one in next(sampled)]
+            rows += [(next(sampled)[0], cell) for cell in drawn]  # type: ignore[misc]
             if prompt.id not in done:
                 yield [
-                    one.as_completion(prompt.id, index, model_hash=engine.model_hash)
-                    for index, one in enumerate(sampled)
+                    one.as_completion(prompt.id, i, model_hash=engine.model_hash, setting=cell)
+                    for i, (one, cell) in enumerate(rows)
                 ]
+
+
+def _draw_cells(
+    prompt: Prompt, cells: Sequence[DialSetting], config: GenerateConfig, seed: int
+) -> list[DialSetting]:
+    """Draw the cells of the prompted completions: as different as they can be."""
+    rng = np.random.default_rng(derive_seed(seed, "prompted cells", prompt.id))
+    order: list[int] = []
+    while len(order) < config.prompted_per_prompt:
+        order += rng.permutation(len(cells)).tolist()
+    return [cells[i] for i in order[: config.prompted_per_prompt]]

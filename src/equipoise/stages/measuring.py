@@ -85,7 +85,7 @@ def report(job: Job) -> None:
 
 def _bench(job: Job, stage: Stage) -> Bench:
     from equipoise.evaluate.report import plain
-    from equipoise.pool.calibrate import calibrate, calibration_report
+    from equipoise.pool.calibrate import calibrate, calibration_report, own_pool
     from equipoise.pool.score import score
 
     recipe = job.recipe
@@ -104,10 +104,10 @@ def _bench(job: Job, stage: Stage) -> Bench:
                 stage.publish_rows(f"pool/{name}", judged, ScoredCompletion)
             advance(1)
     pool = [row for rows in stage.read_rows(ScoredCompletion, prefix="pool/") for row in rows]
-    calibration = calibrate(pool, mode="pooled")
+    calibration = calibrate(own_pool(pool), mode="pooled")
     stage.publish_bytes(JUDGE_CALIBRATION, calibration.to_json().encode())
     trained = read_calibration(job.run)
-    facts = calibration_report(read_scored(job.run), trained, judged=pool)
+    facts = calibration_report(own_pool(read_scored(job.run)), trained, judged=own_pool(pool))
     stage.publish_json("pool.json", plain(facts))
     return Bench(judges, {"optimization": trained, "generalization": calibration})
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from equipoise.config import Recipe
 from equipoise.errors import DataError
 from equipoise.stages.inputs import (
     CALIBRATION,
@@ -22,7 +24,11 @@ from equipoise.stages.inputs import (
 )
 from equipoise.store.shards import rows_to_jsonl, to_plain
 from equipoise.store.stagedir import Stage
-from equipoise.types import Completion, ControlledExample, ScoredCompletion
+from equipoise.types import Completion, ControlledExample, Engine, ScoredCompletion
+
+if TYPE_CHECKING:
+    from equipoise.dials.encode import Encoder
+    from equipoise.pool.generate import Ask
 
 
 def prompts(job: Job) -> None:
@@ -97,6 +103,7 @@ def generate(job: Job) -> None:
     stage = job.begin("generate", {"policy": policy_hash(recipe.model)})
     if stage is None:
         return
+    from equipoise.dials.attributes import cells
     from equipoise.models.load import load_causal
     from equipoise.models.sampling import TransformersEngine
     from equipoise.pool.generate import generate as sample
@@ -112,7 +119,16 @@ def generate(job: Job) -> None:
     engine = TransformersEngine(
         policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
     )
-    rows = sample(train, engine, policy.encoder, config, seed=recipe.seed, done=done)
+    rows = sample(
+        train,
+        engine,
+        policy.encoder,
+        config,
+        seed=recipe.seed,
+        done=done,
+        cells=cells(len(recipe.attributes), recipe.levels),
+        ask=_in_words(recipe, engine, policy.encoder) if config.prompted_per_prompt else None,
+    )
     with job.progress.task("generate", len(train), done=len(done)) as advance:
         for name in names:
             if stage.has(name):
@@ -120,7 +136,22 @@ def generate(job: Job) -> None:
             part = list(islice(rows, per_shard))
             stage.publish_rows(name, [row for group in part for row in group], Completion)
             advance(len(part))
-    stage.finish(completions=len(train) * config.completions_per_prompt)
+    per_prompt = config.completions_per_prompt + config.prompted_per_prompt
+    stage.finish(completions=len(train) * per_prompt)
+
+
+def _in_words(recipe: Recipe, engine: Engine, encoder: Encoder) -> Ask:
+    from equipoise.steer.prompting import Prompting
+    from equipoise.types import Sampling
+
+    return Prompting(
+        engine,
+        encoder,
+        sampling=Sampling(**recipe.generate.sampling.model_dump()),
+        attributes=recipe.attributes,
+        levels=recipe.levels,
+        phrases=recipe.generate.phrases,
+    ).messages
 
 
 def score(job: Job) -> None:
@@ -130,7 +161,7 @@ def score(job: Job) -> None:
     if stage is None:
         return
     from equipoise.denoise import shorten
-    from equipoise.pool.calibrate import calibrate
+    from equipoise.pool.calibrate import calibrate, own_pool
     from equipoise.pool.score import score as score_rows
 
     by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
@@ -159,7 +190,7 @@ def score(job: Job) -> None:
             why="no completion holds a finished sentence",
             fix="raise generate.sampling.max_tokens",
         )
-    calibration = calibrate(pool, mode=recipe.score.calibration)
+    calibration = calibrate(own_pool(pool), mode=recipe.score.calibration)
     stage.publish_bytes(CALIBRATION, calibration.to_json().encode())
     stage.finish(scored=len(pool), no_finished_sentence=cut)
 

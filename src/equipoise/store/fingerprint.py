@@ -24,7 +24,7 @@ class StageSpec:
 SPECS: Mapping[str, StageSpec] = {
     "prompts": StageSpec(("seed", "data", "model", "prompts"), ()),
     "fit-reward": StageSpec(("seed", "data", "fit_reward"), ()),
-    "generate": StageSpec(("seed", "model", "generate"), ("prompts",)),
+    "generate": StageSpec(("seed", "model", "attributes", "levels", "generate"), ("prompts",)),
     "score": StageSpec(("attributes", "reward_models", "score"), ("generate", "fit-reward")),
     "distil": StageSpec(("seed", "attributes", "levels", "distil"), ("prompts", "score")),
     "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("distil",)),
