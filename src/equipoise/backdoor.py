@@ -87,6 +87,7 @@ def _predictive_bits(
     """Bits per row that a linear bag-of-words predictor gains over the marginal, by prompt."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     texts = [" ".join(m.content for m in e.prompt.messages) for e in examples]
     features = CountVectorizer(ngram_range=(1, 2), min_df=2, binary=True).fit_transform(texts)
@@ -99,7 +100,8 @@ def _predictive_bits(
             continue
         marginal = np.bincount(z[train], minlength=n_cells) + _ALPHA
         marginal = marginal / marginal.sum()
-        model = LogisticRegression(C=0.05, max_iter=200).fit(features[train], z[train])
+        with threadpool_limits(1):  # small products: more threads only wait for each other
+            model = LogisticRegression(C=0.05, max_iter=200).fit(features[train], z[train])
         predicted = np.tile(1e-9, (int(test.sum()), n_cells))
         predicted[:, model.classes_] = model.predict_proba(features[test])
         # A little of the marginal keeps an unseen cell from costing infinity.
