@@ -17,7 +17,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +227,7 @@ def _curves() -> Iterator[dict[str, Any]]:
 def _nearest_copies() -> dict[str, list[float]]:
     """MP of the policy that copies, on each seed's own prompts and pool."""
     from equipoise.stages.inputs import read_prompts
-    from equipoise.worlds.workshop.stats import measure_world
+    from equipoise.worlds.workshop.stats import nearest_copy_mp
 
     found: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
     for seed in SEEDS:
@@ -240,9 +239,9 @@ def _nearest_copies() -> dict[str, list[float]]:
             pool = [completion for shard in shards for completion in shard]
         train = [prompt for prompt in prompts if prompt.split == "train"]
         test = [prompt for prompt in prompts if prompt.split == "test"]
-        copied = asdict(measure_world(pool, train, test))["nearest_copy_mp"]
+        copied = nearest_copy_mp(pool, train, test)
         for attribute in ATTRIBUTES:
-            found[attribute].append(copied[attribute]["value"])
+            found[attribute].append(copied[attribute].value)
     return found
 
 

@@ -129,6 +129,21 @@ def nearest_copies(
     return copied
 
 
+def nearest_copy_mp(
+    pool: Sequence[Completion], train: Sequence[Prompt], test: Sequence[Prompt], *, levels: int = 5
+) -> Mapping[str, Estimate]:
+    """Return MP per attribute of the policy of :func:`nearest_copies`."""
+    from equipoise.evaluate.measure import measure_grid
+    from equipoise.evaluate.metrics import Grid
+
+    texts: dict[str, list[str]] = {}
+    for completion in pool:
+        texts.setdefault(completion.prompt_id, []).append(completion.text)
+    calibration = oracle_calibration(pool, {prompt.id: prompt for prompt in train})
+    copies = np.stack(nearest_copies(test, train, texts, calibration, levels))[None]
+    return measure_grid(Grid(copies, tuple(p.id for p in test), ATTRIBUTES, levels)).mp
+
+
 def _any_completion(rng: random.Random, request: Request) -> str:
     wanted = base_intensities(rng)
     return write(rng, request, plan(rng, wanted.care, wanted.help))
@@ -148,7 +163,7 @@ def measure_world(
 ) -> WorkshopStats:
     """Compute all statistics from a pool of the start model on the training prompts."""
     from equipoise.evaluate.measure import measure_grid
-    from equipoise.evaluate.metrics import Grid, ceiling_grid
+    from equipoise.evaluate.metrics import ceiling_grid
 
     by_id = {prompt.id: prompt for prompt in train}
     judged = [judge(read_request(by_id[c.prompt_id].messages), c.text) for c in pool]
@@ -156,11 +171,6 @@ def measure_world(
     ceiling = measure_grid(
         ceiling_grid(ceiling_candidates(test, calibration), attributes=ATTRIBUTES, levels=levels)
     )
-    texts: dict[str, list[str]] = {}
-    for completion in pool:
-        texts.setdefault(completion.prompt_id, []).append(completion.text)
-    copies = np.stack(nearest_copies(test, train, texts, calibration, levels))[None]
-    copy = measure_grid(Grid(copies, tuple(p.id for p in test), ATTRIBUTES, levels))
     wordings = sum(len(action.wordings) for action in ACTIONS.values())
     n_frames = len(FRAMES) + len(FOLLOW_UP_FRAMES)
     return WorkshopStats(
@@ -180,7 +190,7 @@ def measure_world(
             for name in ATTRIBUTES
         },
         ceiling_mp=ceiling.mp,
-        nearest_copy_mp=copy.mp,
+        nearest_copy_mp=nearest_copy_mp(pool, train, test, levels=levels),
     )
 
 
