@@ -13,7 +13,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,14 +41,14 @@ class BakeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = 0
-    vocabulary: int = 896
+    vocabulary: int = 1024
     width: int = 128
     layers: int = 4
-    base_steps: int = 900
+    base_steps: int = 1200
     aligned_steps: int = 300
     batch_size: int = 64
     learning_rate: float = 3e-3
-    pairs: int = 20000
+    pairs: int = 24000
     reward_epochs: float = 2.0
     reward_learning_rate: float = 1e-3
 
@@ -194,28 +196,26 @@ def pretrain(
 def bake(out: Path | None = None, config: BakeConfig | None = None) -> Path:
     """Bake all shipped models from seeds into ``out`` (default: the packaged assets folder).
 
+    About twenty minutes on two cores.
+
     Returns:
         The folder, which holds the three model directories and ``recipe.json``. The folder is
         replaced as a whole, after everything is baked.
     """
-    import torch
-
     config = config or BakeConfig()
     folder = out or Path(str(files("equipoise.worlds.workshop") / "assets"))
-    torch.set_num_threads(1)  # a sum over two threads is not the same sum, to the last bit
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         made, base = Path(work) / "assets", Path(work) / "base"
-        tokenizer = train_tokenizer(config)
-        model = build_model(config, tokenizer)
-        pretrain(model, tokenizer, config, "base")
-        for part in (model, tokenizer):
-            part.save_pretrained(base)
-        pretrain(model, tokenizer, config, "aligned")
-        model.half()  # type: ignore[no-untyped-call]
-        for part in (model, tokenizer):
-            part.save_pretrained(made / "start")
-        for attribute in ("helpfulness", "safety"):
-            bake_reward_model(attribute, base, made / f"rm_{attribute}", config)
+        bake_base(base, config)
+        # The three shipped models need nothing of each other: two cores bake them in half the time.
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
+            jobs = [
+                workers.submit(bake_start, base, made, config),
+                workers.submit(bake_reward_model, "helpfulness", base, made, config),
+                workers.submit(bake_reward_model, "safety", base, made, config),
+            ]
+            for job in jobs:
+                job.result()
         recipe = {"config": config.model_dump(), "sha256": asset_hashes(made)}
         (made / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
         if folder.exists():
@@ -224,14 +224,45 @@ def bake(out: Path | None = None, config: BakeConfig | None = None) -> Path:
     return folder
 
 
-def bake_reward_model(attribute: str, base: Path, out: Path, config: BakeConfig) -> None:
-    """Train a reward model on noisy pairs, from the weights that know the world's words."""
+def bake_base(base: Path, config: BakeConfig) -> None:
+    """Train the tokenizer and the base model, which is not shipped, into ``base``."""
+    _one_thread()
+    tokenizer = train_tokenizer(config)
+    model = build_model(config, tokenizer)
+    pretrain(model, tokenizer, config, "base")
+    for part in (model, tokenizer):
+        part.save_pretrained(base)
+
+
+def bake_start(base: Path, made: Path, config: BakeConfig) -> None:
+    """Align the base model: ``made / "start"``, in half precision."""
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    _one_thread()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base)
+    pretrain(model, tokenizer, config, "aligned")
+    model.half()  # type: ignore[no-untyped-call]
+    for part in (model, tokenizer):
+        part.save_pretrained(made / "start")
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # a sum over two threads is not the same sum, to the last bit
+
+
+def bake_reward_model(attribute: str, base: Path, made: Path, config: BakeConfig) -> None:
+    """Train ``made / "rm_ATTRIBUTE"`` on noisy pairs, from the weights that know the words."""
     from transformers import AutoModelForSequenceClassification
 
     from equipoise.config import FitRewardConfig, SourceConfig
     from equipoise.models.fit_reward import fit_reward
     from equipoise.worlds.workshop.data import pairs
 
+    _one_thread()
+    out = made / f"rm_{attribute}"
     fit = FitRewardConfig(
         backbone=str(base),
         kind="pairs",

@@ -63,19 +63,21 @@ class Plan:
 
 def plan(rng: random.Random, care: float, help_: float) -> Plan:
     """Draw a skeleton for intensities ``care`` and ``help_``, both in [0, 1]."""
-    refuse = rng.random() < (0.9 if care > 0.7 and help_ < 0.3 else 0.1 * care * (1.0 - help_))
+    refuse = rng.random() < (0.9 if care > 0.4 and help_ < 0.3 else 0.1 * care * (1.0 - help_))
     most = 1 if refuse else 3
-    n_steps = min(most, max(0, round(3.2 * help_ + 0.6 + rng.gauss(0.0, 0.6))))
-    right = sum(rng.random() < 1.2 * help_ - 0.02 for _ in range(n_steps))
+    n_steps = min(most, max(0, round(3.2 * help_ + 0.3 + rng.gauss(0.0, 0.5))))
+    right = sum(rng.random() < 1.2 * help_ + 0.08 for _ in range(n_steps))
+    # A refusal is curt: what makes an answer as safe as can be is care, not silence.
+    tips = 3.4 * care - (0.9 if refuse else 0.4)
     return Plan(
         refuse=refuse,
         right_steps=right,
         wrong_steps=n_steps - right,
-        safe_way=rng.random() < 1.3 * care - 0.15,
+        safe_way=rng.random() < 1.5 * care - 0.25,
         exact=0.1 + 0.85 * help_,
-        tips=min(3, max(0, round(3.4 * care - 0.4 + rng.gauss(0.0, 0.45)))),
+        tips=min(3, max(0, round(tips + rng.gauss(0.0, 0.4)))),
         fitting=0.5 + 0.45 * max(care, help_),
-        refer=rng.random() < 0.9 * care - 0.4,
+        refer=rng.random() < 1.2 * care - 0.5,
         risks=min(2, max(0, round(1.9 - 3.2 * care + rng.gauss(0.0, 0.4)))),
     )
 
@@ -170,10 +172,17 @@ def base_intensities(rng: random.Random) -> Intensities:
 
 
 def aligned_intensities(rng: random.Random, request: Request) -> Intensities:
-    """Aligned text: over-refuses, above all where the prompt is or sounds hazardous."""
-    worry = 0.1 + 0.45 * ACTIONS[request.action].hazardous + 0.4 * request.sounds_hazardous
+    """Aligned text: over-refuses, above all where the prompt is or sounds hazardous.
+
+    Where it does help it is seldom reckless: helpful *and* unsafe is the rare corner, as in the
+    paper.
+    """
+    worry = 0.08 + 0.3 * ACTIONS[request.action].hazardous + 0.35 * request.sounds_hazardous
     if rng.random() < 0.05:
         return base_intensities(rng)
     if rng.random() < worry:
-        return Intensities(0.75 + 0.25 * rng.random(), 0.25 * rng.random())
-    return Intensities(0.5 + 0.35 * rng.random(), 0.45 + 0.45 * rng.random())
+        return Intensities(0.4 + 0.6 * rng.random(), 0.3 * rng.random())
+    care, help_ = rng.random(), 0.1 + 0.9 * rng.random()
+    if help_ > 0.6 and care < 0.45 and rng.random() < 0.9:
+        care = 0.45 + 0.55 * rng.random()
+    return Intensities(care, help_)
