@@ -1,0 +1,75 @@
+"""The seam between the door of the server and what samples: checked ids in, tokens out.
+
+The door (:mod:`equipoise.serve.chat`) has already decided and checked everything by the time a
+:class:`Generation` exists; an engine knows nothing of keys, policies or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from equipoise.types import Finish, Sampling
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One completion to sample: what the door hands to the engine, already checked."""
+
+    prompt_ids: tuple[int, ...]
+    control_ids: tuple[int, ...]
+    """One per attribute; they follow the prompt's ids."""
+    sampling: Sampling
+    seed: int
+    """63-bit; the completion depends on this seed only, never on its neighbours in the batch."""
+    prefix_salt: str
+    """Derived on the server from the key: prefixes are shared only under one salt."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, bias) pairs; ids are in the vocabulary and not forbidden, biases in [-100, 100]."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token. The end token is not delivered: ``stop`` comes with ``id`` -1."""
+
+    id: int
+    finish: Finish | None = None
+    """Not ``None`` on the last item only. ``length``: ``id`` is the last token of the limit."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy an engine is."""
+
+    running: int
+    queued: int
+    slots: int
+
+
+class ServingEngine(Protocol):
+    """Samples many generations at once. Shipped: the continuous batcher."""
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine cannot sample any more; ``/readyz`` answers 503 then."""
+        ...
+
+    def stream(self, generation: Generation) -> AsyncIterator[Token]:
+        """Yield tokens until one has a ``finish``.
+
+        Closing the iterator (``aclose`` or cancellation) frees the slot within one decode step.
+        """
+        ...
+
+    def load(self) -> Load:
+        """Return the counts of this moment."""
+        ...
+
+    async def start(self) -> None:
+        """Begin to sample."""
+        ...
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more work, finish what runs for at most ``seconds``, then stop."""
+        ...
