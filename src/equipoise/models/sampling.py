@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from equipoise.models.drawing import draw, uniform_stream
 from equipoise.types import Finish, GenerationRequest, Sampled, Sampling
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class TransformersEngine:
         for group in _groups(requests, self.batch_size):
             cache, mask, logits = self._prefill([requests[i].prompt_ids for i in group])
             rows = [
-                _Row(i, j, branch.control_ids, _uniforms(branch.seed, sampling.max_tokens), [])
+                _Row(i, j, branch.control_ids, uniform_stream(branch.seed, sampling.max_tokens), [])
                 for i in group
                 for j, branch in enumerate(requests[i].branches)
             ]
@@ -173,26 +174,17 @@ class TransformersEngine:
         return output.logits[:, -1], mask
 
     def _draw(self, logits: torch.Tensor, uniforms: np.ndarray, sampling: Sampling) -> torch.Tensor:
-        """Draw one token per row by inverse CDF; logits (R, V), uniforms (R,) in [0, 1)."""
-        scores = logits.float() / sampling.temperature
+        """Draw one token per row; see :func:`draw`."""
+        scores = logits.float()
         if len(self._masked):
             scores[:, self._masked] = -torch.inf
-        candidates: torch.Tensor | None = None
-        if 0 < sampling.top_k < scores.shape[1]:
-            scores, candidates = scores.topk(sampling.top_k, dim=1)
-        probabilities = scores.softmax(dim=1)
-        cumulative = probabilities.cumsum(dim=1)  # (R, k), rising
-        # Nucleus: a candidate stays if the mass before it is under top_p; the first always stays.
-        kept = (
-            (cumulative - probabilities < sampling.top_p).sum(dim=1)
-            if sampling.top_p < 1.0
-            else torch.full((len(scores),), scores.shape[1], device=scores.device)
+        return draw(
+            scores,
+            torch.from_numpy(uniforms).to(scores),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
         )
-        mass = cumulative.gather(1, (kept - 1)[:, None])
-        threshold = torch.from_numpy(uniforms).to(scores)[:, None] * mass
-        index = torch.searchsorted(cumulative, threshold, right=True)
-        index = torch.minimum(index, (kept - 1)[:, None])
-        return (candidates.gather(1, index) if candidates is not None else index)[:, 0]
 
 
 def _groups(requests: Sequence[GenerationRequest], batch_size: int) -> Iterator[list[int]]:
@@ -220,8 +212,3 @@ def _n_controls(request: GenerationRequest) -> int:
     if len(counts) != 1:
         raise ValueError("all branches of a request must have the same number of control ids")
     return counts.pop()
-
-
-def _uniforms(seed: int, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the row's own stream of n numbers in [0, 1)."""
-    return np.random.Generator(np.random.Philox(seed)).random(n)
