@@ -1,0 +1,100 @@
+"""Policy file -> DialPolicy: all errors at once, each with file and line; broken means refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from equipoise.dials.dial_policy import DialPolicy, policy_faults
+from equipoise.errors import ConfigError
+
+_MAX_BYTES = 1 << 20
+
+
+def shipped_policies() -> dict[str, Path]:
+    """Return the shipped example policies: name to file."""
+    folder = Path(str(resources.files("equipoise") / "serve" / "policies"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_policy(name: str | Path, attributes: Sequence[str], levels: int) -> DialPolicy:
+    """Read a policy and hold it against a model's dials.
+
+    Args:
+        name: A YAML file, or the name of a shipped policy (``example``).
+        attributes: The model's attributes.
+        levels: L.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, not YAML, names a key twice, has unknown or
+            missing fields, or does not fit the dials; all faults at once.
+    """
+    file = Path(name) if Path(name).is_file() else shipped_policies().get(str(name), Path(name))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"no dial policy at {file}",
+            why=error.strerror or type(error).__name__,
+            fix=f"give a YAML file, or one of: {', '.join(shipped_policies())}",
+        ) from error
+    return parse_policy(data, attributes, levels, file=file.name)
+
+
+def parse_policy(
+    data: bytes, attributes: Sequence[str], levels: int, *, file: str = "policy"
+) -> DialPolicy:
+    """Return the policy that the bytes of a YAML file hold; see :func:`load_policy`."""
+    plain = _plain(data, file)
+    try:
+        policy = DialPolicy.model_validate(plain)
+        faults = policy_faults(policy, attributes, levels)
+    except ValidationError as error:
+        faults = [validation_fault(item) for item in error.errors(include_url=False)]
+    if faults:
+        raise ConfigError(
+            f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in dial policy {file}",
+            why="\n".join(["the rules below cannot be used", *(f"    {text}" for text in faults)]),
+            fix="correct these lines; `--policy example` is a complete one",
+        )
+    return policy
+
+
+def validation_fault(item: Mapping[str, Any]) -> str:
+    """Return one pydantic error as ``place: what``, without the value that caused it."""
+    place = ".".join(str(part) for part in item["loc"]) or "file"
+    kind = {"extra_forbidden": "unknown field", "missing": "is missing"}
+    return f"{place}: {kind.get(item['type'], item['msg'])}"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings name each key once: the second of two rules must not win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        plain: dict[object, object] = super().construct_mapping(node, deep=deep)
+        if len(plain) != len(node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "the same key twice (or a merge key)", node.start_mark
+            )
+        return plain
+
+
+def _plain(data: bytes, file: str) -> object:
+    problem, line = "it is larger than 1 MiB", ""
+    if len(data) <= _MAX_BYTES:
+        try:
+            return yaml.load(data.decode("utf-8"), Loader=_UniqueKeys)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            problem = str(getattr(error, "problem", None) or type(error).__name__)
+    raise ConfigError(
+        f"{file}{line} is not a usable YAML file",
+        why=problem,
+        fix="correct the line; `--policy example` is a complete one",
+    )
