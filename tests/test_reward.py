@@ -20,6 +20,7 @@ from equipoise.models.fit_reward import fit_reward, split_by_prompt
 from equipoise.models.reward import ClassifierReward, load_reward_model
 from equipoise.models.reward_baselines import auc, held_out_estimate, length_scores
 from equipoise.models.reward_card import read_card
+from equipoise.models.reward_head import FrozenFeatures
 from equipoise.models.reward_input import InputEncoder
 from equipoise.overlap import prompt_key
 from equipoise.types import LabelledAnswer, Message, PreferencePair, Prompt
@@ -241,6 +242,30 @@ def test_truncated_rows_are_counted(backbones: dict[str, Path], tmp_path: Path) 
     data = [*labelled(60), LabelledAnswer(prompt("mend " * 50), "slow", 1.0)]
     card = fit_reward(data, settings, attribute="x", out_dir=tmp_path / "rm", seed=0)
     assert card.n_truncated == 1
+
+
+def test_two_heads_on_one_frozen_backbone_read_it_once(
+    backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = fit_config("labels", backbones["causal"], head_only=True)
+    for name, seed in (("a", 1), ("b", 2)):
+        fit_reward(
+            labelled(200, seed=seed), settings, attribute=name, out_dir=tmp_path / name, seed=0
+        )
+    features: dict[str, FrozenFeatures] = {}
+    rows = [(prompt("mend the lamp"), text) for text in ("ask slow", "ask fast", "ask slow")]
+    configs = {name: RewardModelConfig(model=str(tmp_path / name)) for name in "ab"}
+    together = [
+        load_reward_model(config, attribute=name, features=features).score(rows)
+        for name, config in configs.items()
+    ]
+    [shared] = features.values()
+    alone = [load_reward_model(config, attribute=name) for name, config in configs.items()]
+    assert together == [model.score(rows) for model in alone]
+    assert together[0] != together[1]
+    encode = loaded(tmp_path / "a").encode
+    distinct = {encode(asked.messages, text) for asked, text in rows}
+    assert shared.positions == sum(len(row.ids) for row in distinct)
 
 
 def test_divergence_is_an_error_and_leaves_nothing(

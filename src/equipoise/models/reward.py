@@ -16,7 +16,7 @@ from equipoise.config import RewardModelConfig
 from equipoise.errors import ModelError, RewardError
 from equipoise.models.load import default_device, load_tokenizer, model_hash, resolve_model
 from equipoise.models.reward_card import Pooling, read_card
-from equipoise.models.reward_head import answer_mean, head_of
+from equipoise.models.reward_head import FrozenFeatures, has_segments, head_of
 from equipoise.models.reward_input import InputEncoder, RewardInput, collate, length_batches
 from equipoise.types import Prompt, RewardModel
 
@@ -30,6 +30,7 @@ def load_reward_model(
     fitted_root: Path | None = None,
     batch_size: int = 64,
     device: str | None = None,
+    features: dict[str, FrozenFeatures] | None = None,
 ) -> RewardModel:
     """Load a reward model or judge.
 
@@ -40,6 +41,8 @@ def load_reward_model(
         fitted_root: Folder of the reward models that this run has trained.
         batch_size: Rows scored together; it does not change a score.
         device: A torch device; by default the GPU if there is one, else the CPU.
+        features: Frozen features by their source. Reward models loaded with one dict share what
+            they read off the same frozen backbone: two heads cost one pass.
 
     Raises:
         ModelError: The model is missing, has no classification head, or no such logit.
@@ -63,18 +66,26 @@ def load_reward_model(
     card = read_card(Path(place)) if Path(place).is_dir() else None
     format = card.format if card is not None and config.format == "auto" else config.format
     settle_padding(model, tokenizer)
+    model.to(device or default_device())
+    encode = InputEncoder.of(
+        Encoder(tokenizer),
+        format=format,
+        max_length=longest_input(model, tokenizer, config.max_length),
+    )
+    shared = None
+    if card is not None and card.pooling == "answer_mean":
+        source = f"{card.backbone_hash} {encode.format} {encode.max_length}"
+        shared = FrozenFeatures(model, batch_size=batch_size)
+        if features is not None:
+            shared = features.setdefault(source, shared)
     return ClassifierReward(
-        model.to(device or default_device()),
-        InputEncoder.of(
-            Encoder(tokenizer),
-            format=format,
-            max_length=longest_input(model, tokenizer, config.max_length),
-        ),
+        model,
+        encode,
         name=config.model,
         model_hash=model_hash(place),
         sign=config.sign,
         logit=config.logit,
-        pooling=card.pooling if card is not None else "model",
+        features=shared,
         batch_size=batch_size,
     )
 
@@ -91,17 +102,18 @@ class ClassifierReward:
         model_hash: str,
         sign: int = 1,
         logit: int = 0,
-        pooling: Pooling = "model",
+        features: FrozenFeatures | None = None,
         batch_size: int = 64,
     ) -> None:
         self.model = model.eval()
         self.encode = encode
         self.name = name
+        pooling: Pooling = "model" if features is None else "answer_mean"
         settings = f"{model_hash}\n{encode.format}\n{encode.max_length}\n{sign}\n{logit}\n{pooling}"
         self.hash = hashlib.sha256(settings.encode()).hexdigest()
         self.n_truncated = 0
         """Rows so far of which a part did not fit into ``max_length``."""
-        self._sign, self._logit, self._pooling = sign, logit, pooling
+        self._sign, self._logit, self._features = sign, logit, features
         self._batch_size = batch_size
 
     def score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
@@ -113,14 +125,24 @@ class ClassifierReward:
         """
         rows = [self.encode(prompt.messages, text) for prompt, text in pairs]
         self.n_truncated += sum(row.truncated for row in rows)
-        scores = [math.nan] * len(rows)
+        values = self._logits(rows)
+        for value, (prompt, _) in zip(values, pairs, strict=True):
+            if not math.isfinite(value):
+                raise not_finite(self.name, value, prompt.id)
+        return [self._sign * value for value in values]
+
+    def _logits(self, rows: Sequence[RewardInput]) -> list[float]:
+        import torch
+
+        if self._features is not None:
+            with torch.inference_mode():
+                read = self._checked(head_of(self.model)(self._features.of(rows)), rows)
+            return [float(value) for value in read[:, self._logit]]
+        values = [math.nan] * len(rows)
         for batch in length_batches([len(row.ids) for row in rows], self._batch_size):
-            values = self._forward([rows[i] for i in batch])
-            for i, value in zip(batch, values, strict=True):
-                if not math.isfinite(value):
-                    raise not_finite(self.name, value, pairs[i][0].id)
-                scores[i] = self._sign * value
-        return scores
+            for i, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                values[i] = value
+        return values
 
     def _forward(self, rows: Sequence[RewardInput]) -> list[float]:
         import torch
@@ -132,19 +154,18 @@ class ClassifierReward:
         )
         batch = {key: value.to(self.model.device) for key, value in batch.items()}
         with torch.inference_mode():
-            logits = (
-                self.model(**batch).logits
-                if self._pooling == "model"
-                else head_of(self.model)(answer_mean(self.model, batch, rows))
-            )  # (B, n_labels)
+            logits = self._checked(self.model(**batch).logits, rows)  # (B, n_labels)
+        values: list[float] = logits[:, self._logit].float().tolist()
+        return values
+
+    def _checked(self, logits: Any, rows: Sequence[RewardInput]) -> Any:
         if tuple(logits.shape) != (len(rows), self.model.config.num_labels):
             raise RewardError(
                 f"Reward model {self.name} returned scores of the wrong shape",
                 why=f"{tuple(logits.shape)} for {len(rows)} rows.",
                 fix="Use a sequence-classification model; nothing was written.",
             )
-        values: list[float] = logits[:, self._logit].float().tolist()
-        return values
+        return logits
 
 
 def not_finite(name: str, value: float, prompt_id: str) -> RewardError:
@@ -212,8 +233,3 @@ def longest_input(model: Any, tokenizer: Any, wanted: int) -> int:
     """``wanted``, or less where model or tokenizer cannot take so many tokens."""
     positions = int(getattr(model.config, "max_position_embeddings", wanted) or wanted)
     return min(wanted, positions, int(tokenizer.model_max_length))
-
-
-def has_segments(model: Any) -> bool:
-    """Whether the model tells two segments apart (BERT does, RoBERTa and Llama do not)."""
-    return int(getattr(model.config, "type_vocab_size", 0) or 0) > 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import ModelError
-from equipoise.models.reward_input import RewardInput
+from equipoise.models.reward_input import RewardInput, collate, length_batches
 
 if TYPE_CHECKING:
     import torch
@@ -44,3 +44,46 @@ def answer_mean(
     inside = ((position >= start) & (position < end)).to(hidden.dtype)  # (B, T)
     total: torch.Tensor = (hidden * inside[..., None]).sum(1)
     return total / inside.sum(1, keepdim=True).clamp(min=1)
+
+
+class FrozenFeatures:
+    """What linear heads read off one frozen backbone: the mean hidden state of each completion.
+
+    The rows of the last call are kept, since the reward models of one pool are asked about the same
+    rows one after the other; so two heads on one backbone cost one pass through it.
+
+    Args:
+        model: A sequence-classification model whose backbone is read.
+        batch_size: Rows computed together; it does not change a feature.
+    """
+
+    def __init__(self, model: Any, *, batch_size: int = 64) -> None:
+        self.positions = 0
+        """Tokens through the backbone so far, padding not counted."""
+        self._model, self._batch_size = model.eval(), batch_size
+        self._kept: dict[RewardInput, torch.Tensor] = {}
+
+    def of(self, rows: Sequence[RewardInput]) -> torch.Tensor:
+        """Return features (B, D), in order; rows that the last call had are not computed again."""
+        import torch
+
+        fresh = list(dict.fromkeys(row for row in rows if row not in self._kept))
+        found = {row: self._kept[row] for row in rows if row in self._kept}
+        for batch in length_batches([len(row.ids) for row in fresh], self._batch_size):
+            chosen = [fresh[i] for i in batch]
+            self.positions += sum(len(row.ids) for row in chosen)
+            inputs = collate(
+                chosen,
+                pad_id=self._model.config.get_text_config().pad_token_id,
+                with_types=has_segments(self._model),
+            )
+            inputs = {key: value.to(self._model.device) for key, value in inputs.items()}
+            with torch.inference_mode():
+                found.update(zip(chosen, answer_mean(self._model, inputs, chosen), strict=True))
+        self._kept = found
+        return torch.stack([found[row] for row in rows])
+
+
+def has_segments(model: Any) -> bool:
+    """Whether the model tells two segments apart (BERT does, RoBERTa and Llama do not)."""
+    return int(getattr(model.config, "type_vocab_size", 0) or 0) > 1

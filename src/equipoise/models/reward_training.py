@@ -9,8 +9,7 @@ from typing import Any
 
 from equipoise.config import FitRewardConfig
 from equipoise.errors import TrainingError
-from equipoise.models.reward import has_segments
-from equipoise.models.reward_head import answer_mean, head_of
+from equipoise.models.reward_head import answer_mean, has_segments, head_of
 from equipoise.models.reward_input import RewardInput, collate, length_batches
 
 OnStep = Callable[[int, int], None]

@@ -106,13 +106,16 @@ def load_reward_models(
 ) -> dict[str, RewardModel]:
     """Load one reward model (or judge) per attribute, in attribute order."""
     from equipoise.models.reward import load_reward_model
+    from equipoise.models.reward_head import FrozenFeatures
 
+    features: dict[str, FrozenFeatures] = {}
     return {
         attribute: load_reward_model(
             configs[attribute],
             attribute=attribute,
             fitted_root=job.fitted_root,
             batch_size=job.recipe.score.batch_size,
+            features=features,
         )
         for attribute in job.recipe.attributes
     }
