@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,8 +95,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
     length = recipe.generate.sampling.max_tokens
     branches = 1 if tune.objective == "clm" else 1 + tune.n_counterfactuals
     row = speed.prompt_tokens + branches * length
-    judged = sum(_size(model, job) for model in recipe.judges.values())
-    rewards = sum(_size(model, job) for model in recipe.reward_models.values())
+    judged, rewards = _pass_size(recipe.judges, job), _pass_size(recipe.reward_models, job)
     n_prompts = min(counts[config.split], config.max_prompts or counts[config.split])
     settings = recipe.levels ** len(recipe.attributes)
     auto = 0.0
@@ -177,6 +176,17 @@ def _fitting_flops(job: Job) -> float:
         # Most rows are shorter than the limit.
         total += rows * sides * 0.7 * config.max_length * per_token * _size_of(config.backbone, job)
     return total
+
+
+def _pass_size(configs: Mapping[str, RewardModelConfig], job: Job) -> float:
+    """Parameters that one row passes: heads on one frozen backbone and length share a pass."""
+    passes: dict[object, float] = {}
+    for attribute, config in configs.items():
+        fit = job.recipe.fit_reward.get(config.model.removeprefix("fitted://"))
+        shared = fit is not None and fit.head_only
+        source = (fit.backbone, config.max_length) if fit and shared else attribute
+        passes[source] = _size(config, job)
+    return sum(passes.values())
 
 
 def _size(config: RewardModelConfig, job: Job) -> float:
