@@ -144,6 +144,8 @@ class Branch:
     control_ids: tuple[int, ...]
     seed: int
     """64-bit; the text depends on this seed only, never on the batch around it."""
+    strengths: tuple[float, ...] = ()
+    """Steering: one factor per direction of the engine; empty, or all zero, for none."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from equipoise.evaluate.intervals import bootstrap, prompt_weights
+from equipoise.models.reading import read_completions
 from equipoise.types import Delivery, DialSetting, Estimate, Prompt
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from equipoise.dials.encode import Encoder
@@ -28,55 +28,9 @@ def log_likelihood(
     *,
     batch_size: int = 32,
 ) -> list[tuple[float, int]]:
-    """Return (summed log-likelihood in nats, tokens) of each completion after one shared prefix.
-
-    The prefix is computed once per batch and its cache repeated: K completions cost P + K·R
-    positions.
-    """
-    import torch
-
-    filled = [(k, list(ids)) for k, ids in enumerate(completions) if ids]
-    result = [(0.0, 0)] * len(completions)
-    if not filled:
-        return result
-    device = model.device
-    training = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(filled), batch_size):
-                batch = filled[start : start + batch_size]
-                prefix = torch.tensor([list(prefix_ids)], device=device)  # (1, P)
-                first = model(input_ids=prefix, use_cache=True)
-                first.past_key_values.batch_repeat_interleave(len(batch))
-                for (k, ids), value in zip(
-                    batch, _branch_sums(model, first, [ids for _, ids in batch]), strict=True
-                ):
-                    result[k] = (value, len(ids))
-    finally:
-        model.train(training)
-    return result
-
-
-def _branch_sums(model: PreTrainedModel, first: object, batch: list[list[int]]) -> list[float]:
-    import torch
-
-    longest = max(map(len, batch))
-    # Right padding needs no mask in a causal model: no real token looks at what follows it.
-    ids = torch.tensor(
-        [row + [0] * (longest - len(row)) for row in batch], device=model.device
-    )  # (B, R)
-    prefix: torch.Tensor = first.logits[:, -1:].expand(len(batch), -1, -1)  # type: ignore[attr-defined]
-    logits = prefix  # (B, 1, V)
-    if longest > 1:
-        cache = first.past_key_values  # type: ignore[attr-defined]
-        rest = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
-        logits = torch.cat([prefix, rest], dim=1)  # (B, R, V)
-    chosen = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)  # (B, R)
-    lengths = torch.tensor([len(row) for row in batch], device=model.device)
-    real = torch.arange(longest, device=model.device) < lengths[:, None]  # (B, R)
-    sums: list[float] = (chosen.double() * real).sum(dim=1).tolist()
-    return sums
+    """Return (summed log-likelihood in nats, tokens) of each completion after one shared prefix."""
+    found = read_completions(model, prefix_ids, completions, batch_size=batch_size)
+    return [(reading.log_likelihood, reading.n_tokens) for reading in found]
 
 
 def fluency(

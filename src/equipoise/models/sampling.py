@@ -3,13 +3,15 @@
 Differs from ``transformers.generate`` in four ways that matter on a pool of K samples per prompt:
 the prompt is computed once for all of its branches (K samples, or L x L dial settings); batches are
 sorted by length; finished rows leave the batch; and no step sorts the whole vocabulary. Every row
-draws from its own random stream, so its text does not depend on its neighbours.
+draws from its own random stream, so its text does not depend on its neighbours. A row may be
+steered with strengths of its own: vectors added to the residual stream behind the shared prefill.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from equipoise.models.drawing import draw, uniform_stream
+from equipoise.models.layers import shifted
 from equipoise.types import Finish, GenerationRequest, Sampled, Sampling
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class _Row:
     control_ids: tuple[int, ...]
     uniforms: np.ndarray  # (max_tokens,)
     token_ids: list[int]
+    strengths: tuple[float, ...] = ()
     finish: Finish = "length"
     done: bool = False
 
@@ -49,6 +53,9 @@ class TransformersEngine:
         encoder: The encoder of the model's tokenizer: end ids, masked ids, decoding.
         model_hash: Recorded with every completion.
         batch_size: Rows (branches) decoded together.
+        steering: Vectors (A, D) and the index of the layer behind which ``Branch.strengths`` of
+            them are added, at every control and sampled position of a branch, never in the shared
+            prompt.
 
     Attributes:
         prompt_positions: Prompt tokens computed so far, each once per prompt.
@@ -62,7 +69,10 @@ class TransformersEngine:
         *,
         model_hash: str,
         batch_size: int = 128,
+        steering: tuple[torch.Tensor, int] | None = None,
     ) -> None:
+        self._steering = steering
+        self._shift = torch.empty(0)  # (R, D) of the rows in the batch
         self.model, self.encoder, self.model_hash = model, encoder, model_hash
         self.batch_size = batch_size
         self.prompt_positions = 0
@@ -79,7 +89,14 @@ class TransformersEngine:
         for group in _groups(requests, self.batch_size):
             cache, mask, logits = self._prefill([requests[i].prompt_ids for i in group])
             rows = [
-                _Row(i, j, branch.control_ids, uniform_stream(branch.seed, sampling.max_tokens), [])
+                _Row(
+                    i,
+                    j,
+                    branch.control_ids,
+                    uniform_stream(branch.seed, sampling.max_tokens),
+                    [],
+                    branch.strengths,
+                )
                 for i in group
                 for j, branch in enumerate(requests[i].branches)
             ]
@@ -89,7 +106,8 @@ class TransformersEngine:
                 own = cache if number == len(chunks) - 1 else copy.deepcopy(cache)
                 source = torch.tensor([place[row.request] for row in chunk], device=mask.device)
                 own.batch_select_indices(source)
-                self._decode(chunk, own, mask[source], logits[source], sampling)
+                with self._steered(chunk):
+                    self._decode(chunk, own, mask[source], logits[source], sampling)
             for row in rows:
                 results[row.request][row.branch] = Sampled(
                     tuple(row.token_ids), self.encoder.decode(row.token_ids), row.finish
@@ -121,6 +139,20 @@ class TransformersEngine:
             logits_to_keep=1,
         )
         return cache, mask, output.logits[:, -1]
+
+    def _steered(self, rows: Sequence[_Row]) -> AbstractContextManager[None]:
+        """Prepare the rows' own shifts; rows that leave the batch take theirs along."""
+        if not any(strength for row in rows for strength in row.strengths):
+            self._shift = torch.empty(len(rows), 0)
+            return nullcontext()
+        if self._steering is None:
+            raise ValueError("branches have strengths, and the engine has no directions")
+        vectors, layer = self._steering
+        none = (0.0,) * len(vectors)
+        wanted = [row.strengths or none for row in rows]
+        strengths = torch.tensor(wanted, dtype=torch.float32)  # (R, A)
+        self._shift = (strengths @ vectors.float()).to(self.model.device)
+        return shifted(self.model, layer, lambda: self._shift)
 
     def _decode(
         self,
@@ -154,6 +186,7 @@ class TransformersEngine:
                 kept = kept.to(mask.device)
                 cache.batch_select_indices(kept)
                 mask, token_ids = mask[kept], token_ids[kept]
+                self._shift = self._shift[kept.to(self._shift.device)]
             logits, mask = self._step(token_ids[:, None], cache, mask)
 
     def _step(
