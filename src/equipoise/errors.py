@@ -7,7 +7,8 @@
     ├── EncodingError      untrusted text met the encoder's assertion
     ├── RewardError        a reward model broke its contract
     ├── RunError           a run directory cannot be used
-    └── TrainingError      tuning diverged or the dials stayed dead
+    ├── TrainingError      tuning diverged or the dials stayed dead
+    └── ServingError       the server's engine or scorer cannot answer
 
 How to add one: subclass, raise it with all three parts, and list it above.
 """
@@ -62,3 +63,7 @@ class RunError(EquipoiseError):
 
 class TrainingError(EquipoiseError):
     """Tuning diverged; the last good checkpoint is kept."""
+
+
+class ServingError(EquipoiseError):
+    """The server's engine or scorer cannot answer; nothing wrong was sent."""
