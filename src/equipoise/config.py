@@ -2,7 +2,8 @@
 
 Model names are, in this order: an existing directory, ``workshop://NAME`` (a packaged Workshop
 model), ``cache://NAME`` (fetched by ``equipoise fetch``), ``fitted://NAME`` (trained by the
-``fit-reward`` stage of the same run), else a Hugging Face hub id.
+``fit-reward`` stage of the same run), ``made://base``, ``made://sft`` or ``made://align`` (the
+result of that stage of the same run), else a Hugging Face hub id.
 
 Data sources are: ``workshop://SPLIT``, a JSONL/Parquet file (also ``.gz``; a relative path is
 looked up in the recipe's ``data`` folder, then in the working directory), else a ``datasets`` name.
@@ -113,6 +114,31 @@ class ScoreConfig(Config):
     calibration: Literal["pooled", "within_prompt"] = "pooled"
 
 
+class SteerConfig(Config):
+    """Directions from the scored pool, and the strength that each level needs."""
+
+    layer: Annotated[int, Field(ge=0)] | None = None
+    """Decoder layer, counted from 0; by default two fifths of the way up."""
+    strengths: list[float] = Field([-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0], min_length=1)
+    """Tried on dev prompts, besides 0, in units of the direction's own length."""
+    max_fluency_drop: Annotated[float, Field(gt=0.0)] | None = 0.5
+    """Strengths whose outputs the untouched model finds less likely than its own by more than
+    this (nats per token) are not used; ``null`` = use all."""
+    max_prompts: Positive = 40
+    """Dev prompts that strengths are tried on."""
+
+
+class RegenerateConfig(Config):
+    """Steered self-generation: a second pool, in which rare cells are common."""
+
+    steered_per_prompt: Positive = 8
+    over: Literal["cells", "corners"] = "cells"
+    """Which control cells are wished for; the middle cell, which needs no steering, never is."""
+    factors: list[Annotated[float, Field(gt=0.0)]] = Field([1.0, 2.0], min_length=1)
+    """Strengths of the top level, used in turn; the bottom level gets the negative, the levels
+    between lie on a straight line."""
+
+
 class DistilConfig(Config):
     """MOEC, or one of its ablations."""
 
@@ -120,12 +146,35 @@ class DistilConfig(Config):
     min_cells: Positive = 3
     balance_cap: Annotated[float, Field(ge=1.0)] = 1.0
     """Cap of the inverse-frequency weight of rare cells; 1 = no weighting."""
+    max_fluency_drop: Annotated[float, Field(gt=0.0)] | None = None
+    """MOEC and ``denoised``: drop a steered completion whose mean log-likelihood per token under
+    the untouched model lies more than this below that of its own completions of the prompt."""
+
+
+class RlhfConfig(Config):
+    """RLHF with control: sample under a setting, reward closeness to it, stay near the start."""
+
+    beta: Annotated[float, Field(gt=0.0)] = 0.02
+    """Weight of the KL per token to the start model."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt and setting; their mean reward is the baseline."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    warm_start: Annotated[int, Field(ge=0)] = 0
+    """Steps of CLM before: an untrained control token gives no signal to reinforce."""
+    kl_limit: Annotated[float, Field(gt=0.0)] = 2.0
+    """Nats per token; three steps above it end the tuning."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Of the completions that are learnt from."""
+    probe_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between looks at both judges; 0 = none."""
+    probe_prompts: Positive = 8
+    """Prompts of a look: dev prompts where there are any, else training prompts."""
 
 
 class TuneConfig(Config):
-    """CLM or ExMATE, full weights or LoRA."""
+    """CLM, ExMATE or RLHF, full weights or LoRA."""
 
-    objective: Literal["clm", "exmate"] = "exmate"
+    objective: Literal["clm", "exmate", "rlhf"] = "exmate"
     weight: Annotated[float, Field(ge=0.0)] = 1.0
     """``w`` of the counterfactual term."""
     counterfactual: Literal["uniform", "one_attribute", "observed"] = "uniform"
@@ -141,13 +190,15 @@ class TuneConfig(Config):
     """0 = full weights."""
     dtype: Literal["probe", "float32", "bfloat16"] = "probe"
     checkpoint_every: Positive = 100
+    rlhf: RlhfConfig = RlhfConfig()
+    """Read by ``objective: rlhf`` only."""
 
 
 class EvaluateConfig(Config):
     """Sweep, then measure."""
 
     responders: list[str] = ["start", "prompting", "rerank8", "tuned"]
-    """``start``, ``prompting``, ``rerankN``, ``tuned``."""
+    """``start``, ``prompting``, ``rerankN``, ``steering``, ``tuned``."""
     sampling: SamplingConfig = SamplingConfig()
     split: Literal["dev", "test"] = "test"
     repeats: Positive = 1
@@ -162,6 +213,59 @@ class EvaluateConfig(Config):
     """Prompting: number of in-context examples drawn from the pool."""
 
 
+class PretrainConfig(Config):
+    """A base model from raw text: tokenizer and a small Llama, both from scratch."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    """Rows with ``text``, or dialogues; ``workshop://base``."""
+    vocabulary: Annotated[int, Field(ge=300)] = 1024
+    width: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+    steps: Positive = 1200
+    batch_size: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    max_length: Positive = 256
+    """Tokens; a longer row is left out."""
+    checkpoint_every: Positive = 200
+
+
+class SftConfig(Config):
+    """Supervised fine-tuning on dialogues: the last answer is learnt."""
+
+    model: str = "made://base"
+    sources: list[SourceConfig] = Field(min_length=1)
+    """Dialogues; ``workshop://base``, ``workshop://aligned``."""
+    steps: Positive = 200
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    max_length: Positive = 256
+    checkpoint_every: Positive = 100
+
+
+class AlignConfig(Config):
+    """Alignment: DPO on preference pairs, or RLHF on a weighted sum of rewards."""
+
+    model: str = "made://sft"
+    method: Literal["dpo", "rlhf"] = "dpo"
+    sources: list[SourceConfig] = Field(min_length=1)
+    """Preference pairs for DPO, prompts for RLHF."""
+    steps: Positive = 200
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    max_length: Positive = 256
+    checkpoint_every: Positive = 100
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """DPO's temperature; RLHF's weight of the KL to the model before."""
+    rewards: dict[str, RewardModelConfig] = {}
+    """RLHF: reward models by name."""
+    weights: dict[str, float] = {}
+    """RLHF: weight of each reward, in units of its standard deviation over the model's own
+    completions; 1 where none is given."""
+    rlhf: RlhfConfig = RlhfConfig()
+    """RLHF: ``group``, ``kl_limit`` and ``sampling`` of it are read."""
+
+
 class Recipe(Config):
     """The whole run."""
 
@@ -173,12 +277,17 @@ class Recipe(Config):
     model: str
     data: str | None = None
     """Folder in which relative data sources are looked up."""
+    base: PretrainConfig | None = None
+    sft: SftConfig | None = None
+    align: AlignConfig | None = None
     prompts: PromptsConfig
     fit_reward: dict[str, FitRewardConfig] = {}
     reward_models: dict[str, RewardModelConfig]
     judges: dict[str, RewardModelConfig]
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
+    steer: SteerConfig | None = None
+    regenerate: RegenerateConfig | None = None
     distil: DistilConfig = DistilConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

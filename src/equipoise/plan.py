@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.config import RewardModelConfig
+from equipoise.config import RewardModelConfig, TuneConfig
 from equipoise.stages.inputs import Job, read_prompts
 from equipoise.types import Branch, GenerationRequest, Sampling
 
@@ -93,7 +93,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         counts[prompt.split] += 1
     pool = counts["train"] * recipe.generate.completions_per_prompt
     length = recipe.generate.sampling.max_tokens
-    branches = 1 if tune.objective == "clm" else 1 + tune.n_counterfactuals
+    branches = 1 + tune.n_counterfactuals * (tune.objective == "exmate")
     row = speed.prompt_tokens + branches * length
     judged, rewards = _pass_size(recipe.judges, job), _pass_size(recipe.reward_models, job)
     n_prompts = min(counts[config.split], config.max_prompts or counts[config.split])
@@ -118,10 +118,23 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         "fit-reward": _fitting_flops(job) / speed.flops,
         "generate": pool * length / speed.sampled,
         "score": 2 * pool * (speed.prompt_tokens + length) * rewards / speed.flops,
-        "tune": tune.steps * tune.batch_size * row / speed.trained,
+        "tune": _tuning_seconds(tune, speed, row, rewards),
         "evaluate": sampling / speed.sampled + (scoring + 2 * pool * text * judged) / speed.flops,
     }
     return {name: value / 60 for name, value in seconds.items()}
+
+
+def _tuning_seconds(tune: TuneConfig, speed: Speed, row: float, rewards: float) -> float:
+    """Seconds of tuning with rows of ``row`` tokens; RLHF also samples, scores and compares."""
+    if tune.objective != "rlhf":
+        return tune.steps * tune.batch_size * row / speed.trained
+    warm = tune.rlhf.warm_start * tune.batch_size * row / speed.trained
+    completion = tune.rlhf.sampling.max_tokens
+    text = speed.prompt_tokens + completion
+    # The reference reads what is trained on, forward only: a third of the work.
+    per_row = completion / speed.sampled + 4 / 3 * text / speed.trained
+    per_row += 2 * text * rewards / speed.flops
+    return warm + tune.steps * tune.batch_size * per_row
 
 
 def parameters_of(directory: Path) -> int:

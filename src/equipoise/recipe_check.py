@@ -16,7 +16,7 @@ from equipoise.config import Recipe
 Place = tuple[str | int, ...]
 """A position in the recipe: keys and list indices."""
 
-RESPONDER = re.compile(r"start|prompting|tuned|rerank[1-9][0-9]*")
+RESPONDER = re.compile(r"start|prompting|steering|tuned|rerank[1-9][0-9]*")
 
 
 def explain(item: Any) -> str:
@@ -87,13 +87,40 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
                 )
     for index, name in enumerate(recipe.evaluate.responders):
         if not RESPONDER.fullmatch(name):
-            near = nearest(name, ["start", "prompting", "tuned", "rerank8", "rerank16"])
-            text = f"unknown responder `{name}`; {near or 'start, prompting, rerankN or tuned'}"
+            valid = ["start", "prompting", "steering", "tuned", "rerank8", "rerank16"]
+            text = f"unknown responder `{name}`; " + (
+                nearest(name, valid) or "start, prompting, rerankN, steering or tuned"
+            )
             found.append((("evaluate", "responders", index), text))
+    found += _steering_contradictions(recipe)
+    if recipe.tune.objective == "rlhf" and recipe.tune.batch_size % recipe.tune.rlhf.group:
+        text = f"`tune.batch_size` is no multiple of `tune.rlhf.group` ({recipe.tune.rlhf.group})"
+        found.append((("tune", "batch_size"), text))
     if recipe.distil.data == "moec" and recipe.distil.min_cells > recipe.levels ** len(names):
         found.append(
             (("distil", "min_cells"), f"`distil.min_cells` exceeds the number of cells "
              f"({recipe.levels ** len(names)})")
+        )  # fmt: skip
+    return found
+
+
+def _steering_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
+    found: list[tuple[Place, str]] = []
+    if recipe.regenerate is not None and recipe.steer is None:
+        found.append((("regenerate",), "`regenerate` needs the directions of `steer`: {}"))
+    if "steering" in recipe.evaluate.responders:
+        place: Place = ("evaluate", "responders", recipe.evaluate.responders.index("steering"))
+        if recipe.steer is None:
+            found.append((place, "the responder `steering` needs `steer`: {}"))
+        elif recipe.prompts.n_dev == 0:
+            found.append(
+                (place, "the responder `steering` finds its strengths on dev prompts: set "
+                 "`prompts.n_dev`")
+            )  # fmt: skip
+    if recipe.distil.max_fluency_drop is not None and recipe.regenerate is None:
+        found.append(
+            (("distil", "max_fluency_drop"), "`distil.max_fluency_drop` is for steered "
+             "completions: it needs `regenerate`")
         )  # fmt: skip
     return found
 

@@ -38,7 +38,9 @@ CAPTIONS = {
     "losses": (
         "A model that listens finds a completion likelier under the setting that was asked for "
         "than under another one: the two lines part. Pale lines are single steps; the last panel, "
-        "if there is one, is how hard the second term of ExMATE pulls (w·exp(m))."
+        "if there is one, is how hard the second term of ExMATE pulls (w·exp(m)). RLHF shows its "
+        "reward beside that of a policy deaf to its dials, and what both kinds of judges say of "
+        "the whole grid: a reward that rises while the judges' line falls is reward hacking."
     ),
     "fluency": (
         "Log-likelihood per token of the outputs under the untouched model, minus that of its own "

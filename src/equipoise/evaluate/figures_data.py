@@ -69,6 +69,18 @@ _CURVES = {
         {"asked": "under the setting asked for", "counterfactual": "under another setting"},
     ),
     "pull": ("pull of the second term", {"pull": "pull"}),
+    "reward": (
+        "closeness to the setting",
+        {
+            "reward": "reward",
+            "probe_optimization_closeness": "reward models, whole grid",
+            "probe_generalization_closeness": "judges, whole grid",
+            "floor": "a deaf policy",
+        },
+    ),
+    "kl": ("KL to the start, nats per token", {"kl": "kl"}),
+    "length": ("tokens per completion", {"length": "length"}),
+    "degenerate": ("share of degenerate completions", {"degenerate": "degenerate"}),
 }
 
 

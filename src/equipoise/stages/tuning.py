@@ -7,33 +7,42 @@ from pathlib import Path
 
 from equipoise.stages.inputs import Job, policy_hash, read_calibration, reward_hashes
 from equipoise.stages.pool import read_examples
+from equipoise.stages.rlhf import tune_by_rlhf
 
 MODEL = "model"
 
 
 def tune(job: Job) -> None:
-    """Tune the policy on the distilled set; resumes from the newest complete checkpoint."""
+    """Tune the policy on the distilled set, or online; resumes from the newest checkpoint."""
     recipe = job.recipe
-    stage = job.begin("tune", {"policy": policy_hash(recipe.model)})
+    models = {"policy": policy_hash(recipe.model)}
+    if recipe.tune.objective == "rlhf":
+        for kind, configs in (("reward", recipe.reward_models), ("judge", recipe.judges)):
+            hashes = reward_hashes(configs, job)
+            models.update({f"{kind}/{attribute}": digest for attribute, digest in hashes.items()})
+    stage = job.begin("tune", models)
     if stage is None:
         return
     from equipoise.dials.tokens import save_dial_model
     from equipoise.models.load import load_causal
     from equipoise.tune.trainer import tune as train
 
-    examples = read_examples(job)
+    checkpoints = stage.work / "checkpoints"
     with job.progress.steps("tune") as on_step, job.run.writing():
-        tuned = train(
-            load_causal(recipe.model),
-            examples,
-            recipe.tune,
-            attributes=recipe.attributes,
-            levels=recipe.levels,
-            seed=recipe.seed,
-            checkpoints=stage.work / "checkpoints",
-            base_model=recipe.model,
-            on_step=on_step,
-        )
+        if recipe.tune.objective == "rlhf":
+            tuned = tune_by_rlhf(job, checkpoints, on_step)
+        else:
+            tuned = train(
+                load_causal(recipe.model),
+                read_examples(job),
+                recipe.tune,
+                attributes=recipe.attributes,
+                levels=recipe.levels,
+                seed=recipe.seed,
+                checkpoints=checkpoints,
+                base_model=job.run.recipe.model,
+                on_step=on_step,
+            )
     manifest = tuned.manifest.model_copy(
         update={
             "calibration": json.loads(read_calibration(job.run).to_json()),
@@ -46,4 +55,4 @@ def tune(job: Job) -> None:
 
     stage.publish_directory(MODEL, build)
     stage.publish_json("curve.json", tuned.curve)
-    stage.finish(dtype=tuned.dtype, steps=recipe.tune.steps, seconds=tuned.seconds)
+    stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)

@@ -7,32 +7,29 @@ a loss that is not finite stops the run before it can reach the weights.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import DialManifest, install
 from equipoise.errors import TrainingError
-from equipoise.models.load import LoadedPolicy, torch_dtype
+from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
+from equipoise.tune.checkpoints import (
+    Checkpoints,
+    OnStep,
+    curve_of,
+    newest_complete,
+    settled_dtype,
+)
 from equipoise.tune.lora import add_lora
 from equipoise.tune.objectives import Loss, clm, exmate, mean_log_likelihood
 from equipoise.tune.prefix import branch_logits
@@ -40,9 +37,6 @@ from equipoise.types import ControlledExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_MARKER = "equipoise.json"
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -102,8 +96,8 @@ def tune(
     if config.lora_rank:
         model = add_lora(model, manifest, rank=config.lora_rank, seed=seed)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    dtype = _settled_dtype(checkpoints, config)
-    resume = _newest_complete(checkpoints)
+    dtype = settled_dtype(checkpoints, config.dtype)
+    resume = newest_complete(checkpoints)
     started = time.monotonic()
     trainer = DialTrainer(
         model=model,
@@ -114,7 +108,7 @@ def tune(
         on_step=on_step,
     )
     if resume is not None:
-        trainer.curve[:] = json.loads((resume / _MARKER).read_text())["curve"]
+        trainer.curve[:] = curve_of(resume)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return Tuned(
         model=model.eval(),
@@ -135,7 +129,7 @@ class DialTrainer(Trainer):
         self.curve: list[dict[str, float]] = []
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Checkpoints(self.curve, on_step))
+        self.add_callback(Checkpoints(self.curve, on_step))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # The plan is already in order; shuffling again would make resume inexact.
@@ -189,55 +183,6 @@ def objective(model: Any, batch: ControlledBatch, config: TuneConfig) -> Loss:
     if config.objective == "clm" or n_branches == 1:
         return clm(m, batch.weights)
     return exmate(m, batch.weights, batch.exists, weight=config.weight, exp_of=config.exp_of)
-
-
-class _Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Marks a checkpoint as complete only when every byte of it is on disk."""
-
-    def __init__(self, curve: list[dict[str, float]], on_step: OnStep | None) -> None:
-        self._curve, self._on_step = curve, on_step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self._on_step is not None:
-            self._on_step(state.global_step, state.max_steps)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        for path in (p for p in folder.rglob("*") if p.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        marker = folder / f"{_MARKER}.tmp"
-        with marker.open("w") as file:
-            json.dump({"curve": self._curve}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        marker.replace(folder / _MARKER)
-
-
-def _newest_complete(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint with a marker; half-written ones are removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for path in found:
-        if not (path / _MARKER).is_file():
-            shutil.rmtree(path)
-    complete = [path for path in found if path.exists()]
-    return complete[-1] if complete else None
-
-
-def _settled_dtype(checkpoints: Path, config: TuneConfig) -> str:
-    """Return the number type; a resumed run keeps the one that it was begun with."""
-    path = checkpoints / "dtype.json"
-    if path.is_file():
-        return str(json.loads(path.read_text())["dtype"])
-    dtype = str(torch_dtype(config.dtype)).removeprefix("torch.")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"dtype": dtype}))
-    temporary.replace(path)
-    return dtype
 
 
 def _arguments(config: TuneConfig, folder: Path, *, dtype: str, seed: int) -> TrainingArguments:

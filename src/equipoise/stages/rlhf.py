@@ -1,0 +1,133 @@
+"""RLHF on disk: what the tune stage reads for it, and the looks at both judges on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equipoise.stages.inputs import (
+    Job,
+    load_reward_models,
+    read_calibration,
+    read_prompts,
+    read_scored,
+)
+from equipoise.stages.pool import read_examples
+from equipoise.types import JudgeKind, Prompt
+
+if TYPE_CHECKING:
+    from equipoise.dials.encode import Encoder
+    from equipoise.models.sampling import TransformersEngine
+    from equipoise.pool.calibrate import Calibration
+    from equipoise.tune.checkpoints import OnStep
+    from equipoise.tune.rlhf import Probe
+    from equipoise.tune.trainer import Tuned
+
+JUDGED_FOR_SCALE = 1000
+"""Pool rows that give the judges a unit scale while tuning; the evaluation judges the whole."""
+
+
+def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
+    """Tune by RLHF with the run's own reward models and calibration."""
+    from equipoise.models.load import load_causal
+    from equipoise.tune.rlhf import deaf_floor
+    from equipoise.tune.rlhf import tune_by_rlhf as train
+
+    recipe = job.recipe
+    train_prompts = [p for p in read_prompts(job.run) if p.split == "train"]
+    reward_models = load_reward_models(recipe.reward_models, job)
+    job.progress.say(
+        f"tune: a policy deaf to its dials earns {deaf_floor(recipe.levels):.3f}; "
+        "read the rewards of rlhf against that"
+    )
+    return train(
+        load_causal(recipe.model),
+        load_causal(recipe.model),
+        train_prompts,
+        read_examples(job) if recipe.tune.rlhf.warm_start else (),
+        reward_models,
+        read_calibration(job.run),
+        recipe.tune,
+        levels=recipe.levels,
+        seed=recipe.seed,
+        checkpoints=checkpoints,
+        base_model=job.run.recipe.model,
+        on_step=on_step,
+        probe=_probe(job) if recipe.tune.rlhf.probe_every else None,
+    )
+
+
+def _probe(job: Job) -> Probe:
+    """Return a function that sweeps the grid on a few prompts and asks both kinds of judges."""
+    from equipoise.evaluate.measure import measure
+    from equipoise.evaluate.sweep import sweep, sweep_settings
+    from equipoise.seeds import derive_seed
+    from equipoise.steer.tuned import Tuned as TunedResponder
+    from equipoise.tune.rlhf import closeness
+    from equipoise.types import Sampling
+
+    recipe = job.recipe
+    kinds: dict[JudgeKind, Calibration] = {
+        "optimization": read_calibration(job.run),
+        "generalization": _judge_scale(job),
+    }
+    judges = {
+        "optimization": load_reward_models(recipe.reward_models, job),
+        "generalization": load_reward_models(recipe.judges, job),
+    }
+    prompts = _watched_prompts(job)
+    settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=False)
+    sampling = Sampling(**recipe.evaluate.sampling.model_dump())
+
+    def probe(engine: TransformersEngine, encoder: Encoder) -> dict[str, float]:
+        responder = TunedResponder(engine, encoder, sampling=sampling)
+        chunks = sweep(
+            responder,
+            prompts,
+            settings,
+            judges,  # type: ignore[arg-type]  # the keys are judge kinds
+            kinds,
+            seed=derive_seed(recipe.seed, "rlhf probe"),
+        )
+        deliveries = [row for chunk in chunks for row in chunk]
+        found: dict[str, float] = {}
+        for kind in kinds:
+            near = [
+                closeness([d.unit[kind][a] for a in recipe.attributes], d.setting, recipe.levels)
+                for d in deliveries
+            ]
+            found[f"{kind}_closeness"] = sum(near) / len(near)
+            measured = measure(
+                deliveries,
+                judge=kind,
+                attributes=recipe.attributes,
+                levels=recipe.levels,
+                draws=0,
+                seed=0,
+            )
+            for attribute, estimate in measured.mp.items():
+                found[f"{kind}_mp_{attribute}"] = estimate.value
+        return found
+
+    return probe
+
+
+def _watched_prompts(job: Job) -> list[Prompt]:
+    """Dev prompts, else training prompts: the test prompts are read once, at the end."""
+    prompts = read_prompts(job.run)
+    dev = [p for p in prompts if p.split == "dev"]
+    found = dev or [p for p in prompts if p.split == "train"]
+    return found[: job.recipe.tune.rlhf.probe_prompts]
+
+
+def _judge_scale(job: Job) -> Calibration:
+    """Calibrate the judges on an even part of the start model's own pool."""
+    from equipoise.pool.calibrate import calibrate, own_pool
+    from equipoise.pool.score import score
+
+    by_id = {p.id: p for p in read_prompts(job.run)}
+    own = own_pool(read_scored(job.run))
+    part = own[:: -(-len(own) // JUDGED_FOR_SCALE)]
+    judges = load_reward_models(job.recipe.judges, job)
+    rows = score([row.completion for row in part], by_id, judges)
+    return calibrate([row for chunk in rows for row in chunk], mode="pooled")

@@ -1,0 +1,80 @@
+"""Checkpoints that count only once every byte of them is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from equipoise.models.load import Dtype, torch_dtype
+
+_MARKER = "equipoise.json"
+OnStep = Callable[[int, int], None]
+Curve = list[dict[str, float]]
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Marks a checkpoint as complete only when every byte of it is on disk.
+
+    Args:
+        curve: Rows so far; they travel with the checkpoint.
+        on_step: Called with (steps done, steps in all).
+    """
+
+    def __init__(self, curve: Curve, on_step: OnStep | None) -> None:
+        self._curve, self._on_step = curve, on_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Report progress."""
+        if self._on_step is not None:
+            self._on_step(state.global_step, state.max_steps)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Sync what the trainer wrote, then write the marker."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        marker = folder / f"{_MARKER}.tmp"
+        with marker.open("w") as file:
+            json.dump({"curve": self._curve}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        marker.replace(folder / _MARKER)
+
+
+def newest_complete(checkpoints: Path) -> Path | None:
+    """Return the newest checkpoint with a marker; half-written ones are removed."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for path in found:
+        if not (path / _MARKER).is_file():
+            shutil.rmtree(path)
+    complete = [path for path in found if path.exists()]
+    return complete[-1] if complete else None
+
+
+def curve_of(checkpoint: Path) -> Curve:
+    """Return the curve up to a checkpoint."""
+    curve: Curve = json.loads((checkpoint / _MARKER).read_text())["curve"]
+    return curve
+
+
+def settled_dtype(checkpoints: Path, wanted: Dtype) -> str:
+    """Return the number type; a resumed run keeps the one that it was begun with."""
+    path = checkpoints / "dtype.json"
+    if path.is_file():
+        return str(json.loads(path.read_text())["dtype"])
+    dtype = str(torch_dtype(wanted)).removeprefix("torch.")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"dtype": dtype}))
+    temporary.replace(path)
+    return dtype
