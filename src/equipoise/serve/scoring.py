@@ -1,0 +1,187 @@
+"""Live scores: what an answer delivered, by the reward models that the model was tuned with.
+
+A score that cannot be had is an error, never a missing field: whoever switched scoring on asked
+that no answer leaves unscored (fail closed).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equipoise.denoise import shorten
+from equipoise.errors import ConfigError, RewardError, ServingError
+from equipoise.models.judging import unit_scores_of
+from equipoise.steer.reranking import nearest
+from equipoise.types import (
+    Completion,
+    DialSetting,
+    Finish,
+    Message,
+    Prompt,
+    RewardModel,
+    UnitScale,
+)
+
+if TYPE_CHECKING:
+    from equipoise.config import RewardModelConfig
+    from equipoise.dials.manifest import DialManifest
+
+Answer = tuple[str, Finish]
+"""Text and how it ended."""
+
+
+class ScorerUnavailableError(ServingError):
+    """The scorer failed or took too long; the answer is not blocked by its content."""
+
+
+class LiveScorer:
+    """Scores answers beside the event loop, one batch at a time.
+
+    Args:
+        reward_models: Attribute to reward model, in the order of the dials.
+        calibration: Raw score to unit score: the one of the model's manifest.
+        levels: L, for :meth:`nearest`.
+        timeout: Seconds after which a batch counts as failed.
+    """
+
+    def __init__(
+        self,
+        reward_models: Mapping[str, RewardModel],
+        calibration: UnitScale,
+        *,
+        levels: int,
+        timeout: float = 30.0,
+    ) -> None:
+        self.names = {attribute: model.hash for attribute, model in reward_models.items()}
+        """Attribute to the hash of the reward model behind its score."""
+        self._models, self._calibration = dict(reward_models), calibration
+        self._levels, self._timeout = levels, timeout
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="equipoise-scorer")
+
+    async def score(
+        self, messages: Sequence[Message], answers: Sequence[Answer]
+    ) -> list[dict[str, float]]:
+        """Return unit scores in [0, 1] per answer: attribute to score, in order.
+
+        An answer that was cut is scored up to its last finished sentence, as in evaluation.
+
+        Raises:
+            ScorerUnavailableError: For whatever reason there are no finite scores in time.
+        """
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._thread, self._scored, tuple(messages), tuple(answers))
+        try:
+            return await asyncio.wait_for(work, self._timeout)
+        except Exception as error:  # whatever a reward model of the user raises
+            raise _unavailable(error) from error
+
+    def nearest(self, units: Sequence[Mapping[str, float]], setting: DialSetting) -> int:
+        """Return the index of the answer nearest the setting's targets; ties go to the first."""
+        return nearest([[unit[a] for a in self._models] for unit in units], setting, self._levels)
+
+    def close(self) -> None:
+        """Stop the thread; a batch under way is not waited for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _scored(
+        self, messages: tuple[Message, ...], answers: tuple[Answer, ...]
+    ) -> list[dict[str, float]]:
+        prompt = Prompt("live", messages, "test")
+        texts = [_judged(text, finish) for text, finish in answers]
+        units = unit_scores_of([(prompt, text) for text in texts], self._models, self._calibration)
+        found = [units[prompt.id, text] for text in texts]
+        if any(not 0.0 <= value <= 1.0 for unit in found for value in unit.values()):
+            raise RewardError(
+                "a unit score is outside of [0, 1]",
+                why="the calibration gave it",
+                fix="score the pool again, and tune or copy the manifest anew",
+            )
+        return found
+
+
+def load_scorer(
+    model_dir: Path, manifest: DialManifest, *, run: Path | None = None, timeout: float = 30.0
+) -> LiveScorer:
+    """Load the reward models and the calibration that a model's manifest names.
+
+    The manifest knows reward models by hash, the run's recipe by name: what is loaded must be both.
+
+    Args:
+        model_dir: The tuned model.
+        manifest: Its manifest.
+        run: The run directory whose recipe names the reward models; by default the one that
+            ``model_dir`` lies in.
+        timeout: See :class:`LiveScorer`.
+
+    Raises:
+        ConfigError: The manifest names none, there is no run, or a model is not the named one.
+        ModelError: A reward model cannot be loaded.
+    """
+    from equipoise.models.reward import load_reward_model
+    from equipoise.pool.calibrate import Calibration
+    from equipoise.store.rundir import stored_recipe
+
+    if manifest.calibration is None or not manifest.reward_models:
+        raise _cannot_score(
+            model_dir,
+            "its dials.json names no reward models and no calibration",
+            "tune with `equipoise tune`, which writes both; or do not ask for scores",
+        )
+    place = run or _run_of(model_dir)
+    recipe, fitted = stored_recipe(place), place / "fit-reward" / "fitted"
+    models: dict[str, RewardModel] = {}
+    for attribute in manifest.attributes:
+        config = recipe.reward_models.get(attribute)
+        wanted = manifest.reward_models.get(attribute)
+        if config is None or wanted is None or _hash(config, fitted) != wanted:
+            raise _cannot_score(
+                model_dir,
+                f"the reward model for {attribute} in {place} is not the one of its dials.json",
+                "name the run directory that this model was tuned in",
+            )
+        models[attribute] = load_reward_model(config, attribute=attribute, fitted_root=fitted)
+    calibration = Calibration.from_json(json.dumps(manifest.calibration))
+    return LiveScorer(models, calibration, levels=manifest.levels, timeout=timeout)
+
+
+def _run_of(model_dir: Path) -> Path:
+    for folder in model_dir.resolve().parents[:3]:
+        if (folder / "recipe.json").is_file():
+            return folder
+    raise _cannot_score(
+        model_dir,
+        "it lies in no run directory, whose recipe would name the reward models",
+        "name the run directory that it was tuned in",
+    )
+
+
+def _hash(config: RewardModelConfig, fitted: Path) -> str:
+    from equipoise.models.load import model_hash, resolve_model
+    from equipoise.models.reward import load_reward_model
+
+    if config.model.startswith("workshop://oracle/"):
+        return load_reward_model(config, attribute="").hash
+    return model_hash(resolve_model(config.model, fitted_root=fitted))
+
+
+def _judged(text: str, finish: Finish) -> str:
+    # The pool that gave the unit scores their meaning was cut to finished sentences too.
+    answer = Completion("live", 0, text, finish, n_tokens=0, model_hash="")
+    return shorten(answer) or text
+
+
+def _cannot_score(model_dir: Path, why: str, fix: str) -> ConfigError:
+    return ConfigError(f"answers of {model_dir} cannot be scored live", why=why, fix=fix)
+
+
+def _unavailable(error: Exception) -> ScorerUnavailableError:
+    return ScorerUnavailableError(
+        "the scorer gave no scores for this answer",
+        why=f"{type(error).__name__} in a reward model",
+        fix="ask again; if it stays so, read the server's log, or serve without scores",
+    )
