@@ -23,8 +23,9 @@ from equipoise.pipeline import run_all
 from equipoise.progress import Progress
 from equipoise.recipe_io import load_recipe
 from equipoise.store.rundir import RunDir
-from equipoise.tune import online
-from equipoise.tune.rlhf import AskPlan, closeness, deaf_floor
+from equipoise.tune.closeness import AskPlan, closeness, deaf_floor
+from equipoise.tune.reference import StartReference
+from equipoise.tune.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.tune.trainer import Tuned
 from equipoise.types import DialSetting, Prompt, Sampling
 from pipeline_kit import save_assets, tiny_recipe, write_recipe
@@ -99,14 +100,14 @@ def test_rollouts_hand_over_the_encoders_ids_with_the_controls() -> None:
     policy = tiny_policy()
     manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
     encoder = Encoder(policy.tokenizer, manifest)
-    seen: list[tuple[online.Ask, str]] = []
+    seen: list[tuple[Ask, str]] = []
 
-    def reward(pairs: Sequence[tuple[online.Ask, str]]) -> list[float]:
+    def reward(pairs: Sequence[tuple[Ask, str]]) -> list[float]:
         seen.extend(pairs)
         return [i / 10 for i in range(len(pairs))]
 
     asks = plan()
-    rollouts = online.Rollouts(
+    rollouts = Rollouts(
         engine=TransformersEngine(policy.model, encoder, model_hash=""),
         encoder=encoder,
         asks=asks,
@@ -132,7 +133,7 @@ def test_rollouts_hand_over_the_encoders_ids_with_the_controls() -> None:
     assert rollouts.facts["tokens"] <= len(found["prompt_ids"][2]) + 2 + sampled
 
 
-def online_config(**changes: Any) -> online.OnlineConfig:
+def online_config(**changes: Any) -> OnlineConfig:
     plain: dict[str, Any] = {
         "steps": 2,
         "batch_size": 4,
@@ -145,7 +146,7 @@ def online_config(**changes: Any) -> online.OnlineConfig:
         "dtype": "float32",
         **changes,
     }
-    return online.OnlineConfig(**plain)
+    return OnlineConfig(**plain)
 
 
 def test_the_reference_reads_the_prompt_without_controls() -> None:
@@ -156,7 +157,7 @@ def test_the_reference_reads_the_prompt_without_controls() -> None:
     ids = torch.tensor([[0, 0, *short, *controls, *answer], [*long, *controls, *answer]])
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    reference = online.StartReference(start.model, manifest.all_ids, temperature=2.0)
+    reference = StartReference(start.model, manifest.all_ids, temperature=2.0)
     found = reference.log_probs(ids, mask, 3)
     for row, head in enumerate((short, long)):
         plain = torch.tensor([head + answer])

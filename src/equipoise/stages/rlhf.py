@@ -30,7 +30,7 @@ JUDGED_FOR_SCALE = 1000
 def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
     """Tune by RLHF with the run's own reward models and calibration."""
     from equipoise.models.load import load_causal
-    from equipoise.tune.rlhf import deaf_floor
+    from equipoise.tune.closeness import deaf_floor
     from equipoise.tune.rlhf import tune_by_rlhf as train
 
     recipe = job.recipe
@@ -63,7 +63,7 @@ def _probe(job: Job) -> Probe:
     from equipoise.evaluate.sweep import sweep, sweep_settings
     from equipoise.seeds import derive_seed
     from equipoise.steer.tuned import Tuned as TunedResponder
-    from equipoise.tune.rlhf import closeness
+    from equipoise.tune.closeness import closeness
     from equipoise.types import Sampling
 
     recipe = job.recipe

@@ -8,12 +8,10 @@ not finite, has no reward to learn from, or runs away from the start model ends 
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,179 +20,11 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from equipoise.denoise import is_degenerate, shorten
-from equipoise.dials.encode import Encoder
 from equipoise.errors import TrainingError
-from equipoise.models.sampling import TransformersEngine
-from equipoise.seeds import derive_seed
 from equipoise.tune.checkpoints import Checkpoints, Curve, OnStep, curve_of, newest_complete
-from equipoise.types import Branch, DialSetting, GenerationRequest, Prompt, Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-PATIENCE = 3
-"""Steps that a guard waits; no checkpoint is written meanwhile."""
-_STILL = 1e-6
-"""A spread of rewards under this is none."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One group: a prompt, and the setting it is asked under (``None``: a model without dials)."""
-
-    prompt: Prompt
-    setting: DialSetting | None = None
-
-
-Reward = Callable[[Sequence[tuple[Ask, str]]], list[float]]
-"""Maps (ask, completion text) to finite rewards, in order."""
-
-
-@dataclass(frozen=True)
-class OnlineConfig:
-    """Budget and bounds of an online run; the fields of the recipe explain them."""
-
-    steps: int
-    batch_size: int
-    group: int
-    learning_rate: float
-    beta: float
-    kl_limit: float
-    sampling: Sampling
-    checkpoint_every: int
-    dtype: str
-    max_grad_norm: float = 1.0
-
-
-@dataclass
-class Rollouts:
-    """Samples and rewards the groups of one step; TRL's ``rollout_func``.
-
-    Row i of the data set is ``asks(i)``, and its samples are seeded by (seed, i): so a resumed run
-    repeats what a run without a stop would have done.
-    """
-
-    engine: TransformersEngine
-    encoder: Encoder
-    asks: Callable[[int], Ask]
-    reward: Reward
-    config: OnlineConfig
-    seed: int
-    facts: dict[str, float] = field(default_factory=dict)
-    """Of the last step: mean reward, spread within groups, length, degenerate, tokens."""
-
-    def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
-        """Return ``prompt_ids``, ``completion_ids`` and ``earned``, one per requested row."""
-        rows = [int(text) for text in prompts[:: self.config.group]]
-        asks = [self.asks(row) for row in rows]
-        heads = [tuple(self.encoder.prompt_ids(ask.prompt.messages)) for ask in asks]
-        controls = [
-            () if ask.setting is None else self.encoder.control_ids(ask.setting) for ask in asks
-        ]
-        requests = [
-            GenerationRequest(
-                head,
-                tuple(
-                    Branch(ids, derive_seed(self.seed, "rollout", row, k))
-                    for k in range(self.config.group)
-                ),
-            )
-            for row, head, ids in zip(rows, heads, controls, strict=True)
-        ]
-        before = self.engine.prompt_positions + self.engine.branch_positions
-        self.engine.model.train(False)
-        sampled = self.engine.generate(requests, self.config.sampling)
-        self.engine.model.train()
-        tokens = self.engine.prompt_positions + self.engine.branch_positions - before
-        pairs = []
-        for ask, group in zip(asks, sampled, strict=True):
-            for item in group:
-                completion = item.as_completion(ask.prompt.id, 0, model_hash="")
-                pairs.append((ask, shorten(completion) or completion.text))
-        earned = self.reward(pairs)
-        spread = torch.tensor(earned).view(len(asks), -1).std(dim=1)
-        flat = [item for group in sampled for item in group]
-        self.facts = {
-            "reward": sum(earned) / len(earned),
-            "spread": float(spread.max()),
-            "length": sum(item.n_tokens for item in flat) / len(flat),
-            "degenerate": sum(is_degenerate(text) for _, text in pairs) / len(pairs),
-            "tokens": float(tokens),
-        }
-        end = [self.encoder.eos_id]
-        return {
-            "prompt_ids": [
-                [*head, *ids]
-                for head, ids, group in zip(heads, controls, sampled, strict=True)
-                for _ in group
-            ],
-            # The end token is a choice of the policy like the others.
-            "completion_ids": [
-                [*item.token_ids, *(end if item.finish == "stop" else [])] for item in flat
-            ],
-            "logprobs": None,  # type: ignore[dict-item]  # the trainer computes its own
-            "earned": earned,
-        }
-
-
-def earned(earned: list[float], **_: Any) -> list[float]:
-    """Hand the rewards that :class:`Rollouts` has computed to TRL."""
-    return earned
-
-
-class StartReference(torch.nn.Module):
-    """The start model as TRL's reference: reads each row without its control tokens.
-
-    Args:
-        model: The untouched start model.
-        control_ids: Ids of all control tokens; empty for a model without dials.
-        temperature: As the rollouts'.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, control_ids: Sequence[int], temperature: float
-    ) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
-        self.model.train(False)
-        self._control_ids = torch.tensor(sorted(control_ids), dtype=torch.long)
-        self._temperature = temperature
-        self.tokens = 0
-        """Tokens read so far."""
-
-    def log_probs(self, ids: Tensor, mask: Tensor, n_kept: int) -> Tensor:
-        """Return the log-probabilities (B, R) of the last R = ``n_kept`` columns.
-
-        Prompts are padded on the left, so the controls stand in the same columns of every row.
-        """
-        kept = ~torch.isin(ids[0], self._control_ids.to(ids.device))
-        self.tokens += int(mask[:, kept].sum())
-        with torch.no_grad():
-            return log_probs(
-                self.model, ids[:, kept], mask[:, kept], n_kept, temperature=self._temperature
-            )[0]
-
-
-def log_probs(
-    model: Any, ids: Tensor, mask: Tensor, n_kept: int, *, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and entropies, both (B, R), of the last R = ``n_kept`` columns.
-
-    Args:
-        model: A causal LM.
-        ids: (B, T), padded on the left of the prompt and on the right of the completion.
-        mask: (B, T), 0 on padding.
-        n_kept: R.
-        temperature: Divides the logits.
-    """
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=n_kept + 1
-    )
-    scores = (output.logits[:, -n_kept - 1 : -1].float() / temperature).log_softmax(-1)
-    picked = scores.gather(-1, ids[:, -n_kept:, None])[..., 0]
-    return picked, -(scores.exp() * scores).sum(-1)
+from equipoise.tune.guards import Guards
+from equipoise.tune.reference import StartReference, log_probs
+from equipoise.tune.rollouts import OnlineConfig, Rollouts, earned
 
 
 class OnlineTrainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
@@ -270,51 +100,6 @@ class OnlineTrainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
         return loss
 
 
-class Guards(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Ends a run that has nothing to learn from, or that runs away from the start model."""
-
-    def __init__(self, curve: Curve, kl_limit: float) -> None:
-        self._curve, self._kl_limit = curve, kl_limit
-        self._still = self._away = 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse gradients that are not finite before they reach the weights."""
-        parameters = kwargs["model"].parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            raise TrainingError(
-                f"Tuning stopped at step {state.global_step + 1}: a gradient is not finite",
-                why="one step more would have spoilt the weights",
-                fix="lower the learning rate and run again with --fresh; the last good checkpoint "
-                "is kept",
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the steps without signal and the steps too far away."""
-        row = self._curve[-1]
-        self._still = self._still + 1 if row["spread"] < _STILL else 0
-        self._away = self._away + 1 if not row["kl"] <= self._kl_limit else 0
-        if self._still or self._away:
-            # What may be a bad state must not replace the last good checkpoint.
-            control.should_save = False
-        if self._still >= PATIENCE:
-            raise TrainingError(
-                f"Tuning stopped at step {state.global_step}: no reward to learn from",
-                why=f"in {PATIENCE} steps all completions of a prompt under one setting earned the "
-                f"same (the last mean is {row['reward']:.3f}), so nothing tells good from bad",
-                fix="check that the reward models tell the pool's completions apart, raise the "
-                "sampling temperature, or warm-start; the last good checkpoint is kept",
-            )
-        if self._away >= PATIENCE:
-            raise TrainingError(
-                f"Tuning stopped at step {state.global_step}: the policy runs away from the start",
-                why=f"the KL to the start model was above {self._kl_limit:g} nats per token for "
-                f"{PATIENCE} steps (the last is {row['kl']:.3g})",
-                fix="raise rlhf.beta or lower rlhf.learning_rate and run again with --fresh; the "
-                "last good checkpoint is kept",
-            )
-
-
 def train_online(
     model: Any,
     tokenizer: Any,
@@ -388,7 +173,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def _arguments(config: OnlineConfig, folder: Path, *, seed: int) -> GRPOConfig:
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     return GRPOConfig(
         output_dir=str(folder),
         max_steps=config.steps,
