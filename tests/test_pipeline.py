@@ -34,6 +34,9 @@ def pairs_file(file: Path) -> Path:
     return file
 
 
+METHODS = ["start", "prompting", "rerank2", "rerank4", "steering", "tuned"]
+
+
 def recipe_of(root: Path) -> dict[str, Any]:
     assets = save_assets(root / "assets")
     plain = tiny_recipe(assets)
@@ -47,7 +50,10 @@ def recipe_of(root: Path) -> dict[str, Any]:
         }
     }
     plain["reward_models"]["helpfulness"] = {"model": "fitted://helpfulness"}
-    plain["evaluate"]["responders"] = ["start", "prompting", "rerank2", "rerank4", "tuned"]
+    plain["prompts"]["n_dev"] = 2
+    plain["steer"] = {"strengths": [-2, 2], "max_fluency_drop": None}
+    plain["regenerate"] = {"steered_per_prompt": 2}
+    plain["evaluate"]["responders"] = METHODS
     plain["evaluate"]["auto_sweep"] = True
     return plain
 
@@ -72,7 +78,7 @@ def test_every_stage_is_complete_and_listed_with_hashes(finished: Path) -> None:
 
 def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
     report = json.loads((finished / "report/report.json").read_text())
-    assert list(report["methods"]) == ["start", "prompting", "rerank2", "rerank4", "tuned"]
+    assert list(report["methods"]) == METHODS
     for name, parts in report["methods"].items():
         for judge in ("optimization", "generalization"):
             assert set(parts[judge]["mp"]) == {"helpfulness", "safety"}, name

@@ -17,8 +17,9 @@ from equipoise.models.layers import decoder_layers, layer_index, shifted, watche
 from equipoise.models.reading import read_completions
 from equipoise.models.sampling import TransformersEngine
 from equipoise.seeds import derive_seed
+from equipoise.steer.branches import steered_request
 from equipoise.steer.directions import Directions, PoolReading, find_directions, read_pool
-from equipoise.steer.steering import Steering, steered_request
+from equipoise.steer.steering import Steering
 from equipoise.steer.strengths import Strengths, Tried, strengths_for_levels
 from equipoise.types import (
     Branch,
@@ -28,17 +29,10 @@ from equipoise.types import (
     Sampling,
     ScoredCompletion,
 )
+from steering_kit import SHIFT, steered_engine
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=10)
-SHIFT = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
-
-
-def steered_engine(vectors: torch.Tensor = SHIFT, batch_size: int = 32) -> TransformersEngine:
-    policy = tiny_policy()
-    return TransformersEngine(
-        policy.model, policy.encoder, model_hash="h", batch_size=batch_size, steering=(vectors, 0)
-    )
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def distil(
     attributes: Sequence[str],
     levels: int,
     parses: Parses | None = None,
+    fluency_drops: Sequence[float] | None = None,
 ) -> tuple[list[ControlledExample], MoecReport]:
     """Turn a scored pool into training examples.
 
@@ -58,6 +59,8 @@ def distil(
         attributes: Attribute names in the manifest's order.
         levels: L.
         parses: A world's own parser, if it has one: what it cannot read is degenerate.
+        fluency_drops: N: how much less likely, per token and in nats, the untouched model finds a
+            completion than its own of that prompt; 0 for its own. NaN is dropped with the rest.
 
     Returns:
         The examples, ordered by prompt id and cell, and the report.
@@ -68,7 +71,9 @@ def distil(
     dropped: Counter[str] = Counter()
     by_prompt: dict[str, list[ControlledExample]] = defaultdict(list)
     seen: set[tuple[str, str]] = set()
-    for one, unit in zip(scored, units, strict=True):
+    drops = [0.0] * len(scored) if fluency_drops is None else fluency_drops
+    most = config.max_fluency_drop
+    for one, unit, drop in zip(scored, units, drops, strict=True):
         completion, prompt = one.completion, prompts[one.completion.prompt_id]
         text = shorten(completion)
         reason = None
@@ -78,6 +83,8 @@ def distil(
             reason = "duplicate"
         elif config.data != "raw" and is_degenerate(text, parses=_reader(parses, prompt)):
             reason = "degenerate"
+        elif config.data != "raw" and most is not None and not drop <= most:
+            reason = "less fluent than the model itself"
         if reason or text is None:
             dropped[str(reason)] += 1
             continue

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from equipoise.progress import Progress
-from equipoise.stages import measuring, pool, tuning
+from equipoise.stages import measuring, pool, steering, tuning
 from equipoise.stages.inputs import Job
 from equipoise.store.rundir import RunDir
 
@@ -18,6 +18,8 @@ STAGES: Mapping[str, StageFunction] = {
     "fit-reward": pool.fit_reward,
     "generate": pool.generate,
     "score": pool.score,
+    "steer": steering.steer,
+    "regenerate": steering.regenerate,
     "distil": pool.distil,
     "tune": tuning.tune,
     "evaluate": measuring.evaluate,

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from equipoise.config import RewardModelConfig, TuneConfig
 from equipoise.stages.inputs import Job, read_prompts
+from equipoise.store.fingerprint import OPTIONAL
 from equipoise.types import Branch, GenerationRequest, Sampling
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
 
+PLANNED = ("fit-reward", "generate", "score", "steer", "regenerate", "tune", "evaluate")
 PROBE_TOKENS = 12
 PROBE_LENGTH = 160
 
@@ -41,10 +43,12 @@ class Speed:
 
 def print_plan(job: Job) -> None:
     """Print the estimated minutes of every stage that is still to be done."""
-    todo = [name for name in ("fit-reward", "generate", "score", "tune", "evaluate")
-            if not job.run.is_done(name)]  # fmt: skip
-    if not job.recipe.fit_reward:
-        todo = [name for name in todo if name != "fit-reward"]
+    asked = {name for name, field in OPTIONAL.items() if getattr(job.recipe, field)}
+    todo = [
+        name
+        for name in PLANNED
+        if not job.run.is_done(name) and (name not in OPTIONAL or name in asked)
+    ]
     if not todo:
         return
     job.settle_threads()
@@ -115,6 +119,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
     )
     sampling = answers * (single + reranked) * config.sampling.max_tokens
     seconds = {
+        **_steering_seconds(job, speed, counts, rewards),
         "fit-reward": _fitting_flops(job) / speed.flops,
         "generate": pool * length / speed.sampled,
         "score": 2 * pool * (speed.prompt_tokens + length) * rewards / speed.flops,
@@ -135,6 +140,24 @@ def _tuning_seconds(tune: TuneConfig, speed: Speed, row: float, rewards: float) 
     per_row = completion / speed.sampled + 4 / 3 * text / speed.trained
     per_row += 2 * text * rewards / speed.flops
     return warm + tune.steps * tune.batch_size * per_row
+
+
+def _steering_seconds(
+    job: Job, speed: Speed, counts: Mapping[str, int], rewards: float
+) -> dict[str, float]:
+    recipe, length = job.recipe, job.recipe.generate.sampling.max_tokens
+    policy, tried, steered = _size_of(recipe.model, job), 0, 0
+    if recipe.steer is not None:
+        strengths = len(recipe.attributes) * len({0.0, *recipe.steer.strengths})
+        tried = strengths * min(counts["dev"], recipe.steer.max_prompts)
+    if recipe.regenerate is not None:
+        steered = counts["train"] * recipe.regenerate.steered_per_prompt
+    # Sampled, scored by the reward models, and read by the policy behind its shared prompt.
+    row = length / speed.sampled
+    row += 2 * ((speed.prompt_tokens + length) * rewards + length * policy) / speed.flops
+    pool = counts["train"] * recipe.generate.completions_per_prompt
+    own = 2 * pool * length * policy / speed.flops
+    return {"steer": own + tried * row, "regenerate": steered * row}
 
 
 def parameters_of(directory: Path) -> int:

@@ -81,6 +81,17 @@ class ScoredCompletion:
 
 
 @dataclass(frozen=True)
+class SteeredCompletion:
+    """A completion sampled under steering, scored like the pool; its setting is a wish."""
+
+    scored: ScoredCompletion
+    strengths: tuple[float, ...]
+    """One per attribute, in units of the direction's length."""
+    fluency: float
+    """Mean log-likelihood per token under the untouched model."""
+
+
+@dataclass(frozen=True)
 class ControlledExample:
     """One training example of the distilled pool."""
 
@@ -186,6 +197,7 @@ class Sampled:
         *,
         model_hash: str,
         setting: DialSetting | None = None,
+        round: int = 0,
     ) -> Completion:
         """Return the record of this continuation as a completion of a prompt."""
         return Completion(
@@ -195,6 +207,7 @@ class Sampled:
             finish=self.finish,
             n_tokens=self.n_tokens,
             model_hash=model_hash,
+            round=round,
             setting=setting,
         )
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "fit-reward": "Train the recipe's own reward models.",
     "generate": "Sample completions of the training prompts from the untouched model.",
     "score": "Score the pool with the reward models and calibrate.",
+    "steer": "Find what to add to the model's states to steer it, and how strongly.",
+    "regenerate": "Sample a second pool under steering, for the cells that are rare.",
     "distil": "Distil the scored pool (MOEC).",
     "tune": "Tune the dials (CLM or ExMATE).",
     "evaluate": "Turn every dial on unseen prompts and measure.",

@@ -13,7 +13,7 @@ from equipoise.progress import Progress
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import rows_from_jsonl
 from equipoise.store.stagedir import Stage
-from equipoise.types import Prompt, RewardModel, ScoredCompletion
+from equipoise.types import Prompt, RewardModel, ScoredCompletion, SteeredCompletion
 
 if TYPE_CHECKING:
     from equipoise.pool.calibrate import Calibration
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PROMPTS = "prompts.jsonl"
 CALIBRATION = "calibration.json"
 FITTED = "fitted"
+FLUENCY = "fluency.json"
+"""Prompt id to the mean log-likelihood per token of the model's own completions."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ def read_prompts(run: RunDir) -> list[Prompt]:
 def read_scored(run: RunDir) -> list[ScoredCompletion]:
     """Return the scored pool."""
     shards = run.done("score").read_rows(ScoredCompletion, prefix="shard-")
+    return [row for rows in shards for row in rows]
+
+
+def read_steered(run: RunDir) -> list[SteeredCompletion]:
+    """Return the steered pool; empty if the recipe asks for none."""
+    if run.recipe.regenerate is None:
+        return []
+    shards = run.done("regenerate").read_rows(SteeredCompletion, prefix="shard-")
     return [row for rows in shards for row in rows]
 
 

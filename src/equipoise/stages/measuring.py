@@ -21,6 +21,7 @@ from equipoise.types import Delivery, JudgeKind, Prompt, RewardModel, ScoredComp
 
 if TYPE_CHECKING:
     from equipoise.pool.calibrate import Calibration
+    from equipoise.types import Sampling
 
 PAGE = "report.html"
 MEASURES = "measures.json"
@@ -161,9 +162,27 @@ def _responders(job: Job, bench: Bench) -> Iterator[Any]:
             )
             for n in sorted(set(counts)):
                 yield Reranking(candidates, n=n, levels=recipe.levels)
+    if "steering" in wanted:
+        yield _steering(job, sampling)
     if "tuned" in wanted:
         engine, encoder = engine_of(str(job.run.done("tune").directory(MODEL)))
         yield Tuned(engine, encoder, sampling=sampling)
+
+
+def _steering(job: Job, sampling: Sampling) -> Any:
+    from equipoise.models.load import load_causal
+    from equipoise.stages.steering import STRENGTHS, read_directions, steered_engine
+    from equipoise.steer.steering import Steering
+    from equipoise.steer.strengths import Strengths
+
+    stage, policy = job.run.done("steer"), load_causal(job.recipe.model)
+    by_level = stage.read_json(STRENGTHS)["by_level"]
+    return Steering(
+        steered_engine(policy, read_directions(stage), batch_size=job.recipe.evaluate.batch_size),
+        policy.encoder,
+        sampling=sampling,
+        strengths=Strengths({name: tuple(by_level[name]) for name in job.recipe.attributes}),
+    )
 
 
 def _examples(job: Job) -> Sequence[Any]:

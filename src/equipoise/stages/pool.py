@@ -12,6 +12,7 @@ from equipoise.errors import DataError
 from equipoise.stages.inputs import (
     CALIBRATION,
     FITTED,
+    FLUENCY,
     PROMPTS,
     Job,
     load_reward_models,
@@ -19,6 +20,7 @@ from equipoise.stages.inputs import (
     read_calibration,
     read_prompts,
     read_scored,
+    read_steered,
     reward_hashes,
     workshop_parser,
 )
@@ -205,7 +207,12 @@ def distil(job: Job) -> None:
     from equipoise.moec import distil as distil_pool
     from equipoise.pool.calibrate import unit_scores
 
-    scored = read_scored(job.run)
+    own, steered = read_scored(job.run), read_steered(job.run)
+    scored = [*own, *(row.scored for row in steered)]
+    drops: list[float] = [0.0] * len(own)
+    if steered:
+        usual = job.run.done("steer").read_json(FLUENCY)
+        drops += [usual[row.scored.completion.prompt_id] - row.fluency for row in steered]
     units = unit_scores(scored, read_calibration(job.run))
     by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
     parses = workshop_parser(recipe)
@@ -219,6 +226,7 @@ def distil(job: Job) -> None:
             attributes=recipe.attributes,
             levels=recipe.levels,
             parses=parses,
+            fluency_drops=drops,
         )
 
     examples, facts = run_moec(recipe.distil)

@@ -68,3 +68,20 @@ def sample_branches(
     tokens += len(prompts) * sum(map(len, control_ids))
     tokens += sum(completion.n_tokens for row in completions for completion in row)
     return completions, tokens
+
+
+def steered_request(
+    prompt_ids: Sequence[int], strengths: Sequence[tuple[float, ...]], seeds: Sequence[int]
+) -> GenerationRequest:
+    """Return the request for one prompt and one branch per (strengths, seed).
+
+    Args:
+        prompt_ids: Two ids or more; the last one becomes the head of every branch.
+        strengths: Per branch one strength per attribute.
+        seeds: Per branch.
+    """
+    head = tuple(prompt_ids[-1:])
+    return GenerationRequest(
+        tuple(prompt_ids[:-1]),
+        tuple(Branch(head, seed, one) for one, seed in zip(strengths, seeds, strict=True)),
+    )

@@ -11,34 +11,9 @@ from collections.abc import Sequence
 
 from equipoise.dials.encode import Encoder
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import setting_key
+from equipoise.steer.branches import setting_key, steered_request
 from equipoise.steer.strengths import Strengths
-from equipoise.types import (
-    Branch,
-    Completion,
-    DialSetting,
-    Engine,
-    GenerationRequest,
-    Prompt,
-    Sampling,
-)
-
-
-def steered_request(
-    prompt_ids: Sequence[int], strengths: Sequence[tuple[float, ...]], seeds: Sequence[int]
-) -> GenerationRequest:
-    """Return the request for one prompt and one branch per (strengths, seed).
-
-    Args:
-        prompt_ids: Two ids or more; the last one becomes the head of every branch.
-        strengths: Per branch one strength per attribute.
-        seeds: Per branch.
-    """
-    head = tuple(prompt_ids[-1:])
-    return GenerationRequest(
-        tuple(prompt_ids[:-1]),
-        tuple(Branch(head, seed, one) for one, seed in zip(strengths, seeds, strict=True)),
-    )
+from equipoise.types import Completion, DialSetting, Engine, Prompt, Sampling
 
 
 class Steering:

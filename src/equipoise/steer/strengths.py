@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from equipoise.denoise import shorten
 from equipoise.dials.attributes import target
-from equipoise.types import DialSetting
+from equipoise.models.judging import unit_scores_of
+from equipoise.models.reading import read_completions
+from equipoise.seeds import derive_seed
+from equipoise.steer.branches import steered_request
+from equipoise.types import DialSetting, Prompt, RewardModel, Sampling, UnitScale
+
+if TYPE_CHECKING:
+    from equipoise.dials.encode import Encoder
+    from equipoise.models.sampling import TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,58 @@ class Strengths:
             0.0 if level is None else levels[level]
             for level, levels in zip(setting.levels, self.by_level.values(), strict=True)
         )
+
+
+def try_strength(
+    prompts: Sequence[Prompt],
+    engine: TransformersEngine,
+    encoder: Encoder,
+    reward_models: Mapping[str, RewardModel],
+    calibration: UnitScale,
+    *,
+    attribute: str,
+    strength: float,
+    sampling: Sampling,
+    seed: int,
+) -> Tried:
+    """Sample one completion per dev prompt with one direction at one strength, and look at it.
+
+    Args:
+        prompts: Dev prompts.
+        engine: Samples from the untouched model, with directions in the reward models' order.
+        encoder: The untouched model's encoder.
+        reward_models: Attribute to training reward model, in attribute order.
+        calibration: Raw score to unit score.
+        attribute: The one that is pushed; all others have strength 0.
+        strength: In units of the direction's length.
+        sampling: How to sample.
+        seed: The same seed for all strengths: they differ by the push alone.
+    """
+    strengths = tuple(strength if name == attribute else 0.0 for name in reward_models)
+    encoded = [encoder.prompt_ids(prompt.messages) for prompt in prompts]
+    requests = [
+        steered_request(ids, [strengths], [derive_seed(seed, "strength", prompt.id)])
+        for ids, prompt in zip(encoded, prompts, strict=True)
+    ]
+    sampled = [items[0] for items in engine.generate(requests, sampling)]
+    texts = [
+        shorten(item.as_completion(prompt.id, 0, model_hash=engine.model_hash)) or item.text
+        for item, prompt in zip(sampled, prompts, strict=True)
+    ]
+    pairs = list(zip(prompts, texts, strict=True))
+    chosen = {attribute: reward_models[attribute]}
+    units = unit_scores_of(pairs, chosen, calibration)
+    means = [
+        read_completions(
+            engine.model, ids, [encoder.completion_ids(text, finished=item.finish == "stop")]
+        )[0].mean
+        for ids, text, item in zip(encoded, texts, sampled, strict=True)
+    ]
+    return Tried(
+        strength,
+        float(np.mean([units[prompt.id, text][attribute] for prompt, text in pairs])),
+        float(np.nanmean(means)) if np.isfinite(means).any() else float("nan"),
+    )
 
 
 def strengths_for_levels(

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-STAGES = ("prompts", "fit-reward", "generate", "score", "distil", "tune", "evaluate", "report")
+STAGES = (
+    "prompts", "fit-reward", "generate", "score", "steer", "regenerate", "distil", "tune",
+    "evaluate", "report",
+)  # fmt: skip
 """In the order of the run. ``prompts`` has no command of its own: every stage makes it first."""
 
 
@@ -26,14 +29,32 @@ SPECS: Mapping[str, StageSpec] = {
     "fit-reward": StageSpec(("seed", "data", "fit_reward"), ()),
     "generate": StageSpec(("seed", "model", "attributes", "levels", "generate"), ("prompts",)),
     "score": StageSpec(("attributes", "reward_models", "score"), ("generate", "fit-reward")),
-    "distil": StageSpec(("seed", "attributes", "levels", "distil"), ("prompts", "score")),
+    "steer": StageSpec(
+        ("seed", "model", "attributes", "levels", "generate", "reward_models", "steer"),
+        ("prompts", "score"),
+    ),
+    "regenerate": StageSpec(
+        ("seed", "model", "attributes", "levels", "generate", "reward_models", "regenerate"),
+        ("prompts", "score", "steer"),
+    ),
+    "distil": StageSpec(
+        ("seed", "attributes", "levels", "distil"), ("prompts", "score", "steer", "regenerate")
+    ),
     "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("distil",)),
     "evaluate": StageSpec(
         ("seed", "model", "attributes", "levels", "judges", "evaluate"),
-        ("prompts", "fit-reward", "score", "tune"),
+        ("prompts", "fit-reward", "score", "steer", "tune"),
     ),
     "report": StageSpec(("name", "description"), ("score", "distil", "tune", "evaluate")),
 }
+
+
+OPTIONAL: Mapping[str, str] = {
+    "fit-reward": "fit_reward",
+    "steer": "steer",
+    "regenerate": "regenerate",
+}
+"""Stages that a recipe may leave out, and the field that asks for them."""
 
 
 def first_affected(changes: list[str]) -> str | None:

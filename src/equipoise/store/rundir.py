@@ -26,7 +26,7 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.store.fingerprint import SPECS, STAGES, diff, first_affected
+from equipoise.store.fingerprint import OPTIONAL, SPECS, STAGES, diff, first_affected
 from equipoise.store.lock import locked
 from equipoise.store.publish import (
     TEMPORARY,
@@ -180,7 +180,7 @@ class RunDir:
         from equipoise import __version__
 
         spec, plain = SPECS[name], self.recipe.model_dump(mode="json")
-        inputs = [item for item in spec.inputs if item != "fit-reward" or self.recipe.fit_reward]
+        inputs = [i for i in spec.inputs if i not in OPTIONAL or getattr(self.recipe, OPTIONAL[i])]
         return {
             "config": {field: plain[field] for field in spec.reads},
             "inputs": {item: self.done(item).outputs_hash for item in inputs},
