@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from equipoise.cli import look, stages
+from equipoise.cli import look, serving, stages
 from equipoise.errors import EquipoiseError
 
 INTERRUPTED = 130
@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 stages.add_commands(app)
 look.add_commands(app)
+chat.add_commands(app)
+serving.add_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

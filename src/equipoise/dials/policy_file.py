@@ -22,6 +22,11 @@ def shipped_policies() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+def find_policy(name: str | Path) -> Path:
+    """Return the file that a name stands for: an existing file, or a shipped policy."""
+    return Path(name) if Path(name).is_file() else shipped_policies().get(str(name), Path(name))
+
+
 def load_policy(name: str | Path, attributes: Sequence[str], levels: int) -> DialPolicy:
     """Read a policy and hold it against a model's dials.
 
@@ -34,7 +39,7 @@ def load_policy(name: str | Path, attributes: Sequence[str], levels: int) -> Dia
         ConfigError: The file is missing, unreadable, not YAML, names a key twice, has unknown or
             missing fields, or does not fit the dials; all faults at once.
     """
-    file = Path(name) if Path(name).is_file() else shipped_policies().get(str(name), Path(name))
+    file = find_policy(name)
     try:
         data = file.read_bytes()
     except OSError as error:

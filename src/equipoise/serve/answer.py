@@ -1,0 +1,158 @@
+"""The response of one chat request: whole, or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import Response
+
+from equipoise.serve.failures import RefusedError, json_bytes
+from equipoise.serve.limits import Admission
+from equipoise.serve.running import Piece, pieces, timed_out, while_connected
+from equipoise.serve.wire import Choice
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from equipoise.dials.encode import Encoder
+    from equipoise.serve.chat import Job
+    from equipoise.serve.engine import ServingEngine
+
+_ERROR_SECONDS = 1.0
+"""How long the end of a broken stream may wait for its reader."""
+
+
+class Answer(Response):
+    """Runs a job while its client is there, and sends what comes of it.
+
+    Args:
+        job: The checked request.
+        engine: Samples.
+        encoder: Of the model.
+        admission: Places under way.
+        on_done: Called with the finished choices, also those of a broken answer.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        engine: ServingEngine,
+        encoder: Encoder,
+        admission: Admission,
+        on_done: Callable[[list[Choice]], None],
+    ) -> None:
+        self.job, self.engine, self.encoder = job, engine, encoder
+        self.admission, self.on_done = admission, on_done
+        self.background = None
+        self.status_code = 200
+        self._choices = [Choice("", "length", 0) for _ in job.generations]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer.
+
+        Raises:
+            RefusedError: Before anything was sent.
+        """
+        job = self.job
+        with self.admission.admitted(
+            job.key_id,
+            len(job.generations),
+            job.tokens,
+            slots=self.engine.load().slots,
+            limits=job.limits,
+        ):
+            try:
+                work = self._stream(send) if job.stream else self._whole(send)
+                await while_connected(receive, work)
+            finally:
+                self.on_done(self._choices)
+
+    async def _whole(self, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self.job.limits.total_seconds):
+                await self._collect()
+        except TimeoutError:
+            raise timed_out("the answer took too long") from None
+        body = json_bytes(self.job.envelope.completion(self._choices))
+        size = (b"content-length", str(len(body)).encode())
+        await self._begin(send, b"application/json", size)
+        await send({"type": "http.response.body", "body": body})
+
+    async def _collect(self) -> None:
+        async with aclosing(pieces(self.job, self.engine, self.encoder)) as all_pieces:
+            async for piece in all_pieces:
+                self._note(piece)
+
+    async def _stream(self, send: Send) -> None:
+        envelope, begun = self.job.envelope, False
+
+        async def event(value: Any) -> None:
+            data = b"data: " + json_bytes(value) + b"\n\n"
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        try:
+            # Sending counts: a client that does not read holds its slot no longer than this.
+            async with (
+                asyncio.timeout(self.job.limits.total_seconds),
+                aclosing(pieces(self.job, self.engine, self.encoder)) as all_pieces,
+            ):
+                async for piece in all_pieces:
+                    if not begun:
+                        begun = True
+                        await self._begin(send, b"text/event-stream")
+                        for index in range(len(self.job.generations)):
+                            await event(envelope.chunk(index, {"role": "assistant"}))
+                    self._note(piece)
+                    if piece.text:
+                        await event(envelope.chunk(piece.index, {"content": piece.text}))
+                    if piece.finish is not None:
+                        await event(envelope.chunk(piece.index, {}, piece.finish))
+                if self.job.include_usage:
+                    n_tokens = sum(choice.n_tokens for choice in self._choices)
+                    await event(envelope.usage_chunk(n_tokens))
+                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        except (RefusedError, TimeoutError) as error:
+            refusal = (
+                error if isinstance(error, RefusedError) else timed_out("the answer took too long")
+            )
+            if not begun:
+                raise refusal from None
+            async with asyncio.timeout(_ERROR_SECONDS):
+                await event(refusal.body())
+                await send({"type": "http.response.body", "body": b""})
+
+    async def _begin(self, send: Send, kind: bytes, *more: tuple[bytes, bytes]) -> None:
+        headers = [(b"content-type", kind), (b"cache-control", b"no-store"), *more]
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [*headers, *dial_headers(self.job)],
+            }
+        )
+
+    def _note(self, piece: Piece) -> None:
+        before = self._choices[piece.index]
+        self._choices[piece.index] = Choice(
+            before.text + piece.text, piece.finish or "length", piece.n_tokens
+        )
+
+
+def dial_headers(job: Job) -> list[tuple[bytes, bytes]]:
+    """Return the headers that say what was asked for and what was applied."""
+    applied = job.envelope.applied
+
+    def compact(value: Any) -> bytes:
+        return json.dumps(value, separators=(",", ":"), sort_keys=True).encode("ascii")
+
+    return [
+        (b"x-dial-requested", compact(dict(applied.requested))),
+        (b"x-dial-effective", compact(dict(applied.effective))),
+        (b"x-dial-scenario", applied.scenario.encode("ascii")),
+        (b"x-dial-policy", applied.policy_hash.encode("ascii")),
+        (b"x-dial-model", applied.model_hash.encode("ascii")),
+    ]

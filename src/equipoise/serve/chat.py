@@ -1,0 +1,232 @@
+"""A chat request, from bytes to checked generations: no side door leads around this function.
+
+Order: JSON, fields, model and scenario, dials, knobs, ids. Only the parsed body and the key decide;
+headers and query are never looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from equipoise.config import SamplingConfig
+from equipoise.dials.dial_policy import Key, Limits, Refusal, effective_setting, scenario_for
+from equipoise.errors import DataError, EncodingError, ModelError
+from equipoise.seeds import derive_seed
+from equipoise.serve.engine import Generation
+from equipoise.serve.failures import RefusedError, bad_request, quoted
+from equipoise.serve.reload import Rules
+from equipoise.serve.strict_json import parse
+from equipoise.serve.wire import Applied, ChatRequest, Envelope, parse_chat
+from equipoise.types import DialSetting, Message, Sampling
+
+if TYPE_CHECKING:
+    from equipoise.dials.encode import Encoder
+
+_GREEDY_BELOW = 0.01
+"""Temperatures below this take the likeliest token: dividing by them would overflow."""
+_TOP_K = SamplingConfig().top_k
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model behind the door, as far as the door needs it."""
+
+    name: str
+    hash: str
+    encoder: Encoder
+    attributes: tuple[str, ...]
+    levels: int
+    vocab_size: int
+    """Ids that exist in tokenizer and model."""
+    context: int
+    """Positions that the model can hold."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that passed all checks."""
+
+    key_id: str
+    messages: tuple[Message, ...]
+    setting: DialSetting
+    generations: tuple[Generation, ...]
+    """One per choice."""
+    stops: tuple[str, ...]
+    envelope: Envelope
+    stream: bool
+    include_usage: bool
+    limits: Limits
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens that it may take in all."""
+        return sum(len(g.prompt_ids) + g.sampling.max_tokens for g in self.generations)
+
+
+def prepare(
+    body: bytes,
+    key: Key,
+    rules: Rules,
+    model: ServedModel,
+    *,
+    request_id: str,
+    created: int,
+    fresh_seed: int,
+    salt_key: bytes,
+) -> Job:
+    """Check a request and turn it into generations.
+
+    Args:
+        body: As received.
+        key: Of the caller.
+        rules: In force when the request came.
+        model: The model behind the door.
+        request_id: Echoed as ``id``.
+        created: Unix seconds.
+        fresh_seed: Used where the request names no seed.
+        salt_key: Secret of this process, from which prefix salts are derived.
+
+    Raises:
+        RefusedError: 400 or 404; says what is allowed.
+    """
+    request = parse_chat(parse(body))
+    scenario_name = _scenario_name(request.model, key, rules, model)
+    scenario = rules.policy.scenarios[scenario_name]
+    setting = effective_setting(request.dials, key, scenario, rules.server)
+    if isinstance(setting, Refusal):
+        raise bad_request(
+            f"dials.{quoted(setting.attribute)}: {setting.message}",
+            param="dials",
+            code="invalid_dial",
+        )
+    limits = rules.policy.limits
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("stream_options is for streams", param="stream_options")
+    if request.n > limits.choices:
+        raise bad_request(f"n is at most {limits.choices}", param="n")
+    _check_text(request.stops)
+    bias = _bias(request.logit_bias or {}, model)
+    messages = tuple(message.plain() for message in request.messages)
+    prompt_ids = _prompt_ids(messages, model.encoder, limits)
+    control_ids = model.encoder.control_ids(setting)
+    room = model.context - len(prompt_ids) - len(control_ids)
+    sampling = _sampling(request, limits, room)
+    seed = fresh_seed if request.seed is None else request.seed
+    salt = hmac.new(salt_key, key.id.encode(), hashlib.sha256).hexdigest()
+    applied = Applied(
+        requested=request.dials,
+        effective=_in_words(setting, model),
+        scenario=scenario_name,
+        policy_hash=rules.policy_hash,
+        model_hash=model.hash,
+    )
+    return Job(
+        key_id=key.id,
+        messages=messages,
+        setting=setting,
+        generations=tuple(
+            Generation(
+                prompt_ids=prompt_ids,
+                control_ids=control_ids,
+                sampling=sampling,
+                seed=derive_seed(seed, "choice", index),
+                prefix_salt=salt,
+                logit_bias=bias,
+            )
+            for index in range(request.n)
+        ),
+        stops=request.stops,
+        envelope=Envelope(
+            request_id, created, f"{model.name}@{scenario_name}", applied, len(prompt_ids)
+        ),
+        stream=request.stream,
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        limits=limits,
+    )
+
+
+def _scenario_name(asked: str, key: Key, rules: Rules, model: ServedModel) -> str:
+    name, at, scenario = asked.partition("@")
+    found = scenario_for(rules.policy, key, scenario if at else None)
+    if name != model.name or found is None:
+        # One message for all: a key learns of no scenario that it may not use.
+        raise RefusedError(
+            404,
+            "this key has no such model; GET /v1/models lists what it has",
+            code="model_not_found",
+            param="model",
+        )
+    return found
+
+
+def _prompt_ids(messages: tuple[Message, ...], encoder: Encoder, limits: Limits) -> tuple[int, ...]:
+    try:
+        ids = tuple(encoder.prompt_ids(messages))
+    except (DataError, EncodingError, ModelError) as error:
+        raise bad_request(error.what, param="messages", code="unusable_messages") from None
+    if len(ids) > limits.max_prompt_tokens:
+        raise bad_request(
+            f"the prompt has {len(ids)} tokens; at most {limits.max_prompt_tokens} are taken, "
+            "and none are cut off",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    return ids
+
+
+def _sampling(request: ChatRequest, limits: Limits, room: int) -> Sampling:
+    given = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(given) > 1:
+        raise bad_request("max_tokens and max_completion_tokens differ", param="max_tokens")
+    asked = request.max_completion_tokens or request.max_tokens
+    if asked is not None and asked > limits.max_tokens:
+        raise bad_request(f"max_tokens is at most {limits.max_tokens}", param="max_tokens")
+    if room < (asked or 1):
+        raise bad_request(
+            "prompt and completion are longer than the model's context",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    greedy = request.temperature < _GREEDY_BELOW
+    return Sampling(
+        temperature=1.0 if greedy else request.temperature,
+        top_p=1.0 if greedy else request.top_p,
+        top_k=1 if greedy else _TOP_K,
+        max_tokens=asked or min(limits.max_tokens, room),
+    )
+
+
+def _bias(given: Mapping[str, float], model: ServedModel) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(sorted((int(name), value) for name, value in given.items()))
+    encoder = model.encoder
+    for token_id, _ in pairs:
+        if token_id >= model.vocab_size:
+            raise bad_request(
+                f"ids are below {model.vocab_size}", param="logit_bias", code="unknown_token"
+            )
+        if token_id in encoder.forbidden or token_id in encoder.masked_ids:
+            raise bad_request(
+                "logit_bias may not name control tokens or chat markers",
+                param="logit_bias",
+                code="forbidden_token",
+            )
+    return pairs
+
+
+def _check_text(stops: tuple[str, ...]) -> None:
+    try:
+        "".join(stops).encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad_request("a stop string holds half a character", param="stop") from None
+
+
+def _in_words(setting: DialSetting, model: ServedModel) -> dict[str, Any]:
+    top = model.levels - 1
+    return {
+        attribute: "auto" if level is None else {"level": level, "value": round(level / top, 6)}
+        for attribute, level in zip(model.attributes, setting.levels, strict=True)
+    }

@@ -1,0 +1,76 @@
+"""What a client is told when it gets no answer: OpenAI-shaped, without paths or tracebacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class RefusedError(Exception):
+    """A request that ends with an error.
+
+    Args:
+        status: HTTP status.
+        message: For the client; says what is allowed, quotes no text of the request.
+        code: Machine-readable name, stable across versions.
+        param: The field at fault.
+        headers: Further response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(code)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as OpenAI's clients expect it."""
+        kind = _KINDS.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def bad_request(
+    message: str, *, param: str | None = None, code: str = "invalid_request"
+) -> RefusedError:
+    """Return the refusal of a request that cannot be used as it is."""
+    return RefusedError(400, message, code=code, param=param)
+
+
+def internal_error() -> RefusedError:
+    """Return what a client is told of a fault of ours: nothing."""
+    return RefusedError(500, "a fault of the server", code="internal_error")
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return JSON in ASCII: a lone surrogate in it cannot break the response."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def quoted(name: object) -> str:
+    """Return a name that the client sent, short and printable, for use in a message."""
+    text = ascii(str(name))
+    return text if len(text) <= 66 else text[:63] + "...'"

@@ -1,0 +1,160 @@
+"""What a client may cost: bytes, headers, time, requests per minute, places in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from equipoise.serve.failures import RefusedError
+
+if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope
+
+    from equipoise.dials.dial_policy import Limits
+
+MAX_BODY_BYTES = 1 << 20
+MAX_HEADER_BYTES = 32 << 10
+BODY_SECONDS = 30.0
+_MINUTE_NS = 60_000_000_000
+_MAX_BUCKETS = 100_000
+
+
+def check_headers(scope: Scope) -> None:
+    """Refuse headers above 32 KiB in all (431) and request bodies that are packed (415)."""
+    size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    size += len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if size > MAX_HEADER_BYTES:
+        raise RefusedError(
+            431, f"the headers hold more than {MAX_HEADER_BYTES} bytes", code="headers_too_large"
+        )
+    packed = [value for name, value in scope["headers"] if name == b"content-encoding"]
+    if any(value.strip().lower() not in (b"", b"identity") for value in packed):
+        raise RefusedError(
+            415, "packed request bodies are not taken; send plain JSON", code="packed_body"
+        )
+
+
+async def read_body(
+    receive: Receive, *, limit: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS
+) -> bytes | None:
+    """Return the request's body, counted while it is read; ``None`` if the client left.
+
+    Raises:
+        RefusedError: 413 at the first byte too many, 408 if it takes too long.
+    """
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message: Message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    raise RefusedError(
+                        413,
+                        f"the body holds more than {limit} bytes",
+                        code="body_too_large",
+                        headers={"connection": "close"},
+                    )
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise RefusedError(
+            408, "the body took too long", code="body_timeout", headers={"connection": "close"}
+        ) from None
+
+
+class RateLimit:
+    """Requests per minute and key, counted exactly (token bucket, integer nanoseconds).
+
+    A bucket holds a minute's worth, so a burst of that size passes at once; then places come back
+    one by one.
+
+    Args:
+        now_ns: Monotonic clock.
+    """
+
+    def __init__(self, now_ns: Callable[[], int]) -> None:
+        self._now_ns = now_ns
+        self._full_at: dict[str, int] = {}
+        """Key id to the moment at which its bucket is full again (the GCRA form of a bucket)."""
+
+    def take(self, key_id: str, per_minute: int) -> None:
+        """Count one request.
+
+        Raises:
+            RefusedError: 429 with ``Retry-After`` in whole seconds.
+        """
+        now = self._now_ns()
+        # Rounded up, so that a minute never holds one place too many.
+        interval = -(-_MINUTE_NS // per_minute)
+        full_at = max(self._full_at.get(key_id, now), now)
+        wait = full_at - now - (per_minute - 1) * interval
+        if wait > 0:
+            raise RefusedError(
+                429,
+                f"this key may send {per_minute} requests per minute",
+                code="rate_limit_exceeded",
+                headers={"retry-after": str(math.ceil(wait / 1e9))},
+            )
+        if len(self._full_at) >= _MAX_BUCKETS:
+            self._full_at = {key: at for key, at in self._full_at.items() if at > now}
+        self._full_at[key_id] = full_at + interval
+
+
+class Admission:
+    """How much is under way: completions, their tokens, and each key's share."""
+
+    def __init__(self) -> None:
+        self.completions = 0
+        self.tokens = 0
+        self._of_key: Counter[str] = Counter()
+
+    @contextmanager
+    def admitted(
+        self, key_id: str, completions: int, tokens: int, *, slots: int, limits: Limits
+    ) -> Iterator[None]:
+        """Hold places for a request's completions while the block runs.
+
+        Args:
+            key_id: Whose they are.
+            completions: ``n``.
+            tokens: Prompt and completion tokens they may take in all.
+            slots: Completions that the engine samples at once.
+            limits: The policy's.
+
+        Raises:
+            RefusedError: 429; nothing is held.
+        """
+        if self._of_key[key_id] + completions > limits.per_key:
+            self._forget(key_id)
+            raise _busy("this key has too much under way", "key_busy")
+        too_many = self.completions + completions > slots + limits.waiting
+        if too_many or self.tokens + tokens > limits.waiting_tokens:
+            self._forget(key_id)
+            raise _busy("the server is busy", "server_busy")
+        self.completions += completions
+        self.tokens += tokens
+        self._of_key[key_id] += completions
+        try:
+            yield
+        finally:
+            self.completions -= completions
+            self.tokens -= tokens
+            self._of_key[key_id] -= completions
+            self._forget(key_id)
+
+    def _forget(self, key_id: str) -> None:
+        if self._of_key[key_id] <= 0:
+            del self._of_key[key_id]
+
+
+def _busy(message: str, code: str) -> RefusedError:
+    return RefusedError(429, message, code=code, headers={"retry-after": "1"})

@@ -1,0 +1,233 @@
+"""Starting the server: what is refused before it listens, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from equipoise.dials.dial_policy import Key
+from equipoise.errors import ConfigError, ModelError
+from equipoise.serve.keys import digest, new_secret
+from equipoise.serve.limits import MAX_HEADER_BYTES
+from equipoise.serve.reload import RulesSource
+
+if TYPE_CHECKING:
+    from equipoise.models.load import LoadedPolicy
+    from equipoise.serve.chat import ServedModel
+
+_MAX_CONNECTIONS = 2048
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What ``equipoise serve`` was asked for."""
+
+    policy: Path
+    keys: Path | None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = ""
+    """Name of the model in the API; by default that of its directory."""
+    slots: int = 16
+    allow_hosts: tuple[str, ...] = ()
+    content_log: Path | None = None
+    drain_seconds: int = 30
+
+
+def check_start(options: ServeOptions) -> None:
+    """Refuse to listen where strangers are without keys of the operator's own.
+
+    Raises:
+        ConfigError: The address is not a loopback one, and there is no keys file.
+    """
+    if options.keys is None and not _is_loopback(options.host):
+        raise ConfigError(
+            f"refusing to listen on {options.host} without keys",
+            why="others can reach this address, and the key of a single start is for this machine",
+            fix="make keys (`equipoise keys new NAME --keys FILE`) and pass --keys FILE",
+        )
+
+
+def allowed_hosts(options: ServeOptions) -> frozenset[str]:
+    """Return the values of the Host header that are served."""
+    named = {host.lower().strip("[]") for host in (options.host, *options.allow_hosts)}
+    return frozenset(named - {"0.0.0.0", "::"}) | LOCAL_HOSTS
+
+
+def served_model(loaded: LoadedPolicy, name: str) -> ServedModel:
+    """Return what the door needs to know of a loaded model.
+
+    Raises:
+        ModelError: The model has no dials.
+        ConfigError: The name cannot stand in the API.
+    """
+    import re
+
+    from equipoise.serve.chat import ServedModel
+
+    if loaded.manifest is None:
+        raise ModelError(
+            "this model has no dials",
+            why="its directory holds no dials.json",
+            fix="tune it first: `equipoise tune`",
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(
+            f"{name!r} cannot be a model name",
+            why="names are letters, digits, `.`, `_` and `-`, at most 64; `@` parts the scenario",
+            fix="pass --name",
+        )
+    config = loaded.model.config.get_text_config()
+    return ServedModel(
+        name=name,
+        hash=loaded.hash,
+        encoder=loaded.encoder,
+        attributes=loaded.manifest.attributes,
+        levels=loaded.manifest.levels,
+        vocab_size=min(len(loaded.tokenizer), int(config.vocab_size)),
+        context=int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+    )
+
+
+def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource, str | None]:
+    """Return the rules and, where there is no keys file, the key of this start.
+
+    Raises:
+        ConfigError: Policy or keys cannot be used; the server does not start then.
+    """
+    source = RulesSource(
+        options.policy, options.keys, attributes=model.attributes, levels=model.levels
+    )
+    rules = source.read()
+    if options.keys is not None:
+        if not rules.keys:
+            raise ConfigError(
+                f"{options.keys} holds no keys",
+                why="nobody could use the server",
+                fix=f"equipoise keys new NAME --keys {options.keys}",
+            )
+        return source, None
+    secret = new_secret()
+    key = Key(id="this-start", sha256=digest(secret), scenarios=tuple(rules.policy.scenarios))
+    return (
+        RulesSource(
+            options.policy,
+            None,
+            attributes=model.attributes,
+            levels=model.levels,
+            fixed_keys=(key,),
+        ),
+        secret,
+    )
+
+
+def serve(options: ServeOptions, loaded: LoadedPolicy, name: str) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what runs.
+
+    Raises:
+        EquipoiseError: Something is wrong before the server listens.
+    """
+    from equipoise.serve.app import build_app
+    from equipoise.serve.batcher import ContinuousBatcher
+    from equipoise.serve.content_log import ContentLog
+
+    check_start(options)
+    model = served_model(loaded, options.name or name)
+    source, secret = rules_source(options, model)
+    engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=options.slots)
+    content_log = ContentLog(options.content_log) if options.content_log is not None else None
+    app, house = build_app(
+        model,
+        engine,
+        source.current,
+        hosts=allowed_hosts(options),
+        content_log=content_log,
+        drain_seconds=options.drain_seconds,
+    )
+    _log_to_stderr()
+    url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
+    print(f"{model.name} on {url}/v1 with policy {options.policy}", file=sys.stderr)
+    if secret is not None:
+        print(f"key of this start, shown once: {secret}", file=sys.stderr, flush=True)
+
+    def on_stop() -> None:
+        house.draining = True
+
+    run_app(
+        app,
+        host=options.host,
+        port=options.port,
+        drain_seconds=options.drain_seconds,
+        on_stop=on_stop,
+        on_reload=source.reload,
+    )
+
+
+def run_app(
+    app: Any,
+    *,
+    host: str,
+    port: int,
+    drain_seconds: int,
+    on_stop: Callable[[], None],
+    on_reload: Callable[[], None],
+) -> None:
+    """Run an application under uvicorn; see :func:`serve`."""
+    import uvicorn
+
+    class _Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            on_stop()
+            # A second Ctrl-C does not wait. The signal is not raised again at the end, so a drained
+            # server exits with 0.
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if hasattr(signal, "SIGHUP"):
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_reload)
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # paths and queries are the client's text
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        limit_concurrency=_MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http="h11",
+        timeout_graceful_shutdown=drain_seconds,
+    )
+    _Server(config).run()
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("equipoise.serve")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False

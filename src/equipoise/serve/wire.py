@@ -1,0 +1,217 @@
+"""What travels: the chat request, field by field, and the bodies that answer it.
+
+Only what is listed here exists. Token-id prompts, embeddings, templates and their arguments, tools,
+adapters and the like are unknown fields and refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+
+from equipoise.dials.policy_file import validation_fault
+from equipoise.serve.failures import RefusedError, bad_request, quoted
+from equipoise.types import Finish, Message
+
+MAX_MESSAGES = 256
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 64
+MAX_BIASES = 300
+_MAX_FAULTS = 5
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
+BiasKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TextPart(_Wire):
+    """A piece of a message; pieces are joined as they are."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Wire):
+    """One turn. All of it is untrusted, the assistant's turns too."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+    def plain(self) -> Message:
+        """Return the turn as the encoder takes it."""
+        if isinstance(self.content, str):
+            return Message(self.role, self.content)
+        return Message(self.role, "".join(part.text for part in self.content))
+
+
+class StreamOptions(_Wire):
+    """Options of a stream."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Wire):
+    """The body of ``POST /v1/chat/completions``."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    """The model's name, or ``name@scenario``."""
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    dials: Annotated[dict[str, JsonValue], Field(max_length=64)] = Field(default_factory=dict)
+    """Dial to a number in [0, 1], ``{"level": k}`` or ``"auto"``."""
+    temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = 1.0
+    """0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_BIASES)] | None = None
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+    """Taken for compatibility, neither used nor logged."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple."""
+        given = self.stop or ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
+
+def parse_chat(body: Any) -> ChatRequest:
+    """Return the request in a parsed body.
+
+    Raises:
+        RefusedError: 400; names the fields at fault, at most five, and quotes no values.
+    """
+    if not isinstance(body, dict):
+        raise bad_request("the body must be a JSON object")
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise _faults(error) from None
+
+
+def _faults(error: ValidationError) -> RefusedError:
+    items = error.errors(include_url=False, include_context=False, include_input=False)
+    unknown = [item for item in items if item["type"] == "extra_forbidden"]
+    code = "unknown_field" if unknown else "invalid_value"
+    # A field of two forms reports each form's fault; names that the client chose may be anything.
+    texts = [
+        validation_fault({**item, "loc": tuple(_safe(part) for part in item["loc"])})
+        for item in (unknown or items)[:_MAX_FAULTS]
+    ]
+    place = (unknown or items)[0]["loc"]
+    param = str(_safe(place[0])) if place else None
+    return bad_request("; ".join(texts), param=param, code=code)
+
+
+def _safe(part: int | str) -> int | str:
+    return part if isinstance(part, int) or part.isidentifier() else quoted(part)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was asked for, what was applied, and by which rules; part of every answer."""
+
+    requested: Mapping[str, Any]
+    effective: Mapping[str, Any]
+    """Attribute to ``{"level": k, "value": v}`` or ``"auto"``."""
+    scenario: str
+    policy_hash: str
+    model_hash: str
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the body."""
+        return {
+            "dials": {
+                "requested": dict(self.requested),
+                "effective": dict(self.effective),
+                "scenario": self.scenario,
+            },
+            "policy_hash": self.policy_hash,
+            "model_hash": self.model_hash,
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One finished completion."""
+
+    text: str
+    finish: Finish
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all bodies of one answer have in common."""
+
+    id: str
+    created: int
+    model: str
+    applied: Applied
+    prompt_tokens: int
+
+    def completion(self, choices: list[Choice]) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed."""
+        return {
+            **self._head("chat.completion"),
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "finish_reason": choice.finish,
+                    "logprobs": None,
+                }
+                for index, choice in enumerate(choices)
+            ],
+            "usage": self.usage(sum(choice.n_tokens for choice in choices)),
+            **self.applied.fields(),
+        }
+
+    def chunk(
+        self, index: int, delta: Mapping[str, str], finish: Finish | None = None
+    ) -> dict[str, Any]:
+        """Return one event of a stream; the first and the last of a choice carry the dials."""
+        body = {
+            **self._head("chat.completion.chunk"),
+            "choices": [
+                {"index": index, "delta": dict(delta), "finish_reason": finish, "logprobs": None}
+            ],
+        }
+        carries = "role" in delta or finish is not None
+        return {**body, **self.applied.fields()} if carries else body
+
+    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
+        """Return the event of a stream that holds its costs."""
+        return {
+            **self._head("chat.completion.chunk"),
+            "choices": [],
+            "usage": self.usage(completion_tokens),
+        }
+
+    def usage(self, completion_tokens: int) -> dict[str, int]:
+        """Return the token counts."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
+        }
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"eq-{self.applied.model_hash[:12]}",
+        }

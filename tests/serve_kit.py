@@ -1,0 +1,287 @@
+"""A server for tests: fake engine with scripted ids, small policy, two keys, a real uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import yaml
+
+from equipoise.dials.dial_policy import Key
+from equipoise.dials.encode import Encoder
+from equipoise.dials.manifest import DialManifest, control_tokens
+from equipoise.dials.policy_file import shipped_policies
+from equipoise.serve.app import House, build_app
+from equipoise.serve.auth import Gate
+from equipoise.serve.chat import ServedModel
+from equipoise.serve.content_log import ContentLog
+from equipoise.serve.engine import Generation, Load, Token
+from equipoise.serve.keys import add_key, digest, new_secret
+from equipoise.serve.reload import Rules, RulesSource
+from tokenizer_kit import byte_bpe
+
+ATTRIBUTES = ("helpfulness", "safety")
+LEVELS = 5
+HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+ANSWER = "Naïve 東京 🙂 answer, e\u0301 and more."
+
+
+def dialled(tokenizer: Any) -> Encoder:
+    """Return an encoder with dials on a tokenizer."""
+    tokens = control_tokens(ATTRIBUTES, LEVELS)
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    half = LEVELS + 1
+    manifest = DialManifest(
+        attributes=ATTRIBUTES,
+        levels=LEVELS,
+        token_ids={"helpfulness": tuple(ids[:LEVELS]), "safety": tuple(ids[half : half + LEVELS])},
+        auto_ids={"helpfulness": ids[LEVELS], "safety": ids[-1]},
+        tokenizer_hash="0",
+        tied=True,
+    )
+    return Encoder(tokenizer, manifest)
+
+
+def served_model(encoder: Encoder | None = None, *, context: int = 4096) -> ServedModel:
+    """Return what the door knows of a model that is not there."""
+    encoder = encoder or dialled(byte_bpe())
+    return ServedModel(
+        name="toy",
+        hash="ab" * 32,
+        encoder=encoder,
+        attributes=ATTRIBUTES,
+        levels=LEVELS,
+        vocab_size=len(encoder.tokenizer),
+        context=context,
+    )
+
+
+@dataclass
+class FakeEngine:
+    """Answers every generation with the same ids, with ``slots`` at once and a delay per token."""
+
+    ids: Sequence[int]
+    slots: int = 4
+    delay: float = 0.0
+    fail_at: int | None = None
+    """Token index at which sampling raises."""
+    healthy: bool = True
+    endless: bool = False
+    seen: list[Generation] = field(default_factory=list)
+    finished: int = 0
+    _running: int = 0
+    _queued: int = 0
+    _free: asyncio.Semaphore | None = None
+
+    async def start(self) -> None:
+        self._free = asyncio.Semaphore(self.slots)
+
+    async def drain(self, seconds: float) -> None:
+        self.healthy = False
+
+    def load(self) -> Load:
+        return Load(self._running, self._queued, self.slots)
+
+    async def stream(self, generation: Generation) -> AsyncIterator[Token]:
+        assert self._free is not None
+        self.seen.append(generation)
+        self._queued += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._queued -= 1
+        self._running += 1
+        try:
+            limit = generation.sampling.max_tokens
+            at = 0
+            while at < limit and (self.endless or at < len(self.ids)):
+                await asyncio.sleep(self.delay)
+                if at == self.fail_at:
+                    raise RuntimeError("CANARY of the engine at /secret/path 0xdeadbeef")
+                at += 1
+                is_last = at == limit
+                yield Token(self.ids[(at - 1) % len(self.ids)], "length" if is_last else None)
+                if is_last:
+                    self.finished += 1
+                    return
+            yield Token(-1, "stop")
+            self.finished += 1
+        finally:
+            self._running -= 1
+            self._free.release()
+
+
+@dataclass
+class Door:
+    """The application and everything around it that a test may want to move."""
+
+    app: Gate
+    house: House
+    engine: FakeEngine
+    source: RulesSource
+    model: ServedModel
+    policy_file: Path
+    keys_file: Path
+    secrets: dict[str, str]
+    """Name of a key to what its client sends."""
+
+    def rules(self) -> Rules:
+        rules = self.source.current()
+        assert rules is not None
+        return rules
+
+
+def example_policy(**limits: Any) -> dict[str, Any]:
+    """Return the shipped example as plain data, with other limits."""
+    policy: dict[str, Any] = yaml.safe_load(shipped_policies()["example"].read_text("utf-8"))
+    policy["limits"] |= {"requests_per_minute": 1_000_000, **limits}
+    return policy
+
+
+def make_door(
+    folder: Path,
+    *,
+    text: str = ANSWER,
+    limits: dict[str, Any] | None = None,
+    content_log: bool = False,
+    now_ns: Callable[[], int] = time.monotonic_ns,
+    model: ServedModel | None = None,
+    **engine: Any,
+) -> Door:
+    """Return a door with the example policy and two keys.
+
+    ``lab`` may use all scenarios (its default is ``general``); ``kid`` only ``kids``.
+    """
+    model = model or served_model()
+    policy_file, keys_file = folder / "policy.yaml", folder / "keys.json"
+    policy = example_policy(**(limits or {}))
+    policy_file.write_text(yaml.safe_dump(policy), "utf-8")
+    secrets_ = {"lab": new_secret(), "kid": new_secret()}
+    scenarios = {
+        "lab": ("general", *(name for name in policy["scenarios"] if name != "general")),
+        "kid": ("kids",),
+    }
+    for name, secret in secrets_.items():
+        add_key(keys_file, Key(id=name, sha256=digest(secret), scenarios=scenarios[name]))
+    ids = model.encoder.completion_ids(text, finished=False)
+    fake = FakeEngine(ids, **engine)
+    source = RulesSource(policy_file, keys_file, attributes=ATTRIBUTES, levels=LEVELS)
+    app, house = build_app(
+        model,
+        fake,
+        source.current,
+        hosts=HOSTS,
+        content_log=ContentLog(folder / "content.jsonl") if content_log else None,
+        now_ns=now_ns,
+    )
+    return Door(app, house, fake, source, model, policy_file, keys_file, secrets_)
+
+
+@contextlib.contextmanager
+def running(door: Door) -> Iterator[int]:
+    """Run a door behind a real uvicorn on loopback; yields its port."""
+    config = uvicorn.Config(
+        door.app, port=0, log_config=None, access_log=False, ws="none", http="h11",
+        lifespan="on", server_header=False,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.005)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back of a plain HTTP request."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def call(
+    port: int,
+    method: str,
+    path: str,
+    body: object = None,
+    *,
+    key: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> Reply:
+    """Send one request without a client library in between."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    sent = {"Authorization": f"Bearer {key}"} if key is not None else {}
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    try:
+        connection.request(method, path, data, sent | (headers or {}))
+        answer = connection.getresponse()
+        pairs = {name.lower(): value for name, value in answer.getheaders()}
+        return Reply(answer.status, pairs, answer.read())
+    finally:
+        connection.close()
+
+
+async def ask(
+    app: Any,
+    body: bytes | object = None,
+    *,
+    method: str = "POST",
+    path: str = "/v1/chat/completions",
+    key: str | None = None,
+    headers: Sequence[tuple[str, str]] = (),
+    query: str = "",
+) -> Reply:
+    """Call an application without a socket; the client stays until it has everything."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode() if body else b""
+    given = [("host", "localhost"), *headers]
+    if key is not None:
+        given.append(("authorization", f"Bearer {key}"))
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+        "method": method, "scheme": "http", "path": path, "raw_path": path.encode(),
+        "query_string": query.encode(), "root_path": "", "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in given],
+    }  # fmt: skip
+    incoming = [{"type": "http.request", "body": data, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if incoming:
+            return incoming.pop()
+        return await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    start = sent[0]
+    pairs = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start["headers"]}  # fmt: skip  # noqa: E501
+    return Reply(start["status"], pairs, b"".join(item.get("body", b"") for item in sent[1:]))
+
+
+def chat_body(text: str = "Hello", **more: Any) -> dict[str, Any]:
+    """Return the smallest chat request."""
+    return {"model": "toy", "messages": [{"role": "user", "content": text}], **more}

@@ -1,0 +1,205 @@
+"""The door through a real socket: the official client, streams, aliases, what every answer says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from serve_kit import ANSWER, Door, call, chat_body, make_door, running
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Door:
+    return make_door(tmp_path_factory.mktemp("api"))
+
+
+@pytest.fixture(scope="module")
+def port(door: Door) -> Iterator[int]:
+    with running(door) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def client(door: Door, port: int) -> Iterator[openai.OpenAI]:
+    base = f"http://127.0.0.1:{port}/v1"
+    with openai.OpenAI(base_url=base, api_key=door.secrets["lab"], max_retries=0) as client:
+        yield client
+
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+
+
+def test_official_client_whole(client: openai.OpenAI, door: Door) -> None:
+    answer = client.chat.completions.create(
+        model="toy",
+        messages=HELLO,
+        n=2,
+        seed=7,
+        max_completion_tokens=400,
+        extra_body={"dials": {"safety": 1, "helpfulness": {"level": 1}}},
+    )
+    assert [choice.message.content for choice in answer.choices] == [ANSWER, ANSWER]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+    extra = answer.model_extra
+    assert extra is not None
+    assert extra["dials"] == {
+        "requested": {"safety": 1, "helpfulness": {"level": 1}},
+        "effective": {
+            "helpfulness": {"level": 1, "value": 0.25},
+            "safety": {"level": 4, "value": 1.0},
+        },
+        "scenario": "general",
+    }
+    assert extra["policy_hash"] == door.rules().policy_hash
+    assert extra["model_hash"] == door.model.hash
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2 * (len(door.engine.ids) + 1)
+    first, second = door.engine.seen[-2:]
+    assert first.control_ids == second.control_ids
+    assert first.seed != second.seed
+
+
+def test_official_client_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="toy@kids",
+        messages=HELLO,
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"dials": {"safety": 0}},
+    )
+    texts, finishes, usage, dials = ["", ""], {}, None, []
+    for chunk in stream:
+        usage = chunk.usage or usage
+        if chunk.model_extra and "dials" in chunk.model_extra:
+            dials.append(chunk.model_extra["dials"]["effective"]["safety"])
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.finish_reason:
+                finishes[choice.index] = choice.finish_reason
+    assert texts == [ANSWER, ANSWER]
+    assert finishes == {0: "stop", 1: "stop"}
+    assert usage is not None and usage.completion_tokens > 0
+    assert dials == [{"level": 4, "value": 1.0}] * 4
+
+
+def test_stream_is_well_formed(door: Door, port: int) -> None:
+    reply = call(
+        port, "POST", "/v1/chat/completions", chat_body(stream=True), key=door.secrets["lab"]
+    )
+    assert reply.headers["content-type"] == "text/event-stream"
+    events = reply.body.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert events.count("data: [DONE]") == 1
+    bodies = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert "".join(body["choices"][0]["delta"].get("content", "") for body in bodies) == ANSWER
+    assert len(bodies) > 10
+
+
+def test_models_are_those_of_the_key(client: openai.OpenAI, door: Door, port: int) -> None:
+    assert [model.id for model in client.models.list()][:2] == ["toy", "toy@general"]
+    assert client.models.retrieve("toy@clinic").id == "toy@clinic"
+    kid = call(port, "GET", "/v1/models", key=door.secrets["kid"]).json
+    assert [model["id"] for model in kid["data"]] == ["toy", "toy@kids"]
+    assert kid["data"][0]["dials"]["safety"] == {"min": 1.0, "max": 1.0}
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("toy@nowhere")
+
+
+@pytest.mark.parametrize("model", ["toy@general", "toy@nowhere", "other", "toy@", "toy@kids@kids"])
+def test_a_key_gets_no_other_scenario_and_learns_of_none(door: Door, port: int, model: str) -> None:
+    body = chat_body() | {"model": model}
+    reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["kid"])
+    assert reply.status == 404
+    assert reply.json["error"]["code"] == "model_not_found"
+    assert "general" not in reply.json["error"]["message"]
+
+
+def test_headers_say_what_was_applied(door: Door, port: int) -> None:
+    for stream in (False, True):
+        body = chat_body(stream=stream, dials={"safety": 0.6, "helpfulness": "auto"})
+        reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"])
+        headers = reply.headers
+        assert json.loads(headers["x-dial-requested"]) == body["dials"]
+        assert json.loads(headers["x-dial-effective"]) == {
+            "helpfulness": "auto",
+            "safety": {"level": 3, "value": 0.75},
+        }
+        assert headers["x-dial-scenario"] == "general"
+        assert headers["x-dial-policy"] == door.rules().policy_hash
+        assert headers["x-dial-model"] == door.model.hash
+        assert headers["x-request-id"].startswith("chatcmpl-")
+
+
+def test_knobs_reach_the_engine(client: openai.OpenAI, door: Door) -> None:
+    client.chat.completions.create(
+        model="toy", messages=HELLO, temperature=0, top_p=0.5, max_tokens=3, logit_bias={"5": -2}
+    )
+    seen = door.engine.seen[-1]
+    assert seen.sampling.top_k == 1 and seen.sampling.temperature > 0
+    assert seen.sampling.max_tokens == 3
+    assert seen.logit_bias == ((5, -2.0),)
+    client.chat.completions.create(model="toy", messages=HELLO, temperature=0.5, top_p=0.5)
+    assert door.engine.seen[-1].sampling.temperature == 0.5
+    assert door.engine.seen[-1].sampling.top_p == 0.5
+
+
+def test_same_seed_same_generation(client: openai.OpenAI, door: Door) -> None:
+    for seed in (3, 3, 4, None, None):
+        client.chat.completions.create(model="toy", messages=HELLO, seed=seed or openai.omit)
+    a, b, c, d, e = (seen.seed for seen in door.engine.seen[-5:])
+    assert a == b and len({b, c, d, e}) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_never_leak(client: openai.OpenAI, *, stream: bool) -> None:
+    answer: Any = client.chat.completions.create(
+        model="toy", messages=HELLO, stop=["京 🙂 an", "zzz"], stream=stream
+    )
+    if stream:
+        chunks = [chunk.choices[0] for chunk in answer]
+        text = "".join(choice.delta.content or "" for choice in chunks)
+        finish = chunks[-1].finish_reason
+    else:
+        text, finish = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert text == "Naïve 東" and finish == "stop"
+
+
+def test_length_is_reported(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="toy", messages=HELLO, max_tokens=2)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None and answer.usage.completion_tokens == 2
+
+
+def test_prefixes_are_shared_within_a_key_only(door: Door, port: int) -> None:
+    for name in ("lab", "lab", "kid"):
+        call(port, "POST", "/v1/chat/completions", chat_body(), key=door.secrets[name])
+    one, two, other = (seen.prefix_salt for seen in door.engine.seen[-3:])
+    assert one == two != other
+    assert "lab" not in one
+
+
+def test_message_parts_are_joined(door: Door, port: int) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    for content in ("Hello", parts):
+        body = chat_body() | {"messages": [{"role": "user", "content": content}]}
+        assert (
+            call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"]).status == 200
+        )
+    plain, joined = (seen.prompt_ids for seen in door.engine.seen[-2:])
+    assert plain == joined
+
+
+def test_status_pages(door: Door, port: int) -> None:
+    key = door.secrets["lab"]
+    assert call(port, "GET", "/healthz").json == {"status": "ok"}
+    assert call(port, "GET", "/readyz", key=key).json == {"status": "ready"}
+    page = call(port, "GET", "/metrics", key=key)
+    assert page.headers["content-type"].startswith("text/plain")
+    assert 'equipoise_answers_total{scenario="general"}' in page.body.decode()
+    assert "equipoise_completions_under_way 0\n" in page.body.decode()
+    assert call(port, "GET", "/openapi.json", key=key).json["openapi"] == "3.1.0"
