@@ -79,11 +79,11 @@ def run_stage(
 
 
 def _job(run: RunDir, progress: Progress | None, *, text: bool, fresh: bool) -> Job:
-    _quieten()
+    quieten()
     return Job(run=run, progress=progress or Progress(), fresh=fresh, text=text)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence the progress bars and hints of libraries; warnings and errors stay.
 
     By environment, as importing them here would make "nothing to do" take seconds.

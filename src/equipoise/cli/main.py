@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from equipoise.cli import look, serving, stages
+from equipoise.cli import chat, look, serving, stages
 from equipoise.errors import EquipoiseError
 
 INTERRUPTED = 130
