@@ -252,10 +252,11 @@ async def ask(
     key: str | None = None,
     headers: Sequence[tuple[str, str]] = (),
     query: str = "",
+    host: str = "localhost",
 ) -> Reply:
     """Call an application without a socket; the client stays until it has everything."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode() if body else b""
-    given = [("host", "localhost"), *headers]
+    given = [("host", host), *headers]
     if key is not None:
         given.append(("authorization", f"Bearer {key}"))
     scope = {
