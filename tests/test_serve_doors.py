@@ -255,17 +255,71 @@ def test_a_key_that_stands_twice_is_refused(door: Door, dials: str) -> None:
 
 # --- knobs --------------------------------------------------------------------------------------
 
-UNKNOWN = """
-prompt prompt_ids prompt_token_ids input_ids prompt_embeds inputs_embeds chat_template
-chat_template_kwargs add_generation_prompt continue_final_message add_special_tokens
-documents tools tool_choice functions function_call response_format guided_json
-guided_regex grammar lora lora_request adapter allowed_token_ids bad_words stop_token_ids
-ignore_eos min_tokens min_p top_k repetition_penalty frequency_penalty presence_penalty
-logits_processors logprobs top_logprobs prompt_logprobs echo best_of use_beam_search
-skip_special_tokens spaces_between_special_tokens priority cache_salt prefix_salt
-request_id control_ids levels level scenario safety helpfulness setting Dials dial Dials
-metadata store service_tier extra_body __proto__ modalities audio
-""".split()
+UNKNOWN = [
+    "prompt",
+    "prompt_ids",
+    "prompt_token_ids",
+    "input_ids",
+    "prompt_embeds",
+    "inputs_embeds",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+    "documents",
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "grammar",
+    "lora",
+    "lora_request",
+    "adapter",
+    "allowed_token_ids",
+    "bad_words",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "min_p",
+    "top_k",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logits_processors",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "echo",
+    "best_of",
+    "use_beam_search",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "priority",
+    "cache_salt",
+    "prefix_salt",
+    "request_id",
+    "control_ids",
+    "levels",
+    "level",
+    "scenario",
+    "safety",
+    "helpfulness",
+    "setting",
+    "Dials",
+    "dial",
+    "Dials",
+    "metadata",
+    "store",
+    "service_tier",
+    "extra_body",
+    "__proto__",
+    "modalities",
+    "audio",
+]
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

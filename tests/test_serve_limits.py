@@ -1,0 +1,371 @@
+"""Bounded in bytes, requests, queue and time; what a client leaves behind is freed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise.serve.failures import RefusedError
+from equipoise.serve.limits import RateLimit, read_body
+from serve_kit import Door, ask, call, chat_body, make_door, running, served_model
+
+CHAT = "/v1/chat/completions"
+MINUTE = 60_000_000_000
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 10**18
+
+    def __call__(self) -> int:
+        return self.now
+
+
+# --- rate ---------------------------------------------------------------------------------------
+
+
+def test_exactly_sixty_of_five_hundred(tmp_path: Path) -> None:
+    clock = Clock()
+    door = make_door(tmp_path, limits={"requests_per_minute": 60, "per_key": 999, "waiting": 999},
+                     now_ns=clock)  # fmt: skip
+
+    async def burst(name: str, n: int) -> list[Any]:
+        await door.engine.start()
+        asked = (ask(door.app, chat_body(), key=door.secrets[name]) for _ in range(n))
+        return list(await asyncio.gather(*asked))
+
+    replies = asyncio.run(burst("lab", 500))
+    assert Counter(reply.status for reply in replies) == {200: 60, 429: 440}
+    refused = next(reply for reply in replies if reply.status == 429)
+    assert refused.json["error"]["code"] == "rate_limit_exceeded"
+    assert refused.headers["retry-after"] == "1"
+    # Another key is not held up, and Retry-After keeps its word.
+    assert [reply.status for reply in asyncio.run(burst("kid", 1))] == [200]
+    clock.now += int(refused.headers["retry-after"]) * 10**9
+    assert Counter(r.status for r in asyncio.run(burst("lab", 9))) == {200: 1, 429: 8}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 1000),
+    st.lists(st.tuples(st.integers(0, MINUTE // 4), st.integers(1, 40)), max_size=40),
+)
+def test_no_minute_holds_more_than_a_bucket_and_its_refill(
+    per_minute: int, bursts: list[tuple[int, int]]
+) -> None:
+    clock = Clock()
+    rate, start, taken = RateLimit(clock), clock.now, 0
+    for wait, n in bursts:
+        clock.now += wait
+        for _ in range(n):
+            try:
+                rate.take("key", per_minute)
+                taken += 1
+            except RefusedError as error:
+                clock.now += int(error.headers["retry-after"]) * 10**9
+                rate.take("key", per_minute)  # Retry-After is never too short
+                taken += 1
+    refill = per_minute * (clock.now - start) // MINUTE
+    assert taken <= per_minute + refill
+
+
+def test_a_limit_of_its_own_beats_the_policys(tmp_path: Path) -> None:
+    door = make_door(tmp_path, limits={"requests_per_minute": 1}, now_ns=Clock())
+    keys = json.loads(door.keys_file.read_text())
+    keys["keys"][0]["requests_per_minute"] = 3
+    door.keys_file.write_text(json.dumps(keys))
+
+    async def ask_all() -> list[int]:
+        await door.engine.start()
+        return [(await ask(door.app, chat_body(), key=door.secrets["lab"])).status for _ in "12345"]
+
+    assert asyncio.run(ask_all()) == [200, 200, 200, 429, 429]
+
+
+# --- bodies -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Door:
+    return make_door(tmp_path_factory.mktemp("limits"))
+
+
+@pytest.fixture(scope="module")
+def port(door: Door) -> Iterator[int]:
+    with running(door) as port:
+        yield port
+
+
+def raw(port: int, data: bytes, *, chunks: int = 1, pause: float = 0.0) -> bytes:
+    """Send bytes as they are; return all that comes until the server closes or is silent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        try:
+            for _ in range(chunks):
+                connection.sendall(data)
+                time.sleep(pause)
+            connection.settimeout(1.0)
+            received = b""
+            while piece := connection.recv(65536):
+                received += piece
+        except (ConnectionError, TimeoutError):
+            pass
+        return received
+
+
+def test_a_megabyte_is_the_limit(door: Door, port: int) -> None:
+    key = door.secrets["lab"]
+    body = json.dumps(chat_body("a")).encode()
+    at_limit = body + b" " * (2**20 - len(body))
+    assert call(port, "POST", CHAT, at_limit, key=key).status == 200
+    reply = call(port, "POST", CHAT, at_limit + b" ", key=key)
+    assert reply.status == 413 and reply.json["error"]["code"] == "body_too_large"
+
+
+def test_chunks_are_counted_too(door: Door, port: int) -> None:
+    key = door.secrets["lab"]
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n"
+    ).encode()
+    chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(head)
+        sent = 0
+        try:
+            while sent < 64 << 20:
+                connection.sendall(chunk)
+                sent += len(chunk)
+        except OSError:
+            pass
+        else:
+            pytest.fail("64 MiB were taken")
+
+
+def test_nobody_without_a_key_is_read_to_the_end(port: int) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n"
+    assert b" 401 " in raw(port, head.encode() + b"x" * 1000).split(b"\r\n")[0]
+
+
+def test_packed_bodies_are_refused(door: Door, port: int) -> None:
+    for coding in ("gzip", "br", "deflate", "identity, gzip", "GZIP"):
+        headers = {"Content-Encoding": coding}
+        reply = call(port, "POST", CHAT, chat_body(), key=door.secrets["lab"], headers=headers)
+        assert reply.status == 415
+
+
+def test_large_headers_are_refused(door: Door, port: int) -> None:
+    headers = {f"x-{i}": "y" * 1000 for i in range(40)}
+    reply = raw(
+        port,
+        (
+            f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+            f"{door.secrets['lab']}\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            + "\r\n"
+        ).encode(),
+    )
+    assert reply.split(b" ")[1] in (b"400", b"431")
+
+
+def test_a_body_that_drips_times_out() -> None:
+    async def drip() -> Any:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(read_body(drip, seconds=0.1))
+    assert caught.value.status == 408
+
+
+# --- queue --------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_gets_429_at_once(tmp_path: Path) -> None:
+    limits = {"waiting": 3, "per_key": 100}
+    door = make_door(tmp_path, limits=limits, slots=2, delay=0.002)
+
+    async def burst() -> list[Any]:
+        await door.engine.start()
+        asked = (ask(door.app, chat_body(), key=door.secrets["lab"]) for _ in range(20))
+        return list(await asyncio.gather(*asked))
+
+    replies = asyncio.run(burst())
+    assert Counter(reply.status for reply in replies) == {200: 5, 429: 15}
+    assert {r.json["error"]["code"] for r in replies if r.status == 429} == {"server_busy"}
+    assert all(reply.headers["retry-after"] == "1" for reply in replies if reply.status == 429)
+    assert (door.house.admission.completions, door.house.admission.tokens) == (0, 0)
+
+
+def test_the_queue_is_bounded_in_tokens_and_per_key(tmp_path: Path) -> None:
+    cases = [
+        ({"waiting_tokens": 1300}, "server_busy"),
+        ({"per_key": 2}, "key_busy"),
+    ]
+    for number, (limits, code) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        door = make_door(folder, limits=limits, slots=8, delay=0.001)
+
+        async def burst(door: Door = door) -> list[Any]:
+            await door.engine.start()
+            asked = (ask(door.app, chat_body(), key=door.secrets["lab"]) for _ in range(9))
+            return list(await asyncio.gather(*asked))
+
+        replies = asyncio.run(burst())
+        assert Counter(reply.status for reply in replies) == {200: 2, 429: 7}
+        assert {r.json["error"]["code"] for r in replies if r.status == 429} == {code}
+
+
+# --- time and faults ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_first_token_that_does_not_come(tmp_path: Path, *, stream: bool) -> None:
+    door = make_door(tmp_path, limits={"first_token_seconds": 0.05}, delay=30.0)
+    with running(door) as port:
+        reply = call(port, "POST", CHAT, chat_body(stream=stream, n=2), key=door.secrets["lab"])
+        assert reply.status == 504 and reply.json["error"]["code"] == "timeout"
+        assert door.engine.load().running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long(tmp_path: Path, *, stream: bool) -> None:
+    door = make_door(tmp_path, limits={"total_seconds": 0.2}, delay=0.02, endless=True)
+    with running(door) as port:
+        reply = call(port, "POST", CHAT, chat_body(stream=stream), key=door.secrets["lab"])
+        assert door.engine.load().running == 0
+    if stream:
+        events = reply.body.decode().strip().split("\n\n")
+        assert reply.status == 200 and len(events) > 2
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert "[DONE]" not in reply.body.decode()
+    else:
+        assert reply.status == 504
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("fail_at", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failing_engine_is_told_from_a_bad_request(
+    tmp_path: Path, n: int, fail_at: int, *, stream: bool
+) -> None:
+    door = make_door(tmp_path, fail_at=fail_at)
+    with running(door) as port:
+        reply = call(port, "POST", CHAT, chat_body(stream=stream, n=n), key=door.secrets["lab"])
+        assert door.engine.load().running == 0
+        assert door.house.admission.completions == 0
+    text = reply.body.decode()
+    assert "engine_failure" in text
+    assert "CANARY" not in text and "0xdead" not in text and "[DONE]" not in text
+    assert reply.status == (200 if stream and fail_at else 503)
+
+
+def test_a_dead_engine_is_not_ready(tmp_path: Path) -> None:
+    door = make_door(tmp_path)
+    with running(door) as port:
+        key = door.secrets["lab"]
+        assert call(port, "GET", "/readyz", key=key).status == 200
+        door.engine.healthy = False
+        assert call(port, "GET", "/readyz", key=key).status == 503
+        assert call(port, "POST", CHAT, chat_body(), key=key).status == 503
+        assert call(port, "GET", "/healthz").status == 200
+        door.engine.healthy, door.house.draining = True, True
+        assert call(port, "POST", CHAT, chat_body(), key=key).status == 503
+
+
+# --- clients that leave -------------------------------------------------------------------------
+
+
+def leave(port: int, door: Door, rng: random.Random) -> None:
+    """Ask for an endless answer, read a little or nothing, and go in one of four ways."""
+    body = json.dumps(chat_body(stream=rng.random() < 0.6, n=rng.choice([1, 1, 2]))).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        f"Authorization: Bearer {door.secrets['lab']}\r\n\r\n"
+    ).encode()
+    connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+    with connection:
+        way = rng.choice(["half a body", "at once", "after a read", "reset"])
+        connection.sendall(head + (body[: len(body) // 2] if way == "half a body" else body))
+        if way == "after a read":
+            connection.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                connection.recv(200)
+        if way == "reset":
+            time.sleep(rng.random() * 0.01)
+            linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        if way == "half a body":
+            connection.shutdown(socket.SHUT_WR)
+
+
+def leave_many(tmp_path: Path, n: int) -> None:
+    limits = {"waiting": 5000, "per_key": 5000, "waiting_tokens": 10**8}
+    door = make_door(tmp_path, limits=limits, slots=4, delay=0.002, endless=True)
+    rng = random.Random(8)
+    fds = Path("/proc/self/fd")
+    with running(door) as port:
+        call(port, "GET", "/healthz")
+        before = len(list(fds.iterdir()))
+        for _ in range(n):
+            leave(port, door, rng)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            load, admission = door.engine.load(), door.house.admission
+            counts = (load.running, load.queued, admission.completions, admission.tokens)
+            if counts == (0, 0, 0, 0):
+                break
+            time.sleep(0.01)
+        assert counts == (0, 0, 0, 0)
+        assert len(door.engine.seen) > n // 2
+        time.sleep(0.05)
+        assert len(list(fds.iterdir())) <= before + 2
+        door.engine.endless = False
+        assert call(port, "POST", CHAT, chat_body(), key=door.secrets["lab"]).status == 200
+
+
+def test_clients_that_leave_free_their_slots(tmp_path: Path) -> None:
+    leave_many(tmp_path, 100)
+
+
+@pytest.mark.nightly
+def test_a_thousand_clients_that_leave(tmp_path: Path) -> None:
+    leave_many(tmp_path, 1000)
+
+
+def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+    door = make_door(
+        tmp_path,
+        limits={"total_seconds": 0.5, "max_tokens": 1_000_000, "waiting_tokens": 10**8},
+        endless=True,
+        model=served_model(context=2_000_000),
+    )
+    body = json.dumps(chat_body(stream=True)).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        f"Authorization: Bearer {door.secrets['lab']}\r\n\r\n"
+    ).encode()
+    with (
+        running(door) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+    ):
+        connection.sendall(head + body)
+        time.sleep(0.3)
+        assert door.engine.load().running == 1
+        deadline = time.monotonic() + 5
+        while door.engine.load().running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert door.engine.load().running == 0
+        assert call(port, "GET", "/healthz").status == 200
