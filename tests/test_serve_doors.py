@@ -256,7 +256,6 @@ def test_a_key_that_stands_twice_is_refused(door: Door, dials: str) -> None:
 # --- knobs --------------------------------------------------------------------------------------
 
 UNKNOWN = [
-]
     "prompt",
     "prompt_ids",
     "prompt_token_ids",
