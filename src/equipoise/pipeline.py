@@ -78,6 +78,19 @@ def run_stage(
     STAGES[name](job)
 
 
+def run_scenarios(policy: str, run: RunDir, *, progress: Progress | None = None) -> Path:
+    """Measure what every scenario of a dial policy delivers, and return the folder of the result.
+
+    Args:
+        policy: A policy file, or the name of a shipped policy.
+        run: A run directory whose evaluate stage is complete.
+        progress: See :func:`run_all`.
+    """
+    from equipoise.stages.scenarios import evaluate_scenarios
+
+    return evaluate_scenarios(_job(run, progress, text=True, fresh=False), policy)
+
+
 def _job(run: RunDir, progress: Progress | None, *, text: bool, fresh: bool) -> Job:
     quieten()
     return Job(run=run, progress=progress or Progress(), fresh=fresh, text=text)

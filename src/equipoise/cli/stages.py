@@ -52,6 +52,10 @@ FreshOption = Annotated[
         "else from this stage on.",
     ),
 ]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option("--policy", metavar="FILE", help="Also measure the scenarios of a dial policy."),
+]
 NoTextOption = Annotated[
     bool, typer.Option("--no-text", help="Leave prompts and completions out of the report.")
 ]
@@ -104,7 +108,19 @@ def _stage_command(name: str) -> Callable[..., None]:
     ) -> None:
         _run_stage(name, recipe, directory, set_, data, fresh=fresh, text=not no_text)
 
-    return report if name == "report" else command
+    def evaluate(
+        recipe: RecipeArgument,
+        directory: DirOption = None,
+        set_: SetOption = None,
+        data: DataOption = None,
+        fresh: FreshOption = False,
+        policy: PolicyOption = None,
+        debug: DebugOption = False,
+    ) -> None:
+        _run_stage(name, recipe, directory, set_, data, fresh=fresh, policy=policy)
+
+    others: dict[str, Callable[..., None]] = {"report": report, "evaluate": evaluate}
+    return others.get(name, command)
 
 
 def _run_stage(
@@ -116,12 +132,15 @@ def _run_stage(
     *,
     fresh: bool,
     text: bool = True,
+    policy: str | None = None,
 ) -> None:
-    from equipoise.pipeline import run_stage
+    from equipoise.pipeline import run_scenarios, run_stage
 
     with _opened(recipe, directory, set_, data, fresh=fresh, stage=name) as (run_dir, progress):
         run_stage(name, run_dir, progress=progress, text=text, fresh=fresh)
         print(f"{name}: {run_dir.path / name}")
+        if policy is not None:
+            print(f"scenarios: {run_scenarios(policy, run_dir, progress=progress)}")
 
 
 @contextmanager

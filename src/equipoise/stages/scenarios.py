@@ -1,0 +1,129 @@
+"""``equipoise evaluate --policy``: what every scenario of a dial policy delivers in a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from equipoise.dials.policy_file import find_policy, load_policy
+from equipoise.stages.inputs import Job, load_reward_models, read_calibration
+from equipoise.stages.measuring import CHUNK, JUDGE_CALIBRATION, evaluated_prompts
+from equipoise.stages.tuning import MODEL
+from equipoise.store.publish import json_bytes, publish_bytes
+from equipoise.types import Delivery, DialSetting, JudgeKind
+
+FOLDER = "scenarios"
+RESULT = "scenarios.json"
+
+
+def evaluate_scenarios(job: Job, policy_name: str) -> Path:
+    """Measure every scenario on the evaluated prompts and draw one figure.
+
+    Deliveries that the evaluate stage has sampled are taken from there: it turned every dial over
+    the same prompts. Only settings that it left out are sampled now, with the same seeds.
+
+    Args:
+        job: Of a run whose evaluate stage is complete.
+        policy_name: A policy file, or a shipped policy.
+
+    Returns:
+        The folder of the JSON and the figure: ``RUN/scenarios/POLICY``.
+
+    Raises:
+        RunError: The evaluate stage is not complete.
+        ConfigError: The policy does not fit the model.
+    """
+    from equipoise.evaluate.canvas import save
+    from equipoise.evaluate.report import plain
+    from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
+    from equipoise.models.hashing import model_hash
+
+    recipe, tuned = job.recipe, job.run.done("tune").directory(MODEL)
+    file = find_policy(policy_name)
+    policy = load_policy(file, recipe.attributes, recipe.levels)
+    settings = scenario_settings(policy, recipe.attributes, recipe.levels)
+    wanted = list(dict.fromkeys(s for stands in settings.values() for s in stands.values()))
+    measured = measure_scenarios(
+        settings,
+        list(_deliveries(job, wanted)),
+        attributes=recipe.attributes,
+        levels=recipe.levels,
+        draws=recipe.evaluate.bootstrap,
+        seed=recipe.seed,
+    )
+    measured = plain(measured)
+    for name, scenario in policy.scenarios.items():
+        measured["scenarios"][name]["why"] = scenario.why
+    facts = {
+        "policy": file.stem,
+        "policy_hash": policy.hash,
+        "model_hash": model_hash(str(tuned)),
+        "split": recipe.evaluate.split,
+        "sampling": recipe.evaluate.sampling.model_dump(mode="json"),
+    }
+    place = job.run.path / FOLDER / file.stem
+    drawn = place / ".drawing"
+    with job.run.writing():
+        place.mkdir(parents=True, exist_ok=True)
+        publish_bytes(place / RESULT, json_bytes({**facts, **measured}))
+        for path in save(lambda: figure(measured), FOLDER, drawn):
+            publish_bytes(place / path.name, path.read_bytes())
+        shutil.rmtree(drawn)
+    return place
+
+
+def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:
+    """Return the deliveries of the wanted settings; what the run lacks is sampled."""
+    evaluated = job.run.done("evaluate")
+    held = [
+        row
+        for rows in evaluated.read_rows(Delivery, prefix="deliveries/tuned/")
+        for row in rows
+        if row.setting in set(wanted)
+    ]
+    missing = [setting for setting in wanted if setting not in {row.setting for row in held}]
+    yield from held
+    if missing:
+        yield from _sampled(job, missing)
+
+
+def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
+    from equipoise.evaluate.sweep import sweep
+    from equipoise.models.load import load_causal
+    from equipoise.models.sampling import TransformersEngine
+    from equipoise.pool.calibrate import Calibration
+    from equipoise.seeds import derive_seed
+    from equipoise.steer.tuned import Tuned
+    from equipoise.types import RewardModel, Sampling
+
+    recipe, config = job.recipe, job.recipe.evaluate
+    job.settle_threads()
+    policy = load_causal(str(job.run.done("tune").directory(MODEL)))
+    engine = TransformersEngine(
+        policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
+    )
+    judges: dict[JudgeKind, dict[str, RewardModel]] = {
+        "optimization": load_reward_models(recipe.reward_models, job),
+        "generalization": load_reward_models(recipe.judges, job),
+    }
+    scale = job.run.done("evaluate").read_bytes(JUDGE_CALIBRATION).decode()
+    calibrations: dict[JudgeKind, Calibration] = {
+        "optimization": read_calibration(job.run),
+        "generalization": Calibration.from_json(scale),
+    }
+    prompts = evaluated_prompts(job)
+    chunks = sweep(
+        Tuned(engine, policy.encoder, sampling=Sampling(**config.sampling.model_dump())),
+        prompts,
+        settings,
+        judges,
+        calibrations,
+        seed=derive_seed(recipe.seed, "evaluate"),
+        repeats=config.repeats,
+        chunk=CHUNK,
+    )
+    with job.progress.task("evaluate scenarios", len(prompts)) as advance:
+        for rows in chunks:
+            yield from rows
+            advance(min(CHUNK, len(prompts)))
