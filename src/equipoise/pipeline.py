@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from equipoise.progress import Progress
-from equipoise.stages import measuring, pool, steering, tuning
-from equipoise.stages.inputs import Job
+from equipoise.stages import measuring, pool, start, steering, tuning
+from equipoise.stages.inputs import MADE, Job
 from equipoise.store.rundir import RunDir
 
 StageFunction = Callable[[Job], None]
@@ -26,6 +26,13 @@ STAGES: Mapping[str, StageFunction] = {
     "report": measuring.report,
 }
 """Command name to stage, in order."""
+
+START_STAGES: Mapping[str, StageFunction] = {
+    "base": start.base,
+    "sft": start.sft,
+    "align": start.align,
+}
+"""The same for the stages that make a start model; they come before all others."""
 
 
 def run_all(
@@ -45,6 +52,9 @@ def run_all(
     from equipoise.plan import print_plan
 
     job = _job(run, progress, text=text, fresh=fresh)
+    for name, make in START_STAGES.items():
+        if getattr(run.recipe, name) is not None:
+            make(job)
     pool.prompts(job)
     print_plan(job)
     for stage in list(STAGES.values())[1:]:
@@ -66,13 +76,18 @@ def run_stage(
     """Run one stage (and the loading of prompts, which all of them need).
 
     Args:
-        name: A key of :data:`STAGES`.
+        name: A key of :data:`STAGES` or :data:`START_STAGES`.
         run: See :func:`run_all`.
         progress: See :func:`run_all`.
         text: See :func:`run_all`.
         fresh: See :func:`run_all`.
     """
     job = _job(run, progress, text=text, fresh=fresh)
+    if name in START_STAGES:
+        START_STAGES[name](job)
+        return
+    if run.recipe.model.startswith(MADE):
+        run.done(run.recipe.model.removeprefix(MADE))
     if name not in ("prompts", "fit-reward") and not run.is_done("prompts"):
         pool.prompts(job)
     STAGES[name](job)

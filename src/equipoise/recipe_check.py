@@ -93,6 +93,7 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
             )
             found.append((("evaluate", "responders", index), text))
     found += _steering_contradictions(recipe)
+    found += _start_contradictions(recipe)
     if recipe.tune.objective == "rlhf" and recipe.tune.batch_size % recipe.tune.rlhf.group:
         text = f"`tune.batch_size` is no multiple of `tune.rlhf.group` ({recipe.tune.rlhf.group})"
         found.append((("tune", "batch_size"), text))
@@ -122,6 +123,36 @@ def _steering_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
             (("distil", "max_fluency_drop"), "`distil.max_fluency_drop` is for steered "
              "completions: it needs `regenerate`")
         )  # fmt: skip
+    return found
+
+
+def _start_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
+    """What is ``made://`` must be made, by an earlier stage."""
+    found: list[tuple[Place, str]] = []
+    order = ("base", "sft", "align")
+    named: list[tuple[Place, str, tuple[str, ...]]] = [(("model",), recipe.model, order)]
+    named += [
+        ((stage, "model"), part.model, order[: order.index(stage)])
+        for stage, part in (("sft", recipe.sft), ("align", recipe.align))
+        if part is not None
+    ]
+    named += [
+        (("fit_reward", name, "backbone"), config.backbone, order)
+        for name, config in recipe.fit_reward.items()
+    ]
+    for place, name, earlier in named:
+        made = name.removeprefix("made://")
+        valid = [stage for stage in earlier if getattr(recipe, stage) is not None]
+        if made != name and made not in valid:
+            text = f"`{name}`: this recipe makes {', '.join(valid) or 'nothing'} before"
+            found.append((place, text))
+    align = recipe.align
+    if align is not None and align.method == "rlhf":
+        if not align.rewards:
+            found.append((("align", "rewards"), "`align.rewards` is missing: RLHF needs some"))
+        if align.batch_size % align.rlhf.group:
+            text = f"`align.batch_size` is no multiple of `align.rlhf.group` ({align.rlhf.group})"
+            found.append((("align", "batch_size"), text))
     return found
 
 

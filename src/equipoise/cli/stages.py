@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from equipoise.progress import Progress
     from equipoise.store.rundir import RunDir
 
+START_COMMANDS = {
+    "base": "Train a base model from raw text (recipes that make their start model).",
+    "sft": "Fine-tune it on dialogues.",
+    "align": "Align it: DPO on preference pairs, or RLHF on rewards.",
+}
 COMMANDS = {
     "fit-reward": "Train the recipe's own reward models.",
     "generate": "Sample completions of the training prompts from the untouched model.",
@@ -20,7 +25,7 @@ COMMANDS = {
     "steer": "Find what to add to the model's states to steer it, and how strongly.",
     "regenerate": "Sample a second pool under steering, for the cells that are rare.",
     "distil": "Distil the scored pool (MOEC).",
-    "tune": "Tune the dials (CLM or ExMATE).",
+    "tune": "Tune the dials (CLM, ExMATE or RLHF).",
     "evaluate": "Turn every dial on unseen prompts and measure.",
     "report": "Write the report: HTML, JSON and figures.",
 }
@@ -65,7 +70,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 def add_commands(app: typer.Typer) -> None:
     """Add ``run`` and the stages to the command table."""
     app.command("run", help="Run all stages, or go on where an earlier run stopped.")(run)
-    for name, text in COMMANDS.items():
+    for name, text in (START_COMMANDS | COMMANDS).items():
         app.command(name, help=text)(_stage_command(name))
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PROMPTS = "prompts.jsonl"
 CALIBRATION = "calibration.json"
 FITTED = "fitted"
+MADE = "made://"
 FLUENCY = "fluency.json"
 """Prompt id to the mean log-likelihood per token of the model's own completions."""
 
@@ -37,8 +38,8 @@ class Job:
 
     @property
     def recipe(self) -> Recipe:
-        """The resolved recipe."""
-        return self.run.recipe
+        """The resolved recipe; ``made://NAME`` stands there as the directory of that stage."""
+        return settled(self.run.recipe, self.run.path)
 
     @property
     def data(self) -> Path | None:
@@ -65,9 +66,29 @@ class Job:
         from equipoise.models.load import resolve_model
         from equipoise.threads import settle_threads
 
-        place = Path(resolve_model(self.recipe.model))
+        made = self.run.recipe.model.startswith(MADE)
+        place = Path(self.recipe.model if made else resolve_model(self.recipe.model))
         with self.run.writing():
             settle_threads(self.run.path, place if place.is_dir() else None)
+
+
+def settled(recipe: Recipe, run: Path) -> Recipe:
+    """Return the recipe with every ``made://STAGE`` as a directory of the run."""
+
+    def place(name: str) -> str:
+        stage = name.removeprefix(MADE)
+        return name if stage == name else str(run / stage / "model")
+
+    changes: dict[str, object] = {"model": place(recipe.model)}
+    for name in ("sft", "align"):
+        part = getattr(recipe, name)
+        if part is not None:
+            changes[name] = part.model_copy(update={"model": place(part.model)})
+    changes["fit_reward"] = {
+        name: config.model_copy(update={"backbone": place(config.backbone)})
+        for name, config in recipe.fit_reward.items()
+    }
+    return recipe.model_copy(update=changes)
 
 
 def read_prompts(run: RunDir) -> list[Prompt]:

@@ -13,6 +13,11 @@ STAGES = (
 )  # fmt: skip
 """In the order of the run. ``prompts`` has no command of its own: every stage makes it first."""
 
+START_STAGES = ("base", "sft", "align")
+"""Before all others, in a run that makes its own start model."""
+
+ORDER = (*START_STAGES, *STAGES)
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -25,6 +30,9 @@ class StageSpec:
 
 
 SPECS: Mapping[str, StageSpec] = {
+    "base": StageSpec(("seed", "data", "base"), ()),
+    "sft": StageSpec(("seed", "data", "sft"), ("base",)),
+    "align": StageSpec(("seed", "data", "align"), ("base", "sft")),
     "prompts": StageSpec(("seed", "data", "model", "prompts"), ()),
     "fit-reward": StageSpec(("seed", "data", "fit_reward"), ()),
     "generate": StageSpec(("seed", "model", "attributes", "levels", "generate"), ("prompts",)),
@@ -50,6 +58,9 @@ SPECS: Mapping[str, StageSpec] = {
 
 
 OPTIONAL: Mapping[str, str] = {
+    "base": "base",
+    "sft": "sft",
+    "align": "align",
     "fit-reward": "fit_reward",
     "steer": "steer",
     "regenerate": "regenerate",
@@ -60,7 +71,7 @@ OPTIONAL: Mapping[str, str] = {
 def first_affected(changes: list[str]) -> str | None:
     """Return the first stage that reads one of the changed fields."""
     fields = {line.split(":")[0].split(".")[0].split("[")[0] for line in changes}
-    return next((name for name in STAGES if fields & set(SPECS[name].reads)), None)
+    return next((name for name in ORDER if fields & set(SPECS[name].reads)), None)
 
 
 def diff(old: Any, new: Any, path: str = "") -> list[str]:

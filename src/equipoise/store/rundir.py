@@ -26,7 +26,7 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.store.fingerprint import OPTIONAL, SPECS, STAGES, diff, first_affected
+from equipoise.store.fingerprint import OPTIONAL, ORDER, SPECS, diff, first_affected
 from equipoise.store.lock import locked
 from equipoise.store.publish import (
     TEMPORARY,
@@ -78,7 +78,7 @@ class RunDir:
                 for item in path.iterdir()
                 if not item.name.startswith((".lock", TEMPORARY))
             ]
-        if foreign and not (path / "recipe.json").exists() and not set(foreign) <= {*STAGES}:
+        if foreign and not (path / "recipe.json").exists() and not set(foreign) <= {*ORDER}:
             raise RunError(
                 f"{path} is not a run directory",
                 why=f"it holds other files ({', '.join(sorted(foreign)[:3])}) and no recipe.json",
@@ -124,7 +124,7 @@ class RunDir:
         """Start, resume or reuse a stage; ``stage.complete`` says that there is nothing to do.
 
         Args:
-            name: One of :data:`STAGES`.
+            name: One of :data:`ORDER`.
             models: Name to hash of the models that the stage uses.
             fresh: Drop what an earlier run with another fingerprint left, instead of refusing.
 
@@ -168,12 +168,12 @@ class RunDir:
 
     def drop_from(self, name: str) -> None:
         """Delete a stage and all that come after it."""
-        for later in STAGES[STAGES.index(name) :]:
+        for later in ORDER[ORDER.index(name) :]:
             shutil.rmtree(self.path / later, ignore_errors=True)
 
     def minutes(self) -> dict[str, float]:
         """Return minutes spent per complete stage."""
-        done = [name for name in STAGES if self.is_done(name)]
+        done = [name for name in ORDER if self.is_done(name)]
         return {name: self.done(name).minutes for name in done}
 
     def _fingerprint(self, name: str, models: Mapping[str, str]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class RunDir:
                 "and keeps the others; or name a new directory with --dir",
             )
         if fresh:
-            first = first_affected(changes) if changes else (only_from or STAGES[0])
+            first = first_affected(changes) if changes else (only_from or ORDER[0])
             if first is not None:
                 self.drop_from(first)
         if old != new:

@@ -1,0 +1,205 @@
+"""The start paradigm on disk: a base model, fine-tuned, aligned, each a stage of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from equipoise.errors import RunError
+from equipoise.stages.inputs import Job, policy_hash, reward_hashes
+from equipoise.store.stagedir import Stage
+
+if TYPE_CHECKING:
+    from equipoise.models.load import LoadedPolicy
+    from equipoise.tune.checkpoints import Curve, OnStep
+
+MODEL = "model"
+
+
+def base(job: Job) -> None:
+    """Train a tokenizer and a base model from raw text; resumes from a checkpoint."""
+    recipe, config = job.recipe, job.recipe.base
+    if config is None:
+        _not_asked_for(job, "base")
+        return
+    stage = job.begin("base")
+    if stage is None:
+        return
+    from equipoise.dials.encode import Encoder
+    from equipoise.seeds import derive_seed
+    from equipoise.start.pretrain import new_model, train_tokenizer
+    from equipoise.start.rows import load_rows
+    from equipoise.start.teach import encode_rows, teach
+
+    n_rows = config.steps * config.batch_size
+    rows = load_rows(config.sources, n_rows=n_rows, data=job.data, seed=recipe.seed)
+    tokenizer = train_tokenizer(rows, config.vocabulary)
+    encoded = encode_rows(
+        rows, Encoder(tokenizer), max_length=config.max_length, answers_only=False
+    )
+    model = new_model(tokenizer, config, seed=recipe.seed)
+    with job.progress.steps("base") as on_step, job.run.writing():
+        curve = teach(
+            model,
+            tokenizer,
+            encoded,
+            config,
+            seed=derive_seed(recipe.seed, "base"),
+            checkpoints=stage.work / "checkpoints",
+            dtype="float32",
+            on_step=on_step,
+        )
+    _publish(stage, model, tokenizer, curve, rows=len(encoded), left_out=len(rows) - len(encoded))
+
+
+def sft(job: Job) -> None:
+    """Fine-tune on dialogues; resumes from a checkpoint."""
+    recipe, config = job.recipe, job.recipe.sft
+    if config is None:
+        _not_asked_for(job, "sft")
+        return
+    stage = _begin(job, "sft", config.model)
+    if stage is None:
+        return
+    from equipoise.models.load import load_causal
+    from equipoise.seeds import derive_seed
+    from equipoise.start.rows import load_rows
+    from equipoise.start.teach import encode_rows, teach
+
+    policy = load_causal(config.model)
+    rows = load_rows(
+        config.sources,
+        n_rows=config.steps * config.batch_size,
+        data=job.data,
+        seed=derive_seed(recipe.seed, "sft rows"),
+    )
+    encoded = encode_rows(rows, policy.encoder, max_length=config.max_length, answers_only=True)
+
+    def train(on_step: OnStep, checkpoints: Path) -> Curve:
+        return teach(
+            policy.model,
+            policy.tokenizer,
+            encoded,
+            config,
+            seed=derive_seed(recipe.seed, "sft"),
+            checkpoints=checkpoints,
+            dtype="float32",
+            on_step=on_step,
+        )
+
+    left_out = len(rows) - len(encoded)
+    _train_and_publish(job, stage, policy, train, rows=len(encoded), left_out=left_out)
+
+
+def align(job: Job) -> None:
+    """Align by DPO or RLHF; resumes from a checkpoint."""
+    config = job.recipe.align
+    if config is None:
+        _not_asked_for(job, "align")
+        return
+    stage = _begin(job, "align", config.model, reward_hashes(config.rewards, job))
+    if stage is None:
+        return
+    from equipoise.models.load import load_causal
+
+    policy, before = load_causal(config.model), load_causal(config.model)
+    train = _dpo(job, policy, before) if config.method == "dpo" else _rlhf(job, policy, before)
+    _train_and_publish(job, stage, policy, train, method=config.method)
+
+
+def _dpo(job: Job, policy: LoadedPolicy, before: LoadedPolicy) -> Callable[[OnStep, Path], Curve]:
+    from equipoise.pool.preferences import load_pairs
+    from equipoise.seeds import derive_seed
+    from equipoise.start.align import align_by_dpo
+
+    recipe, config = job.recipe, job.recipe.align
+    assert config is not None  # checked by the caller
+    pairs = load_pairs(config.sources, data=job.data, seed=derive_seed(recipe.seed, "align"))
+
+    def train(on_step: OnStep, checkpoints: Path) -> Curve:
+        return align_by_dpo(
+            policy,
+            before,
+            pairs,
+            config,
+            seed=derive_seed(recipe.seed, "align"),
+            checkpoints=checkpoints,
+            dtype="float32",
+            on_step=on_step,
+        )
+
+    return train
+
+
+def _rlhf(job: Job, policy: LoadedPolicy, before: LoadedPolicy) -> Callable[[OnStep, Path], Curve]:
+    from equipoise.config import PromptsConfig
+    from equipoise.models.reward import load_reward_model
+    from equipoise.pool.prompts import load_prompts
+    from equipoise.seeds import derive_seed
+    from equipoise.start.align import align_by_rlhf
+
+    recipe, config = job.recipe, job.recipe.align
+    assert config is not None  # checked by the caller
+    # Read like training prompts, so that no test prompt is among them.
+    asked = PromptsConfig(train=config.sources, test=recipe.prompts.test)
+    loaded = load_prompts(asked, data=job.data, seed=recipe.seed)
+    prompts = [prompt for prompt in loaded if prompt.split == "train"]
+    rewards = {
+        name: load_reward_model(reward, attribute=name, fitted_root=None)
+        for name, reward in config.rewards.items()
+    }
+
+    def train(on_step: OnStep, checkpoints: Path) -> Curve:
+        return align_by_rlhf(
+            policy,
+            before,
+            prompts,
+            rewards,
+            config,
+            seed=derive_seed(recipe.seed, "align"),
+            checkpoints=checkpoints,
+            dtype="float32",
+            on_step=on_step,
+        )
+
+    return train
+
+
+def _begin(job: Job, name: str, model: str, models: dict[str, str] | None = None) -> Stage | None:
+    place = Path(model)
+    if place.is_relative_to(job.run.path) and not place.is_dir():
+        needed = place.relative_to(job.run.path).parts[0]
+        raise RunError(
+            f"stage {name} of {job.run.path} starts from made://{needed}, which is not there",
+            why="that stage is not complete",
+            fix=f"run it first: equipoise {needed} {job.run.path}",
+        )
+    return job.begin(name, {"policy": policy_hash(model), **(models or {})})
+
+
+def _train_and_publish(
+    job: Job,
+    stage: Stage,
+    policy: LoadedPolicy,
+    train: Callable[[OnStep, Path], Curve],
+    **facts: Any,
+) -> None:
+    with job.progress.steps(stage.path.name) as on_step, job.run.writing():
+        curve = train(on_step, stage.work / "checkpoints")
+    _publish(stage, policy.model, policy.tokenizer, curve, **facts)
+
+
+def _publish(stage: Stage, model: Any, tokenizer: Any, curve: Curve, **facts: Any) -> None:
+    def build(directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    stage.publish_directory(MODEL, build)
+    stage.publish_json("curve.json", curve)
+    stage.finish(steps=len(curve), **facts)
+
+
+def _not_asked_for(job: Job, name: str) -> None:
+    job.progress.say(f"{name}: nothing to do (the recipe has no `{name}`)")
