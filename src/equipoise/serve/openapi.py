@@ -49,7 +49,7 @@ def document(model: str, dials: tuple[str, ...], levels: int) -> dict[str, Any]:
                 "description": "The answer, or its events.",
                 "content": {
                     "application/json": {"schema": _ref("ChatCompletion")},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {"schema": _ref("Event")},
                 },
             },
             **_errors(400, 401, 404, 408, 413, 415, 421, 429, 431, 503, 504),
@@ -125,6 +125,7 @@ _NULLABLE = {"type": ["string", "null"]}
 _FINISH = {"enum": ["stop", "length"]}
 _ANSWERS: dict[str, Any] = {
     "Anything": {"type": "object"},
+    "Event": _object(data=_STRING),
     "Status": _object(status=_STRING),
     "Error": _object(error=_object(message=_STRING, type=_STRING, param=_NULLABLE, code=_STRING)),
     "Model": _object(id=_STRING, object={"const": "model"}, created=_COUNT, owned_by=_STRING),
