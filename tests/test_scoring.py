@@ -68,10 +68,10 @@ def test_a_cut_answer_is_scored_to_its_last_sentence() -> None:
 def test_the_nearest_answer_is_kept() -> None:
     live = scorer()
     units = [{"helpfulness": h, "safety": s} for h, s in ((0.1, 0.9), (0.9, 0.9), (0.9, 0.1))]
-    assert live.nearest(units, DialSetting((4, 4))) == 1
-    assert live.nearest(units, DialSetting((None, 0))) == 2
-    assert live.nearest(units, DialSetting((None, 4))) == 0  # a tie goes to the first
-    assert live.nearest(units, DialSetting((None, None))) == 0
+    assert live.ranked(units, DialSetting((4, 4)))[0] == 1
+    assert live.ranked(units, DialSetting((None, 0)))[0] == 2
+    assert live.ranked(units, DialSetting((None, 4)))[0] == 0  # a tie goes to the first
+    assert live.ranked(units, DialSetting((None, None)))[0] == 0
 
 
 class Broken:

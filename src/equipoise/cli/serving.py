@@ -48,6 +48,18 @@ def serve(
         Path | None,
         typer.Option("--content-log", metavar="FILE", help="Log prompts and completions here."),
     ] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Score every answer; allows best_of in requests.")
+    ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="Where --score finds the reward models.",
+            show_default="the run that MODEL_DIR lies in",
+        ),
+    ] = None,
     drain_seconds: Annotated[
         int, typer.Option("--drain-seconds", min=1, help="Time to finish on SIGTERM.")
     ] = 30,
@@ -72,7 +84,12 @@ def serve(
         drain_seconds=drain_seconds,
     )
     check_start(options)
-    run_server(options, load_causal(model), Path(model).resolve().name)
+    loaded, scorer = load_causal(model), None
+    if score and loaded.manifest is not None:
+        from equipoise.serve.scoring import load_scorer
+
+        scorer = load_scorer(Path(model), loaded.manifest, run=run)
+    run_server(options, loaded, Path(model).resolve().name, scorer)
 
 
 def keys_new(

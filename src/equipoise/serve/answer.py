@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from equipoise.serve.failures import RefusedError, json_bytes
 from equipoise.serve.limits import Admission
-from equipoise.serve.running import Piece, pieces, timed_out, while_connected
+from equipoise.serve.running import Piece, pieces, scored, timed_out, while_connected
 from equipoise.serve.wire import Choice
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from equipoise.dials.encode import Encoder
     from equipoise.serve.chat import Job
     from equipoise.serve.engine import ServingEngine
+    from equipoise.serve.scoring import LiveScorer
 
 _ERROR_SECONDS = 1.0
 """How long the end of a broken stream may wait for its reader."""
@@ -35,6 +36,7 @@ class Answer(Response):
         encoder: Of the model.
         admission: Places under way.
         on_done: Called with the finished choices, also those of a broken answer.
+        scorer: Scores every choice, or the answer fails.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class Answer(Response):
         encoder: Encoder,
         admission: Admission,
         on_done: Callable[[list[Choice]], None],
+        scorer: LiveScorer | None = None,
     ) -> None:
+        self.scorer = scorer
         self.job, self.engine, self.encoder = job, engine, encoder
         self.admission, self.on_done = admission, on_done
         self.background = None
@@ -75,9 +79,11 @@ class Answer(Response):
         try:
             async with asyncio.timeout(self.job.limits.total_seconds):
                 await self._collect()
+                await self._score()
         except TimeoutError:
             raise timed_out("the answer took too long") from None
-        body = json_bytes(self.job.envelope.completion(self._choices))
+        n_tokens = sum(choice.n_tokens for choice in self._choices)
+        body = json_bytes(self.job.envelope.completion(self._kept(), n_tokens))
         size = (b"content-length", str(len(body)).encode())
         await self._begin(send, b"application/json", size)
         await send({"type": "http.response.body", "body": body})
@@ -86,6 +92,17 @@ class Answer(Response):
         async with aclosing(pieces(self.job, self.engine, self.encoder)) as all_pieces:
             async for piece in all_pieces:
                 self._note(piece)
+
+    async def _score(self) -> None:
+        if self.scorer is not None:
+            self._choices = await scored(self.scorer, self.job.messages, self._choices)
+
+    def _kept(self) -> list[Choice]:
+        if self.scorer is None or len(self._choices) == self.job.keep:
+            return self._choices
+        units = [choice.measured or {} for choice in self._choices]
+        order = self.scorer.ranked(units, self.job.setting)
+        return [self._choices[index] for index in order[: self.job.keep]]
 
     async def _stream(self, send: Send) -> None:
         envelope, begun = self.job.envelope, False
@@ -109,8 +126,14 @@ class Answer(Response):
                     self._note(piece)
                     if piece.text:
                         await event(envelope.chunk(piece.index, {"content": piece.text}))
-                    if piece.finish is not None:
-                        await event(envelope.chunk(piece.index, {}, piece.finish))
+                    if piece.finish is not None and self.scorer is None:
+                        await event(envelope.chunk(piece.index, {}, self._choices[piece.index]))
+                if self.scorer is not None:
+                    # The text is out, so an answer that cannot be scored ends with an error and
+                    # without a finish_reason.
+                    await self._score()
+                    for index, choice in enumerate(self._choices):
+                        await event(envelope.chunk(index, {}, choice))
                 if self.job.include_usage:
                     n_tokens = sum(choice.n_tokens for choice in self._choices)
                     await event(envelope.usage_chunk(n_tokens))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from equipoise.serve.content_log import ContentLog
     from equipoise.serve.engine import ServingEngine
+    from equipoise.serve.scoring import LiveScorer
     from equipoise.serve.wire import Choice
 
 _LONG_BODY = 16 << 10
@@ -47,6 +48,7 @@ class House:
     content_log: ContentLog | None
     salt_key: bytes
     started: int
+    scorer: LiveScorer | None = None
     draining: bool = False
 
     @property
@@ -137,7 +139,7 @@ async def chat(house: House, request: Request) -> Response:
         if house.content_log is not None and visit.key.content_log:
             house.content_log.write(job, choices)
 
-    return Answer(job, house.engine, house.model.encoder, house.admission, done)
+    return Answer(job, house.engine, house.model.encoder, house.admission, done, house.scorer)
 
 
 ROUTES: tuple[tuple[str, str, Callable[[House, Request], Any]], ...] = (
@@ -158,6 +160,7 @@ def build_app(
     *,
     hosts: frozenset[str],
     content_log: ContentLog | None = None,
+    scorer: LiveScorer | None = None,
     drain_seconds: float = 30.0,
     now_ns: Callable[[], int] = time.monotonic_ns,
 ) -> tuple[ASGIApp, House]:
@@ -169,6 +172,7 @@ def build_app(
         rules: Returns the rules in force.
         hosts: Host names that are served.
         content_log: Where texts go, if the operator wants them.
+        scorer: Scores every answer; ``model.scored`` says the same to the door.
         drain_seconds: How long running answers may take when the server stops.
         now_ns: Clock of the rate limit.
     """
@@ -180,6 +184,7 @@ def build_app(
         content_log=content_log,
         salt_key=secrets.token_bytes(32),
         started=int(time.time()),
+        scorer=scorer,
     )
 
     @asynccontextmanager
@@ -190,6 +195,8 @@ def build_app(
         finally:
             house.draining = True
             await engine.drain(drain_seconds)
+            if scorer is not None:
+                scorer.close()
             if content_log is not None:
                 content_log.close()
 

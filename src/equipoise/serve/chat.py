@@ -44,6 +44,8 @@ class ServedModel:
     """Ids that exist in tokenizer and model."""
     context: int
     """Positions that the model can hold."""
+    scored: bool = False
+    """Whether answers are scored; ``best_of`` needs it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Job:
     messages: tuple[Message, ...]
     setting: DialSetting
     generations: tuple[Generation, ...]
-    """One per choice."""
+    """One per choice that is sampled."""
+    keep: int
+    """Choices that are given: the nearest to the setting."""
     stops: tuple[str, ...]
     envelope: Envelope
     stream: bool
@@ -106,8 +110,7 @@ def prepare(
     limits = rules.policy.limits
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options is for streams", param="stream_options")
-    if request.n > limits.choices:
-        raise bad_request(f"n is at most {limits.choices}", param="n")
+    n_sampled = _n_sampled(request, limits, model)
     _check_text(request.stops)
     bias = _bias(request.logit_bias or {}, model)
     messages = tuple(message.plain() for message in request.messages)
@@ -137,8 +140,9 @@ def prepare(
                 prefix_salt=salt,
                 logit_bias=bias,
             )
-            for index in range(request.n)
+            for index in range(n_sampled)
         ),
+        keep=request.n,
         stops=request.stops,
         envelope=Envelope(
             request_id, created, f"{model.name}@{scenario_name}", applied, len(prompt_ids)
@@ -198,6 +202,20 @@ def _sampling(request: ChatRequest, limits: Limits, room: int) -> Sampling:
         top_k=1 if greedy else _TOP_K,
         max_tokens=asked or min(limits.max_tokens, room),
     )
+
+
+def _n_sampled(request: ChatRequest, limits: Limits, model: ServedModel) -> int:
+    if request.n > limits.choices:
+        raise bad_request(f"n is at most {limits.choices}", param="n")
+    if request.best_of is None:
+        return request.n
+    if not model.scored:
+        raise bad_request("best_of needs a server that scores (--score)", param="best_of")
+    if request.stream:
+        raise bad_request("best_of cannot be streamed: the nearest is known last", param="best_of")
+    if not request.n <= request.best_of <= limits.choices:
+        raise bad_request(f"best_of is from n to {limits.choices}", param="best_of")
+    return request.best_of
 
 
 def _bias(given: Mapping[str, float], model: ServedModel) -> tuple[tuple[int, float], ...]:

@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from equipoise.serve.reload import RulesSource
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
     from equipoise.serve.chat import ServedModel
+    from equipoise.serve.scoring import LiveScorer
 
 _MAX_CONNECTIONS = 2048
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -130,8 +131,16 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
     )
 
 
-def serve(options: ServeOptions, loaded: LoadedPolicy, name: str) -> None:
+def serve(
+    options: ServeOptions, loaded: LoadedPolicy, name: str, scorer: LiveScorer | None = None
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs.
+
+    Args:
+        options: What was asked for.
+        loaded: The model.
+        name: Of the model, unless the options have one.
+        scorer: Scores every answer.
 
     Raises:
         EquipoiseError: Something is wrong before the server listens.
@@ -141,7 +150,7 @@ def serve(options: ServeOptions, loaded: LoadedPolicy, name: str) -> None:
     from equipoise.serve.content_log import ContentLog
 
     check_start(options)
-    model = served_model(loaded, options.name or name)
+    model = replace(served_model(loaded, options.name or name), scored=scorer is not None)
     source, secret = rules_source(options, model)
     engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=options.slots)
     content_log = ContentLog(options.content_log) if options.content_log is not None else None
@@ -151,6 +160,7 @@ def serve(options: ServeOptions, loaded: LoadedPolicy, name: str) -> None:
         source.current,
         hosts=allowed_hosts(options),
         content_log=content_log,
+        scorer=scorer,
         drain_seconds=options.drain_seconds,
     )
     _log_to_stderr()

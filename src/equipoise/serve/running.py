@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, ServingError
 from equipoise.serve.engine import Generation, ServingEngine, Token
 from equipoise.serve.failures import RefusedError
 from equipoise.serve.streaming import Detokenizer, StopStrings
-from equipoise.types import Finish
+from equipoise.serve.wire import Choice
+from equipoise.types import Finish, Message
 
 if TYPE_CHECKING:
     from starlette.types import Receive
 
     from equipoise.dials.encode import Encoder
     from equipoise.serve.chat import Job
+    from equipoise.serve.scoring import LiveScorer
 
 _MERGED_PIECES = 8
 """Pieces that wait for a slow reader; then the choices wait."""
@@ -153,6 +155,26 @@ async def _merged(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def scored(
+    scorer: LiveScorer, messages: Sequence[Message], choices: Sequence[Choice]
+) -> list[Choice]:
+    """Return the choices with their measured unit scores.
+
+    Raises:
+        RefusedError: 503 ``scorer_unavailable``: an answer without scores is not given.
+    """
+    answers = [(choice.text, choice.finish) for choice in choices]
+    try:
+        units = await scorer.score(messages, answers)
+    except ServingError as error:
+        raise RefusedError(
+            503,
+            "the answer could not be scored, so it is not given; its content was not the reason",
+            code="scorer_unavailable",
+        ) from error
+    return [replace(c, measured=unit) for c, unit in zip(choices, units, strict=True)]
 
 
 def timed_out(message: str) -> RefusedError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from equipoise.denoise import shorten
 from equipoise.errors import ConfigError, RewardError, ServingError
 from equipoise.models.judging import unit_scores_of
-from equipoise.steer.reranking import nearest
+from equipoise.steer.reranking import nearest_first
 from equipoise.types import (
     Completion,
     DialSetting,
@@ -45,7 +45,7 @@ class LiveScorer:
     Args:
         reward_models: Attribute to reward model, in the order of the dials.
         calibration: Raw score to unit score: the one of the model's manifest.
-        levels: L, for :meth:`nearest`.
+        levels: L, for :meth:`ranked`.
         timeout: Seconds after which a batch counts as failed.
     """
 
@@ -80,9 +80,10 @@ class LiveScorer:
         except Exception as error:  # whatever a reward model of the user raises
             raise _unavailable(error) from error
 
-    def nearest(self, units: Sequence[Mapping[str, float]], setting: DialSetting) -> int:
-        """Return the index of the answer nearest the setting's targets; ties go to the first."""
-        return nearest([[unit[a] for a in self._models] for unit in units], setting, self._levels)
+    def ranked(self, units: Sequence[Mapping[str, float]], setting: DialSetting) -> list[int]:
+        """Return the indices of answers, nearest the setting's targets first, as reranking does."""
+        rows = [[unit[attribute] for attribute in self._models] for unit in units]
+        return nearest_first(rows, setting, self._levels)
 
     def close(self) -> None:
         """Stop the thread; a batch under way is not waited for."""

@@ -6,7 +6,7 @@ adapters and the like are unknown fields and refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -72,6 +72,8 @@ class ChatRequest(_Wire):
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
+    best_of: Annotated[int, Field(ge=1, le=16)] | None = None
+    """Sample so many and keep the ``n`` nearest the setting; for servers that score."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -149,6 +151,12 @@ class Choice:
     text: str
     finish: Finish
     n_tokens: int
+    measured: Mapping[str, float] | None = None
+    """Attribute to measured unit score; ``None`` where the server does not score."""
+
+    def scores(self) -> dict[str, Any]:
+        """Return the field of the body that holds the scores, if there are any."""
+        return {} if self.measured is None else {"measured": dict(self.measured)}
 
 
 @dataclass(frozen=True)
@@ -161,8 +169,13 @@ class Envelope:
     applied: Applied
     prompt_tokens: int
 
-    def completion(self, choices: list[Choice]) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed."""
+    def completion(self, choices: Sequence[Choice], completion_tokens: int) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed.
+
+        Args:
+            choices: Those that are given.
+            completion_tokens: Sampled in all, also for choices that are not given.
+        """
         return {
             **self._head("chat.completion"),
             "choices": [
@@ -171,24 +184,27 @@ class Envelope:
                     "message": {"role": "assistant", "content": choice.text, "refusal": None},
                     "finish_reason": choice.finish,
                     "logprobs": None,
+                    **choice.scores(),
                 }
                 for index, choice in enumerate(choices)
             ],
-            "usage": self.usage(sum(choice.n_tokens for choice in choices)),
+            "usage": self.usage(completion_tokens),
             **self.applied.fields(),
         }
 
     def chunk(
-        self, index: int, delta: Mapping[str, str], finish: Finish | None = None
+        self, index: int, delta: Mapping[str, str], done: Choice | None = None
     ) -> dict[str, Any]:
         """Return one event of a stream; the first and the last of a choice carry the dials."""
-        body = {
-            **self._head("chat.completion.chunk"),
-            "choices": [
-                {"index": index, "delta": dict(delta), "finish_reason": finish, "logprobs": None}
-            ],
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": dict(delta),
+            "finish_reason": done and done.finish,
+            "logprobs": None,
+            **(done.scores() if done else {}),
         }
-        carries = "role" in delta or finish is not None
+        body = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        carries = "role" in delta or done is not None
         return {**body, **self.applied.fields()} if carries else body
 
     def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:

@@ -159,8 +159,13 @@ def nearest(units: Sequence[Sequence[float]], setting: DialSetting, levels: int)
 
     Attributes on auto do not count.
     """
+    return nearest_first(units, setting, levels)[0]
+
+
+def nearest_first(units: Sequence[Sequence[float]], setting: DialSetting, levels: int) -> list[int]:
+    """Return the indices of unit scores (N, A) by distance from the target; see :func:`nearest`."""
     active = [a for a, level in enumerate(setting.levels) if level is not None]
     goal = np.array([target(level, levels) for level in setting.levels if level is not None])
     distance = ((np.asarray(units, float)[:, active] - goal) ** 2).sum(axis=1)  # (N,)
     # Rounded: two distances that differ only by float noise are a tie.
-    return int(np.argmin(distance.round(12)))
+    return [int(index) for index in np.argsort(distance.round(12), kind="stable")]
