@@ -294,7 +294,6 @@ UNKNOWN = [
     "top_logprobs",
     "prompt_logprobs",
     "echo",
-    "best_of",
     "use_beam_search",
     "skip_special_tokens",
     "spaces_between_special_tokens",

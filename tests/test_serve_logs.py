@@ -1,0 +1,144 @@
+"""No prompt, completion or key in any log; the content log only where it is switched on."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equipoise.errors import ConfigError
+from equipoise.serve.content_log import ContentLog
+from serve_kit import Door, call, chat_body, make_door, running
+
+CHAT = "/v1/chat/completions"
+CANARY = "canary-7f3a 東京"
+ANSWER = "The answer canary-55d1 flies."
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """Everything that any logger says, down to debug level."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    root = logging.getLogger()
+    loggers = [
+        root,
+        *(logging.getLogger(n) for n in ("equipoise.serve", "uvicorn.error", "asyncio")),
+    ]
+    before = [(logger, logger.level) for logger in loggers]
+    root.addHandler(handler)
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+    yield stream
+    root.removeHandler(handler)
+    for logger, level in before:
+        logger.setLevel(level)
+
+
+def everything(door: Door, port: int) -> None:
+    """Send the canary down every path that ends in a log line."""
+    key = door.secrets["lab"]
+    bodies: list[object] = [
+        chat_body(CANARY),
+        chat_body(CANARY, stream=True),
+        chat_body(CANARY, n=2, stop=[CANARY]),
+        chat_body(CANARY, user=CANARY),
+        chat_body(CANARY, dials={CANARY: 1}),
+        chat_body(CANARY, dials={"safety": CANARY}),
+        chat_body(CANARY, **{CANARY: 1}),
+        chat_body(CANARY, temperature=CANARY),
+        chat_body(CANARY) | {"model": CANARY},
+        chat_body(CANARY * 5000),
+        CANARY.encode(),
+        f'{{"{CANARY}": 1, "{CANARY}": 2}}'.encode(),
+        [CANARY],
+    ]
+    for body in bodies:
+        for secret in (key, CANARY.split()[0], None):
+            call(port, "POST", CHAT, body, key=secret, headers={"x-canary": "canary-7f3a"})
+    call(port, "GET", f"/{CANARY.split()[0]}?q=canary-7f3a", key=key)
+    call(port, "GET", f"/v1/models/{CANARY.split()[0]}", key=key)
+    call(port, "GET", "/v1/models", key=key, headers={"Host": "canary-7f3a"})
+
+
+@pytest.mark.parametrize("fault", ["none", "engine fails", "fault of ours"])
+def test_no_text_and_no_key_in_any_log(
+    tmp_path: Path, log: io.StringIO, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = make_door(tmp_path, text=ANSWER, fail_at=2 if fault == "engine fails" else None)
+    if fault == "fault of ours":
+
+        def broken(*_: object, **__: object) -> None:
+            raise KeyError(CANARY)
+
+        monkeypatch.setattr(type(door.model.encoder), "control_ids", broken)
+    with running(door) as port:
+        everything(door, port)
+        metrics = call(port, "GET", "/metrics", key=door.secrets["lab"]).body.decode()
+        if fault == "fault of ours":
+            reply = call(port, "POST", CHAT, chat_body(CANARY), key=door.secrets["lab"])
+            assert reply.status == 500
+            assert reply.json["error"]["message"] == "a fault of the server"
+    said = log.getvalue()
+    assert said.count('"status"') > 40
+    for place in (said, metrics):
+        for secret in ("canary", "東京", "\\u6771", *door.secrets.values()):
+            assert secret not in place
+    if fault == "fault of ours":
+        assert "KeyError at test_serve_logs" in said
+    assert not (tmp_path / "content.jsonl").exists()
+
+
+def lines(log: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.getvalue().splitlines() if line.startswith('{"id"')]
+
+
+def test_a_line_says_what_was_applied(tmp_path: Path, log: io.StringIO) -> None:
+    door = make_door(tmp_path)
+    with running(door) as port:
+        reply = call(port, "POST", CHAT, chat_body(dials={"safety": 0.6}), key=door.secrets["lab"])
+        call(port, "POST", CHAT, chat_body(dials={"safety": 9}), key=door.secrets["lab"])
+    good, bad = lines(log)
+    assert good["id"] == reply.json["id"] == reply.headers["x-request-id"]
+    assert good["requested"] == {"safety": 0.6}
+    assert good["effective"]["safety"] == {"level": 3, "value": 0.75}
+    assert good["policy"] == door.rules().policy_hash[:12]
+    assert good["model"] == door.model.hash[:12]
+    assert (good["key"], good["scenario"], good["status"]) == ("lab", "general", 200)
+    assert good["completion_tokens"] == len(door.engine.ids) + 1
+    assert (bad["status"], bad["code"]) == (400, "invalid_dial")
+
+
+def test_the_content_log_is_a_file_of_its_own(tmp_path: Path, log: io.StringIO) -> None:
+    door = make_door(tmp_path, text=ANSWER, content_log=True)
+    keys = json.loads(door.keys_file.read_text())
+    keys["keys"][1]["content_log"] = False
+    door.keys_file.write_text(json.dumps(keys))
+    with running(door) as port:
+        for name in ("lab", "kid"):
+            call(port, "POST", CHAT, chat_body(CANARY), key=door.secrets[name])
+    file = tmp_path / "content.jsonl"
+    assert file.stat().st_mode & 0o777 == 0o600
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert row["messages"] == [{"role": "user", "content": CANARY}]
+    assert row["completions"] == [ANSWER]
+    assert (row["key"], row["dials"]["scenario"]) == ("lab", "general")
+    assert "canary" not in log.getvalue()
+
+
+def test_a_content_log_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "content.jsonl"
+    file.touch(0o644)
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        ContentLog(file)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError):
+        ContentLog(tmp_path / "link")
+    with pytest.raises(ConfigError):
+        ContentLog(tmp_path / "none" / "content.jsonl")
