@@ -1,0 +1,142 @@
+"""The command itself, with a real (tiny) model: starts, answers, reloads, drains, phones nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from equipoise.dials.dial_policy import Key
+from equipoise.dials.encode import Encoder
+from equipoise.dials.tokens import install, save_dial_model
+from equipoise.serve.keys import add_key, digest, new_secret
+from serve_kit import call, chat_body, example_policy
+from tuning_kit import tiny_policy
+
+# Any attempt to reach another machine, or to look up a name, is printed.
+_WATCHED = """
+import sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto"):
+        address = arguments[1]
+        if not isinstance(address, tuple) or not str(address[0]).startswith(("127.", "::1")):
+            print("OUTBOUND", event, address, file=sys.stderr, flush=True)
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        if arguments[0] not in ("127.0.0.1", b"127.0.0.1", None):
+            print("OUTBOUND", event, arguments, file=sys.stderr, flush=True)
+sys.addaudithook(watch)
+from equipoise.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[str]
+    port: int
+    key: str
+    policy: Path
+    said: list[str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(folder: Path) -> Served:
+    policy = tiny_policy()
+    manifest = install(
+        policy.model, policy.tokenizer, attributes=["helpfulness", "safety"], levels=5
+    )
+    model_dir = folder / "toy"
+    save_dial_model(policy.model, policy.tokenizer, manifest, model_dir)
+    assert Encoder(policy.tokenizer, manifest).has_chat_template
+    rules, keys, secret = folder / "policy.yaml", folder / "keys.json", new_secret()
+    rules.write_text(yaml.safe_dump(example_policy()))
+    add_key(keys, Key(id="k", sha256=digest(secret), scenarios=("general",)))
+    port = free_port()
+    command = [sys.executable, "-c", _WATCHED, "serve", str(model_dir), "--policy", str(rules),
+               "--keys", str(keys), "--port", str(port), "--drain-seconds", "20"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    said: list[str] = []
+    assert process.stderr is not None
+    threading.Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
+    while True:
+        assert process.poll() is None, said
+        try:
+            if call(port, "GET", "/healthz").status == 200:
+                return Served(process, port, secret, rules, said)
+        except OSError:
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = start(tmp_path_factory.mktemp("process"))
+    yield served
+    if served.process.poll() is None:
+        served.process.kill()
+    served.process.wait()
+    assert served.process.stderr is not None
+    served.process.stderr.close()
+
+
+def test_the_whole_life_of_a_server(served: Served) -> None:
+    """One test, as each start costs seconds."""
+    port, key = served.port, served.key
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+    asked = {"model": "toy", "seed": 5, "max_tokens": 12, "extra_body": {"dials": {"safety": 1}}}
+    whole = client.chat.completions.create(
+        messages=[{"role": "user", "content": "canary-91 hello"}], **asked
+    )  # type: ignore[call-overload]
+    stream = client.chat.completions.create(
+        messages=[{"role": "user", "content": "canary-91 hello"}], stream=True, **asked
+    )  # type: ignore[call-overload]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == whole.choices[0].message.content != ""
+    assert whole.model_extra["dials"]["effective"]["safety"]["level"] == 4
+
+    # The policy changes under it; SIGHUP only makes it look again.
+    policy = example_policy(max_tokens=40)
+    policy["scenarios"]["general"]["default"]["safety"] = 0.75
+    served.policy.write_text(yaml.safe_dump(policy))
+    served.process.send_signal(signal.SIGHUP)
+    reply = call(port, "POST", "/v1/chat/completions", chat_body("hi", max_tokens=1), key=key)
+    assert reply.json["dials"]["effective"]["safety"]["level"] == 3
+
+    # SIGTERM in the middle of an answer: it is finished, and the process ends with 0.
+    long = chat_body("hi", stream=True, max_tokens=40, seed=1)
+    body = json.dumps(long).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(head + body)
+        received = connection.recv(100)
+        served.process.send_signal(signal.SIGTERM)
+        while piece := connection.recv(65536):
+            received += piece
+    assert b"data: [DONE]" in received
+    assert served.process.wait(20) == 0
+    time.sleep(0.1)
+    said = "".join(served.said)
+    assert "OUTBOUND" not in said
+    assert "canary" not in said and key not in said
+    assert said.count('"status": 200') >= 4
