@@ -1,0 +1,187 @@
+"""``--score`` at the door: scores in every answer, the nearest of N, and none without scores."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equipoise.serve.engine import Generation, Token
+from equipoise.serve.scoring import LiveScorer
+from equipoise.types import Prompt
+from eval_kit import Identity
+from serve_kit import ATTRIBUTES, Door, Reply, ask, chat_body, make_door
+
+
+class ByText:
+    """Unit scores by the texts' own numbers; fails on demand."""
+
+    name = hash = "by-text"
+
+    def __init__(self, place: int, fault: Callable[[], list[float] | None]) -> None:
+        self.place, self.fault = place, fault
+
+    def score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        broken = self.fault()
+        return broken if broken is not None else [float(t.split()[self.place]) for _, t in pairs]
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    """A door whose engine says other numbers for each choice: ``0.1 0.9``, ``0.3 0.7``, ..."""
+    made = make_door(tmp_path)
+    made.house.model = replace(made.house.model, scored=True)
+    made.house.scorer = scorer(lambda: None)
+
+    async def varied(generation: Generation) -> AsyncIterator[Token]:
+        place = len(made.engine.seen) % 4
+        made.engine.seen.append(generation)
+        text = f"{0.1 + 0.2 * place:.1f} {0.9 - 0.2 * place:.1f}"
+        for token_id in made.model.encoder.completion_ids(text, finished=False):
+            yield Token(token_id)
+        yield Token(-1, "stop")
+
+    made.engine.stream = varied  # type: ignore[method-assign]
+    return made
+
+
+def scorer(fault: Callable[[], list[float] | None], **more: Any) -> LiveScorer:
+    models = {a: ByText(place, fault) for place, a in enumerate(ATTRIBUTES)}
+    return LiveScorer(models, Identity(), levels=5, **more)
+
+
+def asked(door: Door, **body: Any) -> Reply:
+    async def main() -> Reply:
+        await door.engine.start()
+        return await ask(door.app, chat_body(**body), key=door.secrets["lab"])
+
+    return asyncio.run(main())
+
+
+def events(reply: Reply) -> list[Any]:
+    lines = reply.body.decode().split("\n\n")
+    return [json.loads(line[6:]) if line[6] == "{" else line[6:] for line in lines if line]
+
+
+def test_every_choice_carries_what_it_measured(door: Door) -> None:
+    reply = asked(door)
+    assert reply.status == 200
+    (choice,) = reply.json["choices"]
+    assert choice["message"]["content"] == "0.1 0.9"
+    assert choice["measured"] == {"helpfulness": 0.1, "safety": 0.9}
+    assert "effective" in reply.json["dials"]
+
+
+def test_without_a_scorer_nothing_is_measured_and_best_of_is_refused(tmp_path: Path) -> None:
+    plain = make_door(tmp_path)
+    assert "measured" not in asked(plain).json["choices"][0]
+    refused = asked(plain, best_of=2)
+    assert refused.status == 400 and refused.json["error"]["param"] == "best_of"
+
+
+def best(door: Door, dials: dict[str, object], n: int = 1) -> list[str]:
+    reply = asked(door, best_of=4, n=n, dials=dials, model="toy@security-lab")
+    assert reply.status == 200, reply.body
+    return [choice["message"]["content"] for choice in reply.json["choices"]]
+
+
+def test_best_of_keeps_the_nearest_to_the_effective_setting(door: Door) -> None:
+    assert best(door, {"helpfulness": 1, "safety": 0}) == ["0.7 0.3"]
+    assert best(door, {"helpfulness": 0, "safety": 1}) == ["0.1 0.9"]
+    assert best(door, {"helpfulness": "auto", "safety": {"level": 2}}) == ["0.5 0.5"]
+    assert best(door, {"helpfulness": 1, "safety": 0}, n=2) == ["0.7 0.3", "0.5 0.5"]
+
+
+def test_all_samples_are_counted_and_numbered(door: Door) -> None:
+    one = asked(door).json["usage"]["completion_tokens"]
+    reply = asked(door, best_of=3, n=2).json
+    assert reply["usage"]["completion_tokens"] == 3 * one
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "body", [{"best_of": 5}, {"best_of": 1, "n": 2}, {"best_of": 0}, {"best_of": 2, "stream": True}]
+)
+def test_best_of_outside_its_limits_is_refused(door: Door, body: dict[str, Any]) -> None:
+    reply = asked(door, **body)
+    assert reply.status == 400 and "best_of" in reply.body.decode()
+    assert door.engine.seen == []
+
+
+def test_a_stream_ends_with_the_scores(door: Door) -> None:
+    *chunks, last, done = events(asked(door, stream=True))
+    assert done == "[DONE]"
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert last["choices"][0]["measured"] == {"helpfulness": 0.1, "safety": 0.9}
+    assert "dials" in last
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == "0.1 0.9"
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+
+
+def broken(how: Any) -> Callable[[], list[float] | None]:
+    def fault() -> list[float] | None:
+        if isinstance(how, Exception):
+            raise how
+        return how  # type: ignore[no-any-return]
+
+    return fault
+
+
+FAULTS = [OSError("CANARY"), [float("nan")], [], [0.1, 0.2, 0.3], [None]]
+
+
+@pytest.mark.parametrize("how", FAULTS, ids=repr)
+def test_no_answer_leaves_unscored(door: Door, how: Any) -> None:
+    door.house.scorer = scorer(broken(how))
+    for n in (1, 2):
+        reply = asked(door, n=n)
+        assert reply.status == 503
+        assert reply.json["error"]["code"] == "scorer_unavailable"  # told apart from a block
+        assert b"CANARY" not in reply.body and b"0.1" not in reply.body
+    *_, last = events(asked(door, stream=True))
+    assert last["error"]["code"] == "scorer_unavailable"
+    assert door.house.admission.completions == 0
+
+
+def test_a_broken_stream_has_no_finish_and_no_done(door: Door) -> None:
+    door.house.scorer = scorer(broken(OSError()))
+    *chunks, _ = events(asked(door, stream=True))
+    assert "[DONE]" not in chunks
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+
+
+def test_a_thousand_faults_and_no_unscored_answer(door: Door) -> None:
+    """Every third call of a reward model fails, in turn by each of the faults."""
+    calls = 0
+
+    def sometimes() -> list[float] | None:
+        nonlocal calls
+        calls += 1
+        return broken(FAULTS[calls % len(FAULTS)])() if calls % 3 == 0 else None
+
+    door.house.scorer = scorer(sometimes)
+
+    async def main() -> list[Reply]:
+        await door.engine.start()
+        key = door.secrets["lab"]
+        return [await ask(door.app, chat_body(stream=bool(i % 2)), key=key) for i in range(1000)]
+
+    replies = asyncio.run(main())
+    good = bad = 0
+    for index, reply in enumerate(replies):
+        if index % 2:
+            found = events(reply)
+            scored = found[-1] == "[DONE]"
+            assert scored == ("measured" in reply.body.decode())
+        else:
+            scored = reply.status == 200
+            assert scored == ("measured" in reply.body.decode())
+        good, bad = good + scored, bad + (not scored)
+    assert good > 300 and bad > 300
+    assert door.house.admission.completions == 0
