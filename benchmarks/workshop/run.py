@@ -38,6 +38,8 @@ TRAINING_FREE = ("start", "prompting", "rerank8", "rerank16")
 STEPS = 400
 CURVE_STEPS = (50, 150, 400)
 """Tuning budgets in ExMATE steps of 32 examples; CLM gets as many tokens, see CLM_STEPS."""
+RATES = {"clm": "1.0e-3", "exmate": "7.0e-4"}
+"""Learning rates, each chosen on dev prompts."""
 CLM_STEPS = 1.65
 """CLM steps for the tokens of one ExMATE step (2,468 against 4,077 tokens, measured)."""
 UPSTREAM = ("prompts", "fit-reward", "generate", "score", "distil")
@@ -50,6 +52,7 @@ def recipe(seed: int, *, steps: int = STEPS, objective: str = "exmate", **change
         "seed": str(seed),
         "tune.steps": str(round(steps * scale)),
         "tune.objective": objective,
+        "tune.learning_rate": RATES[objective],
         "evaluate.responders": "[tuned]",
         **changes,
     }
