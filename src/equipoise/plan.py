@@ -97,7 +97,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         counts[prompt.split] += 1
     pool = counts["train"] * recipe.generate.completions_per_prompt
     length = recipe.generate.sampling.max_tokens
-    branches = 1 + tune.n_counterfactuals * (tune.objective == "exmate")
+    branches = 1 + tune.n_counterfactuals * (tune.objective in ("exmate", "margin", "contrast"))
     row = speed.prompt_tokens + branches * length
     judged, rewards = _pass_size(recipe.judges, job), _pass_size(recipe.reward_models, job)
     n_prompts = min(counts[config.split], config.max_prompts or counts[config.split])

@@ -69,6 +69,7 @@ _CURVES = {
         {"asked": "under the setting asked for", "counterfactual": "under another setting"},
     ),
     "pull": ("pull of the second term", {"pull": "pull"}),
+    "preferred": ("share that prefers the cell asked for", {"preferred": "preferred"}),
     "reward": (
         "closeness to the setting",
         {
@@ -97,12 +98,13 @@ def losses(report: Json, judge: str) -> Figure:
             for key in [key for key in series if _has(run, key)]:
                 tone = next(tones)
                 y = np.array([np.nan if v is None else v for v in run[key]], float)
+                x, y = np.array(run["step"])[np.isfinite(y)], y[np.isfinite(y)]
                 said = [
                     *([name] if len(runs) > 1 else []),
                     *([series[key]] if len(series) > 1 else []),
                 ]
-                ax.plot(run["step"], y, color=tone, alpha=0.22, linewidth=1)
-                ax.plot(run["step"], _smooth(y), color=tone, linewidth=1.8, label=", ".join(said))
+                ax.plot(x, y, color=tone, alpha=0.22, linewidth=1)
+                ax.plot(x, _smooth(y), color=tone, linewidth=1.8, label=", ".join(said))
         ax.set_title(title)
         ax.set_xlabel("step")
         ax.grid(visible=True, axis="y")

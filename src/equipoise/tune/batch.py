@@ -23,6 +23,8 @@ from equipoise.types import ControlledExample, DialSetting
 
 _BUCKET = 16
 """Batches per length-sorted bucket: little padding, and still a random order."""
+LOOK_EVERY = 10
+"""Batches from one look to the next at what CLM prefers; it learns from the asked branch alone."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class TuningPlan(Dataset[Presentation]):
         example = int(self._order[index])
         asked = drop_to_auto(self._settings[example], self._config.auto_rate, rng)
         settings = [asked]
-        if self._config.objective == "exmate":
+        looked_at = index // self._config.batch_size % LOOK_EVERY == 0
+        if self._config.objective != "clm" or looked_at:
             settings += counterfactuals(
                 asked, self._occupied[example], self._config, self._levels, rng
             )

@@ -51,6 +51,8 @@ def counterfactuals(
     others = sorted({masked(cell) for cell in source} - {asked}, key=_order)
     if config.counterfactual == "one_attribute":
         others = [other for other in others if _n_different(asked, other) == 1]
+    if config.counterfactual == "far":
+        others = [other for other in others if _distance(asked, other) >= min(2, levels - 1)]
     if not others:
         return []
     picked = rng.permutation(len(others))[: config.n_counterfactuals]
@@ -63,3 +65,9 @@ def _order(setting: DialSetting) -> tuple[int, ...]:
 
 def _n_different(one: DialSetting, other: DialSetting) -> int:
     return sum(a != b for a, b in zip(one.levels, other.levels, strict=True))
+
+
+def _distance(one: DialSetting, other: DialSetting) -> int:
+    """Return the largest difference of level over the attributes that are not on auto."""
+    pairs = zip(one.levels, other.levels, strict=True)
+    return max(abs(a - b) for a, b in pairs if a is not None and b is not None)

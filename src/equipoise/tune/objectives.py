@@ -1,7 +1,11 @@
-"""CLM and ExMATE: pure functions of mean log-likelihoods (DESIGN section 1, Objectives).
+"""CLM, ExMATE and their kin: pure functions of log-likelihoods (DESIGN section 1, Objectives).
 
 ExMATE is the Exponential Maximum Average Treatment Effect objective of CausalDialogue, whose code
-takes the exponential of a *batch* mean with weight .05; ours takes it per example by default.
+takes the exponential of a *batch* mean with weight .05; ours takes it per example by default. The
+margin and the contrast are our variants: they pull on the difference between the branches, so their
+strength does not fade where the model finds every completion unlikely.
+
+Throughout, column 0 of a (B, N) tensor is the asked setting ζ, the others are counterfactual ζ'.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+LOOSE = 0.9
+"""Share of the old value in the running mean of exp(m')."""
+
 
 class Loss(NamedTuple):
-    """A loss and what it was made of; all are scalars."""
+    """A loss and what it was made of; all are scalars, and all but the loss are detached."""
 
     loss: Tensor
     asked: Tensor
@@ -21,36 +28,48 @@ class Loss(NamedTuple):
     counterfactual: Tensor
     """Mean m(y | x, ζ') over branches that exist; nan without any."""
     pull: Tensor
-    """w·exp(m(y | x, ζ')): the weight of the second term's gradient."""
+    """The second term; for ExMATE w·exp(m(y | x, ζ')), the weight of its gradient."""
+    effect: Tensor
+    """Mean exp(m(y | x, ζ')) over branches that exist; nan without any."""
 
 
-def mean_log_likelihood(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return ``m``, the mean log-likelihood per completion token.
+def token_log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-likelihood of each label: (n, V) logits and (n,) ids to (n,) in nats."""
+    return -torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def mean_of(sums: Tensor, counts: Tensor) -> Tensor:
+    """Return ``m``, the mean log-likelihood per completion token; 0 where there is no token."""
+    return sums / counts.clamp(min=1)
+
+
+def preferred(sums: Tensor, exists: Tensor) -> Tensor:
+    """Return the share of counterfactual branches that the asked one is likelier than; ties ½.
+
+    On examples that the model has not been trained on this says whether it listens: 1/2 is deaf.
 
     Args:
-        logits: (..., R, V) at the positions of ``ids``.
-        ids: (..., R) token ids of the branch: control ids, completion, padding.
-        mask: (..., R) true where the token belongs to the completion; never true at position 0.
+        sums: (B, N) log-likelihoods.
+        exists: (B, N - 1) true where the counterfactual branch exists.
 
     Returns:
-        (...) in (-inf, 0]; 0 where a branch has no completion token.
+        A scalar in [0, 1]; nan without any counterfactual.
     """
-    scored = logits[..., :-1, :].float()
-    labels, counted = ids[..., 1:], mask[..., 1:].float()
-    picked = scored.gather(-1, labels[..., None])[..., 0] - scored.logsumexp(-1)
-    return (picked * counted).sum(-1) / counted.sum(-1).clamp(min=1.0)
+    gaps = sums[:, :1] - sums[:, 1:]
+    wins = (gaps > 0).float() + 0.5 * (gaps == 0).float()
+    return (wins * exists).sum() / exists.sum()
 
 
-def clm(m: Tensor, weights: Tensor) -> Loss:
+def clm(m: Tensor, weights: Tensor, exists: Tensor) -> Loss:
     """Likelihood given the control: ``-m(y | x, ζ)``.
 
     Args:
-        m: (B, N) mean log-likelihoods; column 0 is the asked setting.
+        m: (B, N) mean log-likelihoods; counterfactual branches are looked at, not learnt from.
         weights: (B,) example weights.
+        exists: (B, N - 1) true where the counterfactual branch exists.
     """
     asked = _weighted_mean(m[:, 0], weights)
-    nothing = torch.full_like(asked, torch.nan)
-    return Loss(-asked, asked.detach(), nothing, torch.zeros_like(asked))
+    return _loss(-asked, torch.zeros_like(asked), m, weights, exists)
 
 
 def exmate(
@@ -60,28 +79,98 @@ def exmate(
     *,
     weight: float,
     exp_of: Literal["example", "batch"] = "example",
+    relative: bool = False,
+    usual_effect: float | None = None,
 ) -> Loss:
     """Likelihood plus counterfactual: ``-m(y | x, ζ) + w·exp(m(y | x, ζ'))``.
 
     Args:
-        m: (B, N) mean log-likelihoods; column 0 asked, the others counterfactual.
+        m: (B, N) mean log-likelihoods.
         weights: (B,) example weights.
         exists: (B, N - 1) true where the counterfactual branch exists (none does if all
             attributes are on auto).
         weight: ``w`` >= 0.
         exp_of: exp of each example's mean log-likelihood (ours), or of the batch mean (the
             source's code).
+        relative: Divide the second term by a running mean of exp(m'), so that w means the same for
+            a model that finds everything unlikely (a real one: exp(m') about .1) as for one in a
+            small world. False: the paper's own form.
+        usual_effect: That running mean before this batch; this batch is added to it first.
     """
-    asked = _weighted_mean(m[:, 0], weights)
-    counted = exists.float() * weights[:, None]
+    counted = _counted(weights, exists)
     total = counted.sum().clamp(min=1e-12)
-    mean = (m[:, 1:] * counted).sum() / total
     if exp_of == "example":
         effect = (m[:, 1:].exp() * counted).sum() / total
     else:
-        effect = mean.exp() * (counted.sum() > 0)
-    pull = weight * effect
-    return Loss(-asked + pull, asked.detach(), mean.detach(), pull.detach())
+        effect = ((m[:, 1:] * counted).sum() / total).exp() * (counted.sum() > 0)
+    scale = running_mean(usual_effect, effect.item()) if relative else 1.0
+    pull = weight * effect / max(scale, 1e-12)
+    loss = _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
+    return loss._replace(effect=torch.where(counted.sum() > 0, effect.detach(), torch.nan))
+
+
+def margin(
+    m: Tensor, scores: Tensor, weights: Tensor, exists: Tensor, *, weight: float, margin: float
+) -> Loss:
+    """Likelihood plus hinge: ``-m(y | x, ζ) + w·max(0, margin - (s(ζ) - s(ζ')))``.
+
+    Args:
+        m: (B, N) mean log-likelihoods.
+        scores: (B, N) ``s``: summed or mean log-likelihoods, times a scale.
+        weights: (B,) example weights.
+        exists: (B, N - 1) true where the counterfactual branch exists.
+        weight: ``w`` >= 0.
+        margin: In the unit of ``scores``.
+    """
+    counted = _counted(weights, exists)
+    short = (margin - (scores[:, :1] - scores[:, 1:])).clamp(min=0)
+    pull = weight * (short * counted).sum() / counted.sum().clamp(min=1e-12)
+    return _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
+
+
+def contrast(m: Tensor, scores: Tensor, weights: Tensor, exists: Tensor, *, weight: float) -> Loss:
+    """Likelihood plus posterior: ``-m(y | x, ζ) - w·log(e^s(ζ) / Σ e^s(ζ'))``, Σ over ζ and all ζ'.
+
+    With summed log-likelihoods and scale 1 the second term is minus the log of the posterior
+    probability of the asked setting among those shown, if all were equally likely before. An
+    example without a counterfactual branch adds nothing to it.
+
+    Args:
+        m: (B, N) mean log-likelihoods.
+        scores: (B, N) ``s``: summed or mean log-likelihoods, times a scale.
+        weights: (B,) example weights.
+        exists: (B, N - 1) true where the counterfactual branch exists.
+        weight: ``w`` >= 0.
+    """
+    others = scores[:, 1:].masked_fill(~exists, -torch.inf)
+    log_posterior = scores[:, 0] - torch.cat([scores[:, :1], others], dim=1).logsumexp(1)
+    counted = weights * exists.any(1)
+    pull = -weight * (log_posterior * counted).sum() / counted.sum().clamp(min=1e-12)
+    return _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
+
+
+def running_mean(before: float | None, now: float) -> float:
+    """Return the running mean of exp(m'), the newest value included; the first value starts it."""
+    if before is None or before != before:
+        return now
+    return before if now != now else LOOSE * before + (1 - LOOSE) * now
+
+
+def _loss(loss: Tensor, pull: Tensor, m: Tensor, weights: Tensor, exists: Tensor) -> Loss:
+    with torch.no_grad():
+        counted = _counted(weights, exists)
+        total = counted.sum()  # 0 gives nan: there was nothing to look at
+        return Loss(
+            loss,
+            _weighted_mean(m[:, 0], weights),
+            (m[:, 1:] * counted).sum() / total,
+            pull.detach(),
+            (m[:, 1:].exp() * counted).sum() / total,
+        )
+
+
+def _counted(weights: Tensor, exists: Tensor) -> Tensor:
+    return exists.float() * weights[:, None]  # (B, N - 1)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

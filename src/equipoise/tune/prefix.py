@@ -5,10 +5,15 @@ Costs (P + 2R)/(P + R) of CLM instead of 2, and equals separate forwards (DESIGN
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from equipoise.tune.batch import ControlledBatch
+from equipoise.tune.objectives import token_log_likelihoods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,30 +33,55 @@ def branch_mask(branch_ids: Tensor) -> Tensor:
     return allowed[:, None]
 
 
-def branch_logits(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    branch_ids: Tensor,
-    *,
-    n_branches: int,
-    branch_length: int,
-) -> Tensor:
-    """Return the logits of the branches only: (B, N, R, V).
+def branch_log_likelihoods(model: PreTrainedModel, batch: ControlledBatch) -> tuple[Tensor, Tensor]:
+    """Return the log-likelihood of every branch's completion, and its number of tokens.
 
-    The prompt's logits are never computed: no label stands there, and on a real model the
-    vocabulary is a fifth of the compute.
+    The output head is applied where a label stands and nowhere else: not on the prompt, not on
+    control tokens, not on padding. On a real model the vocabulary is a fifth of the compute, and
+    its logits are most of the memory.
+
+    Args:
+        model: A causal language model, also one that peft has wrapped.
+        batch: See :class:`ControlledBatch`.
+
+    Returns:
+        Sums (B, N) in nats, and counts (B, N); both 0 where a branch has no completion.
     """
-    mask = branch_mask(branch_ids)
+    labelled = batch.completion_mask  # (B, N, R); never true at position 0
+    n_rows, n_branches, length = labelled.shape
+    before = torch.zeros_like(labelled)
+    before[..., :-1] = labelled[..., 1:]  # a label is predicted one position earlier
+    read = torch.zeros_like(batch.branch_ids, dtype=torch.bool)  # (B, T)
+    read[:, -n_branches * length :] = before.reshape(n_rows, -1)
+    mask = branch_mask(batch.branch_ids)
     if getattr(model.config, "_attn_implementation", "sdpa") != "sdpa":
         additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
         mask = additive.masked_fill(~mask, torch.finfo(model.dtype).min)
-    output = model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=mask,
-        use_cache=False,
-        logits_to_keep=n_branches * branch_length,
-    )
-    logits: Tensor = output.logits
-    return logits.reshape(len(logits), n_branches, branch_length, -1)
+    with _head_at(model, read):
+        output = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=mask,
+            use_cache=False,
+        )
+    ids = batch.input_ids[:, -n_branches * length :].reshape(labelled.shape)
+    tokens = token_log_likelihoods(output.logits, ids[labelled])  # (n labels,)
+    sums = tokens.new_zeros(n_rows * n_branches)
+    place = labelled.reshape(-1, length).nonzero()[:, 0]  # branch of each label
+    return sums.index_add(0, place, tokens).reshape(n_rows, n_branches), labelled.sum(-1)
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, read: Tensor) -> Iterator[None]:
+    """Let the output head see the hidden states at true positions of ``read`` (B, T) only."""
+
+    def hook(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (arguments[0][read], *arguments[1:])  # (n labels, D)
+
+    # Through the head's own hook, since what a model does to its logits (scale, cap) must stay.
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -31,8 +32,17 @@ from equipoise.tune.checkpoints import (
     settled_dtype,
 )
 from equipoise.tune.lora import add_lora
-from equipoise.tune.objectives import Loss, clm, exmate, mean_log_likelihood
-from equipoise.tune.prefix import branch_logits
+from equipoise.tune.objectives import (
+    Loss,
+    clm,
+    contrast,
+    exmate,
+    margin,
+    mean_of,
+    preferred,
+    running_mean,
+)
+from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.types import ControlledExample
 
 if TYPE_CHECKING:
@@ -48,7 +58,9 @@ class Tuned:
     tokenizer: PreTrainedTokenizerBase
     manifest: DialManifest
     curve: list[dict[str, float]]
-    """Per step: loss, m of the asked and the counterfactual setting, pull, tokens so far."""
+    """Per step: loss, m of the asked and the counterfactual setting, pull, running mean of exp(m')
+    (``usual``), share of branches whose asked cell is preferred (nan where none was looked at;
+    fresh examples while ``epoch`` <= 1), epochs and tokens so far."""
     dtype: str
     seconds: float
     """Of this process; a resumed run counts its last part only."""
@@ -105,6 +117,7 @@ def tune(
         train_dataset=plan,
         data_collator=lambda rows: vars(collate(rows)),
         tune_config=config,
+        n_examples=len(examples),
         on_step=on_step,
     )
     if resume is not None:
@@ -121,11 +134,14 @@ def tune(
 
 
 class DialTrainer(Trainer):
-    """``transformers.Trainer`` on :class:`ControlledBatch` with CLM or ExMATE."""
+    """``transformers.Trainer`` on :class:`ControlledBatch` with one of our objectives."""
 
-    def __init__(self, *, tune_config: TuneConfig, on_step: OnStep | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, tune_config: TuneConfig, n_examples: int, on_step: OnStep | None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.tune_config = tune_config
+        self.n_examples = n_examples
         self.curve: list[dict[str, float]] = []
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
@@ -144,45 +160,82 @@ class DialTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the objective of one batch, and append it to the curve."""
-        loss = objective(model, ControlledBatch(**inputs), self.tune_config)
+        last = self.curve[-1] if self.curve else {}
+        step = self.state.global_step + 1
+        batch, config = ControlledBatch(**inputs), self.tune_config
+        loss, right = objective(
+            model, batch, config, weight=weight_at(step, config), usual_effect=last.get("usual")
+        )
         if not torch.isfinite(loss.loss):
             raise TrainingError(
-                f"Tuning stopped at step {self.state.global_step + 1}: the loss is not finite",
+                f"Tuning stopped at step {step}: the loss is not finite",
                 why="the model's log-likelihoods overflowed, most often from a learning rate or a "
                 "counterfactual weight that is too high",
                 fix="lower tune.learning_rate or tune.weight and run again with --fresh; the last "
                 "good checkpoint is kept",
             )
-        seen = self.curve[-1]["tokens"] if self.curve else 0
         self.curve.append(
             {
-                "step": self.state.global_step + 1,
+                "step": step,
                 "loss": loss.loss.item(),
                 "asked": loss.asked.item(),
                 "counterfactual": loss.counterfactual.item(),
                 "pull": loss.pull.item(),
-                "tokens": seen + int((inputs["branch_ids"] >= 0).sum()),
+                "usual": running_mean(last.get("usual"), loss.effect.item()),
+                "preferred": right.item(),
+                "epoch": step * config.batch_size / self.n_examples,
+                "tokens": last.get("tokens", 0) + int((inputs["branch_ids"] >= 0).sum()),
             }
         )
         return (loss.loss, None) if return_outputs else loss.loss
 
 
-def objective(model: Any, batch: ControlledBatch, config: TuneConfig) -> Loss:
-    """Return the objective of one batch under ``model``."""
-    _, n_branches, length = batch.completion_mask.shape
-    logits = branch_logits(
-        model,
-        batch.input_ids,
-        batch.position_ids,
-        batch.branch_ids,
-        n_branches=n_branches,
-        branch_length=length,
-    )
-    ids = batch.input_ids[:, -n_branches * length :].reshape(-1, n_branches, length)
-    m = mean_log_likelihood(logits, ids, batch.completion_mask)
-    if config.objective == "clm" or n_branches == 1:
-        return clm(m, batch.weights)
-    return exmate(m, batch.weights, batch.exists, weight=config.weight, exp_of=config.exp_of)
+def objective(
+    model: Any,
+    batch: ControlledBatch,
+    config: TuneConfig,
+    *,
+    weight: float | None = None,
+    usual_effect: float | None = None,
+) -> tuple[Loss, Tensor]:
+    """Return the objective of one batch under ``model``, and how often it prefers the asked cell.
+
+    Args:
+        model: The policy.
+        batch: Asked and counterfactual branches.
+        config: Which objective.
+        weight: ``w`` of this step; the config's by default.
+        usual_effect: The running mean of exp(m') before this step, for ``weight_relative``.
+    """
+    sums, counts = branch_log_likelihoods(model, batch)
+    m, weights, exists = mean_of(sums, counts), batch.weights, batch.exists
+    w = config.weight if weight is None else weight
+    right = preferred(sums.detach(), exists)
+    scores = config.contrast.scale * (sums if config.contrast.of == "sum" else m)
+    if config.objective == "exmate":
+        loss = exmate(
+            m,
+            weights,
+            exists,
+            weight=w,
+            exp_of=config.exp_of,
+            relative=config.weight_relative,
+            usual_effect=usual_effect,
+        )
+    elif config.objective == "margin":
+        loss = margin(m, scores, weights, exists, weight=w, margin=config.contrast.margin)
+    elif config.objective == "contrast":
+        loss = contrast(m, scores, weights, exists, weight=w)
+    else:
+        loss = clm(m, weights, exists)
+    return loss, right
+
+
+def weight_at(step: int, config: TuneConfig) -> float:
+    """Return ``w`` of a step, counted from 1: it rises on a straight line in the warm-up."""
+    if not config.weight_warm_up:
+        return config.weight
+    return config.weight * min(1.0, step / config.weight_warm_up)
 
 
 def _arguments(config: TuneConfig, folder: Path, *, dtype: str, seed: int) -> TrainingArguments:

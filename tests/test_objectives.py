@@ -1,0 +1,183 @@
+"""ExMATE's options and kin by hand, the head at labels only, and what the curve tells."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from equipoise.config import ContrastConfig, TuneConfig
+from equipoise.dials.encode import Encoder
+from equipoise.dials.tokens import install
+from equipoise.models.load import LoadedPolicy
+from equipoise.tune.batch import LOOK_EVERY, ControlledBatch, TuningPlan, collate
+from equipoise.tune.lora import add_lora
+from equipoise.tune.objectives import contrast, exmate, margin, preferred, running_mean
+from equipoise.tune.prefix import branch_log_likelihoods
+from equipoise.tune.trainer import objective, tune, weight_at
+from tuning_kit import ATTRIBUTES, examples, tiny_policy
+
+EXISTS = torch.ones(2, 1, dtype=torch.bool)
+ONES = torch.ones(2)
+
+
+def m_of(values: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(values, requires_grad=True)
+
+
+def test_relative_weight_makes_the_pull_w_whatever_the_model_finds_likely() -> None:
+    """exp(m') is .1 for one model, .9 for the other: both pull with w at first."""
+    for effect in (0.1, 0.9):
+        m = m_of([[-1.0, math.log(effect)], [-1.0, math.log(effect)]])
+        loss = exmate(m, ONES, EXISTS, weight=0.7, relative=True)
+        assert loss.pull.item() == pytest.approx(0.7)
+        loss.loss.backward()
+        # d/dm' of w·exp(m')/r with r = exp(m') held fixed: w for the mean, w/2 per example.
+        assert m.grad[:, 1].tolist() == pytest.approx([0.35, 0.35])
+        assert m.grad[:, 0].tolist() == pytest.approx([-0.5, -0.5])
+
+
+def test_relative_weight_fades_as_counterfactuals_become_unlikely() -> None:
+    m = m_of([[-1.0, math.log(0.02)]] * 2)
+    usual = 0.9 * 0.2 + 0.1 * 0.02
+    loss = exmate(m, ONES, EXISTS, weight=1.0, relative=True, usual_effect=0.2)
+    assert loss.pull.item() == pytest.approx(0.02 / usual)
+    assert loss.effect.item() == pytest.approx(0.02)
+    plain = exmate(m, ONES, EXISTS, weight=1.0, usual_effect=0.2)  # the paper's own form
+    assert plain.pull.item() == pytest.approx(0.02)
+
+
+def test_running_mean_starts_with_its_first_value_and_skips_what_is_missing() -> None:
+    nan = float("nan")
+    assert running_mean(None, 0.3) == running_mean(nan, 0.3) == 0.3
+    assert running_mean(0.3, nan) == 0.3
+    assert running_mean(0.3, 0.1) == pytest.approx(0.28)
+
+
+def test_contrast_value_and_gradient_by_hand() -> None:
+    """Scores 1 and 0: posterior σ(1); and a second example that has no counterfactual."""
+    m = m_of([[-1.0, -2.0], [-4.0, -9.0]])
+    scores = m_of([[1.0, 0.0], [5.0, 7.0]])
+    exists = torch.tensor([[True], [False]])
+    loss = contrast(m, scores, ONES, exists, weight=0.6)
+    posterior = 1 / (1 + math.exp(-1))
+    assert loss.loss.item() == pytest.approx(2.5 - 0.6 * math.log(posterior))
+    loss.loss.backward()
+    # d/ds0 = -w(1 - posterior), d/ds1 the opposite; nothing on the second example.
+    expected = [[-0.6 * (1 - posterior), 0.6 * (1 - posterior)], [0.0, 0.0]]
+    torch.testing.assert_close(scores.grad, torch.tensor(expected))
+    assert m.grad.tolist() == [[-0.5, 0.0], [-0.5, 0.0]]
+
+
+def test_contrast_of_several_counterfactuals_is_a_softmax() -> None:
+    scores = torch.tensor([[math.log(2.0), math.log(3.0), math.log(5.0)]])
+    exists = torch.ones(1, 2, dtype=torch.bool)
+    loss = contrast(scores, scores, torch.ones(1), exists, weight=1.0)
+    assert loss.pull.item() == pytest.approx(-math.log(0.2))
+
+
+def test_margin_value_and_gradient_by_hand() -> None:
+    """Leads .5 and 3 against a margin of 1: only the first is short, by .5."""
+    m = m_of([[-1.0, -2.0], [-2.0, -3.0]])
+    scores = m_of([[0.5, 0.0], [3.0, 0.0]])
+    loss = margin(m, scores, torch.tensor([3.0, 1.0]), EXISTS, weight=2.0, margin=1.0)
+    assert loss.loss.item() == pytest.approx(1.25 + 2 * 0.5 * 3 / 4)
+    loss.loss.backward()
+    torch.testing.assert_close(scores.grad, torch.tensor([[-1.5, 1.5], [0.0, 0.0]]))
+
+
+def test_preferred_counts_wins_and_half_of_ties() -> None:
+    sums = torch.tensor([[-1.0, -2.0, -1.0], [-5.0, -4.0, 0.0]])
+    exists = torch.tensor([[True, True], [True, False]])
+    assert preferred(sums, exists).item() == pytest.approx(1.5 / 3)
+    assert preferred(sums, torch.zeros(2, 2, dtype=torch.bool)).isnan()
+
+
+def test_weight_rises_on_a_line_in_the_warm_up() -> None:
+    config = TuneConfig(weight=2.0, weight_warm_up=4)
+    assert [weight_at(step, config) for step in (1, 2, 4, 9)] == [0.5, 1.0, 2.0, 2.0]
+    assert weight_at(1, TuneConfig(weight=2.0)) == 2.0
+
+
+def batch_of(config: TuneConfig, policy: LoadedPolicy) -> tuple[ControlledBatch, Encoder]:
+    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    encoder = Encoder(policy.tokenizer, manifest)
+    plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)
+    return collate([plan[i] for i in range(config.batch_size)]), encoder
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_applied_where_a_label_stands_and_nowhere_else(lora: bool, tied: bool) -> None:
+    policy = tiny_policy(tied=tied)
+    config = TuneConfig(n_counterfactuals=2, batch_size=6, steps=1)
+    batch, encoder = batch_of(config, policy)
+    model = policy.model
+    if lora:
+        assert encoder.manifest is not None
+        model = add_lora(model, encoder.manifest, rank=2, seed=0)
+    rows: list[int] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(
+        lambda _module, _arguments, output: rows.append(output.numel() // output.shape[-1])
+    )
+    sums, counts = branch_log_likelihoods(model, batch)
+    handle.remove()
+    labels = int(batch.completion_mask.sum())
+    assert rows == [labels] and int(counts.sum()) == labels
+    _, n, length = batch.completion_mask.shape
+    assert labels < 6 * n * (length - 2)  # less than all positions behind the two control tokens
+    sums.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert model(batch.input_ids[:, :3]).logits.shape[:2] == (6, 3)  # the hook is gone
+
+
+@pytest.mark.parametrize("name", ["exmate", "margin", "contrast"])
+def test_every_objective_learns_to_prefer_the_asked_cell(tmp_path: Path, name: str) -> None:
+    config = TuneConfig(
+        objective=name,
+        counterfactual="far",
+        weight_relative=True,
+        weight_warm_up=5,
+        contrast=ContrastConfig(scale=0.5),
+        steps=40,
+        batch_size=8,
+        learning_rate=2e-2,
+        dtype="float32",
+        auto_rate=0.0,
+    )
+    tuned = tune(
+        tiny_policy(),
+        examples(),
+        config,
+        attributes=ATTRIBUTES,
+        levels=5,
+        seed=1,
+        checkpoints=tmp_path,
+    )
+    first, last = tuned.curve[0], tuned.curve[-10:]
+    assert sum(row["preferred"] for row in last) / 10 > 0.75
+    assert 0.1 < first["preferred"] < 0.9
+    assert first["epoch"] == pytest.approx(8 / 24)
+
+
+def test_clm_is_looked_at_every_tenth_batch_and_learns_nothing_from_it() -> None:
+    policy = tiny_policy()
+    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    encoder = Encoder(policy.tokenizer, manifest)
+    config = TuneConfig(objective="clm", auto_rate=0.0, steps=2 * LOOK_EVERY, batch_size=2)
+    plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)
+    branches = [len(plan[i].branches) for i in range(len(plan))]
+    assert branches == [2, 2, *[1] * 18] * 2
+    looked = collate([plan[0], plan[1]])
+    loss, right = objective(policy.model, looked, config)
+    assert 0 <= right <= 1
+    loss.loss.backward()
+    grads = [p.grad.clone() for p in policy.model.parameters()]
+    policy.model.zero_grad()
+    sums, counts = branch_log_likelihoods(policy.model, looked)
+    (-(sums / counts)[:, 0].mean()).backward()
+    for one, p in zip(grads, policy.model.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad)
