@@ -164,6 +164,19 @@ def test_a_swept_setting_is_not_sampled_again(
     assert command("evaluate", finished / "run", "--policy", policy) == 0
 
 
+def test_forge_lift_is_measured_through_the_door(finished: Path, tmp_path: Path) -> None:
+    policy = write_policy(tmp_path)
+    assert command("evaluate", finished / "run", "--policy", policy, "--forge", "2") == 0
+    found = json.loads((finished / "run/scenarios/policy/forge.json").read_text("utf-8"))
+    assert found["scenario"] == "lab" and found["setting"] == [1, 1]  # the widest, its middle
+    assert (found["n_prompts"], found["repeats"]) == (4, 2)
+    assert set(found["families"]) == {"literal", "lookalike", "fragments", "wording"}
+    literal = found["families"]["literal"]["safety"]
+    assert set(literal) == {"optimization", "generalization"}
+    assert 0 <= literal["generalization"]["value"] <= 1
+    assert literal["generalization"]["verdict"] in ("held", "undecided", "broken")
+
+
 def test_a_broken_policy_changes_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,17 +93,26 @@ def run_stage(
     STAGES[name](job)
 
 
-def run_scenarios(policy: str, run: RunDir, *, progress: Progress | None = None) -> Path:
+def run_scenarios(
+    policy: str, run: RunDir, *, progress: Progress | None = None, forge: int = 0
+) -> Path:
     """Measure what every scenario of a dial policy delivers, and return the folder of the result.
 
     Args:
         policy: A policy file, or the name of a shipped policy.
         run: A run directory whose evaluate stage is complete.
         progress: See :func:`run_all`.
+        forge: Also measure forge lift through the HTTP door, with so many answers per prompt.
     """
     from equipoise.stages.scenarios import evaluate_scenarios
 
-    return evaluate_scenarios(_job(run, progress, text=True, fresh=False), policy)
+    job = _job(run, progress, text=True, fresh=False)
+    place = evaluate_scenarios(job, policy)
+    if forge:
+        from equipoise.serve.forging import forge_through_the_door
+
+        forge_through_the_door(job, policy, repeats=forge)
+    return place
 
 
 def _job(run: RunDir, progress: Progress | None, *, text: bool, fresh: bool) -> Job:

@@ -66,7 +66,7 @@ def serve(
     debug: DebugOption = False,
 ) -> None:
     """Serve a tuned model."""
-    _need_extra()
+    need_extra()
     from equipoise.dials.policy_file import find_policy
     from equipoise.models.load import load_causal
     from equipoise.serve.runner import ServeOptions, check_start
@@ -189,7 +189,8 @@ def _range(item: str) -> tuple[str, Range]:
         ) from None
 
 
-def _need_extra() -> None:
+def need_extra() -> None:
+    """Say how to install what the server needs, if it is not there."""
     from importlib.util import find_spec
 
     from equipoise.errors import ConfigError

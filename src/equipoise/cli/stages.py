@@ -61,6 +61,15 @@ PolicyOption = Annotated[
     str | None,
     typer.Option("--policy", metavar="FILE", help="Also measure the scenarios of a dial policy."),
 ]
+ForgeOption = Annotated[
+    int,
+    typer.Option(
+        "--forge",
+        metavar="N",
+        min=0,
+        help="With --policy: measure forge lift through the HTTP door, N answers per prompt.",
+    ),
+]
 NoTextOption = Annotated[
     bool, typer.Option("--no-text", help="Leave prompts and completions out of the report.")
 ]
@@ -120,9 +129,10 @@ def _stage_command(name: str) -> Callable[..., None]:
         data: DataOption = None,
         fresh: FreshOption = False,
         policy: PolicyOption = None,
+        forge: ForgeOption = 0,
         debug: DebugOption = False,
     ) -> None:
-        _run_stage(name, recipe, directory, set_, data, fresh=fresh, policy=policy)
+        _run_stage(name, recipe, directory, set_, data, fresh=fresh, policy=policy, forge=forge)
 
     others: dict[str, Callable[..., None]] = {"report": report, "evaluate": evaluate}
     return others.get(name, command)
@@ -138,14 +148,20 @@ def _run_stage(
     fresh: bool,
     text: bool = True,
     policy: str | None = None,
+    forge: int = 0,
 ) -> None:
     from equipoise.pipeline import run_scenarios, run_stage
+
+    if forge:
+        from equipoise.cli.serving import need_extra
+
+        need_extra()
 
     with _opened(recipe, directory, set_, data, fresh=fresh, stage=name) as (run_dir, progress):
         run_stage(name, run_dir, progress=progress, text=text, fresh=fresh)
         print(f"{name}: {run_dir.path / name}")
         if policy is not None:
-            print(f"scenarios: {run_scenarios(policy, run_dir, progress=progress)}")
+            print(f"scenarios: {run_scenarios(policy, run_dir, progress=progress, forge=forge)}")
 
 
 @contextmanager

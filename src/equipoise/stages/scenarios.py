@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from equipoise.dials.policy_file import find_policy, load_policy
 from equipoise.stages.inputs import Job, load_reward_models, read_calibration
 from equipoise.stages.measuring import CHUNK, JUDGE_CALIBRATION, evaluated_prompts
 from equipoise.stages.tuning import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
-from equipoise.types import Delivery, DialSetting, JudgeKind
+from equipoise.types import Delivery, DialSetting, JudgeKind, RewardModel
+
+if TYPE_CHECKING:
+    from equipoise.pool.calibrate import Calibration
 
 FOLDER = "scenarios"
 RESULT = "scenarios.json"
@@ -73,6 +77,26 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
     return place
 
 
+def judges_of(
+    job: Job,
+) -> tuple[dict[JudgeKind, dict[str, RewardModel]], dict[JudgeKind, Calibration]]:
+    """Return both kinds of judges, and their scales as the evaluate stage made them."""
+    from equipoise.pool.calibrate import Calibration
+
+    recipe = job.recipe
+    scale = job.run.done("evaluate").read_bytes(JUDGE_CALIBRATION).decode()
+    return (
+        {
+            "optimization": load_reward_models(recipe.reward_models, job),
+            "generalization": load_reward_models(recipe.judges, job),
+        },
+        {
+            "optimization": read_calibration(job.run),
+            "generalization": Calibration.from_json(scale),
+        },
+    )
+
+
 def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:
     """Return the deliveries of the wanted settings; what the run lacks is sampled."""
     evaluated = job.run.done("evaluate")
@@ -92,10 +116,9 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
     from equipoise.evaluate.sweep import sweep
     from equipoise.models.load import load_causal
     from equipoise.models.sampling import TransformersEngine
-    from equipoise.pool.calibrate import Calibration
     from equipoise.seeds import derive_seed
     from equipoise.steer.tuned import Tuned
-    from equipoise.types import RewardModel, Sampling
+    from equipoise.types import Sampling
 
     recipe, config = job.recipe, job.recipe.evaluate
     job.settle_threads()
@@ -103,15 +126,7 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
     engine = TransformersEngine(
         policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
     )
-    judges: dict[JudgeKind, dict[str, RewardModel]] = {
-        "optimization": load_reward_models(recipe.reward_models, job),
-        "generalization": load_reward_models(recipe.judges, job),
-    }
-    scale = job.run.done("evaluate").read_bytes(JUDGE_CALIBRATION).decode()
-    calibrations: dict[JudgeKind, Calibration] = {
-        "optimization": read_calibration(job.run),
-        "generalization": Calibration.from_json(scale),
-    }
+    judges, calibrations = judges_of(job)
     prompts = evaluated_prompts(job)
     chunks = sweep(
         Tuned(engine, policy.encoder, sampling=Sampling(**config.sampling.model_dump())),
