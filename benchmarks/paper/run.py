@@ -1,0 +1,106 @@
+"""The study of the paper's claims: every method over seeds at equal tokens, ablations, the rewind.
+
+    python -m benchmarks.paper.run                   # all of it; resumes where it was stopped
+    python -m benchmarks.paper.run --quick           # two seeds, fewer prompts, methods only
+    python -m benchmarks.paper.run --only ablations  # or: methods, rewind, collect
+
+A seed re-draws prompts, pool and tuning, and trains the shipped reward models on with fresh pairs.
+What was chosen was chosen on dev prompts; test prompts are read here. Run directories lie in
+``runs/paper``; the result of each finished seed is written to ``benchmarks/paper/results`` at once,
+and a seed that lies there is not run again (delete its file to do so). ``--quick`` writes below
+``runs/paper-quick`` and leaves the committed results alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.page import render
+from benchmarks.paper.points import (
+    ABLATION_SEEDS,
+    FULL,
+    QUICK,
+    REWIND_SEEDS,
+    Scale,
+    ablations,
+)
+from benchmarks.paper.study import build
+
+from equipoise.evaluate.report import plain
+
+HERE = Path(__file__).parent
+PARTS = ("methods", "ablations", "rewind")
+
+
+def results_of(scale: Scale) -> Path:
+    """Return the folder of a scale's results: only those of the whole study are committed."""
+    return HERE / "results" if scale is FULL else scale.runs / "results"
+
+
+def once(file: Path, make: Callable[[], dict[str, Any]]) -> None:
+    """Make a result that is not there yet; it appears whole or not at all."""
+    if file.exists():
+        return
+    text = json.dumps(plain(make()), separators=(",", ":")) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def run_part(scale: Scale, part: str, seed: int) -> None:
+    """Run one part of one seed, unless its result is there."""
+    from benchmarks.paper.rewinding import run_rewind
+    from benchmarks.paper.runs import run_ablations, run_methods
+
+    make: dict[str, Callable[[], dict[str, Any]]] = {
+        "methods": lambda: run_methods(scale, seed),
+        "ablations": lambda: run_ablations(scale, seed, ablations()),
+        "rewind": lambda: run_rewind(scale, seed),
+    }
+    once(results_of(scale) / f"{part}-seed{seed}.json", make[part])
+
+
+def collect(scale: Scale) -> dict[str, Any]:
+    """Write ``results.json`` and ``page.html`` from the seeds that are there."""
+    folder = results_of(scale)
+    found = {
+        part: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{part}-seed*.json"))]
+        for part in PARTS
+    }
+    if not found["methods"]:
+        raise SystemExit(f"no finished seed in {folder}; run without --only collect first")
+    study: dict[str, Any] = plain(build(found["methods"], found["ablations"], found["rewind"]))
+    place = HERE if scale is FULL else scale.runs
+    (place / "results.json").write_text(json.dumps(study, indent=1) + "\n")
+    (place / "page.html").write_text(render(study))
+    print(f"wrote {place / 'results.json'} and {place / 'page.html'}")
+    return study
+
+
+def main() -> None:
+    """Run what is missing, then collect."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two seeds, fewer prompts")
+    parser.add_argument("--only", choices=(*PARTS, "collect"))
+    parser.add_argument("--seeds", type=int, nargs="*")
+    arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else FULL
+    wanted = [arguments.only] if arguments.only else ["methods"] if arguments.quick else PARTS
+    usual = {
+        "methods": scale.seeds,
+        "ablations": tuple(s for s in ABLATION_SEEDS if s in scale.seeds),
+        "rewind": REWIND_SEEDS,
+    }
+    for part in wanted:
+        for seed in (arguments.seeds or usual[part]) if part in usual else ():
+            run_part(scale, part, seed)
+    collect(scale)
+
+
+if __name__ == "__main__":
+    main()

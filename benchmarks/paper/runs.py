@@ -1,0 +1,216 @@
+"""Run a point, at the budget of its seed's reference run, and keep what the study reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.points import (
+    OBJECTIVES,
+    POOL,
+    REFERENCE,
+    RLHF_WARM_SHARE,
+    TRAINING_FREE,
+    Overrides,
+    Point,
+    Scale,
+    slug,
+)
+
+from equipoise.config import Recipe
+from equipoise.pipeline import run_all
+from equipoise.recipe_io import load_recipe
+from equipoise.store.rundir import RunDir
+
+RECIPE = Path(__file__).parent.parent / "workshop" / "recipe.yaml"
+JUDGES = ("generalization", "optimization")
+KEPT = (
+    "mp", "overall", "bt", "bt_neighbours", "rmse", "leakage", "range", "coverage", "never_moves",
+    "response", "joint",
+)  # fmt: skip
+"""Of a method's measures; the rest can be read in its run directory."""
+
+
+def make_recipe(scale: Scale, seed: int, overrides: Overrides) -> Recipe:
+    """Return the bench's recipe with a seed, the scale's overrides and a point's."""
+    merged = {
+        "seed": str(seed),
+        "evaluate.responders": "[tuned]",
+        "tune.steps": str(scale.steps),
+        **scale.overrides,
+        **overrides,
+    }
+    return load_recipe(str(RECIPE), overrides=[f"{key}={value}" for key, value in merged.items()])
+
+
+def execute(
+    scale: Scale, seed: int, name: str, overrides: Overrides, shares: tuple[str, ...]
+) -> Path:
+    """Run a point in its own directory, resuming there; return the directory."""
+    folder = scale.runs / f"seed{seed}-{slug(name)}"
+    made = make_recipe(scale, seed, overrides)
+    if shares and not folder.exists():
+        _copy_upstream(scale.runs / f"seed{seed}-{REFERENCE}", folder, shares)
+    print(f"== {folder.name}", file=sys.stderr, flush=True)
+    stored = folder / "recipe.json"
+    same = not stored.exists() or json.loads(stored.read_text()) == made.model_dump(mode="json")
+    with RunDir.open(folder, made, fresh=not same) as opened:
+        run_all(opened)
+    return folder
+
+
+def _copy_upstream(source: Path, folder: Path, shares: tuple[str, ...]) -> None:
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for stage in shares:
+        if (source / stage).is_dir():
+            shutil.copytree(source / stage, partial / stage)
+    # No recipe.json: each stage's own fingerprint says whether the copy may be used.
+    partial.rename(folder)
+
+
+def run_methods(scale: Scale, seed: int) -> dict[str, Any]:
+    """Run all methods of a seed at equal budget; return what the study reads of them."""
+    responders = f"[{', '.join(TRAINING_FREE)}, tuned]"
+    reference = execute(scale, seed, REFERENCE, {"evaluate.responders": responders}, ())
+    found: dict[str, Any] = {"seed": seed, "upstream": upstream(reference), "methods": {}}
+    report = read_report(reference)
+    for name in TRAINING_FREE:
+        found["methods"][name] = summary(report, name)
+    found["methods"][REFERENCE] = summary(report, "tuned")
+    found["ceiling"] = {key: report["ceiling"]["generalization"][key] for key in KEPT[:-1]}
+    lengths = row_lengths(reference)
+    tokens = found["methods"][REFERENCE]["cost"]["tuning_tokens"]
+    for name, overrides in OBJECTIVES.items():
+        if name == REFERENCE:
+            continue
+        shares = POOL[:-1] if name.startswith("raw") else POOL
+        budget = steps_for(name, tokens, lengths, scale)
+        folder = execute(scale, seed, name, {**overrides, **budget}, shares)
+        found["methods"][name] = summary(read_report(folder), "tuned")
+        if name == "rlhf":
+            found["rlhf_curve"] = thinned(json.loads((folder / "tune/curve.json").read_text()))
+    return found
+
+
+def run_ablations(scale: Scale, seed: int, groups: Mapping[str, list[Point]]) -> dict[str, Any]:
+    """Run all ablations of a seed, ExMATE at its usual steps; the reference run must be there."""
+    reference = execute(scale, seed, REFERENCE, _reference_overrides(), ())
+    found: dict[str, Any] = {
+        "seed": seed,
+        "reference": summary(read_report(reference), "tuned"),
+        "groups": {},
+    }
+    for group, points in groups.items():
+        found["groups"][group] = {}
+        for point in points:
+            folder = execute(scale, seed, point.name, point.overrides, point.shares)
+            found["groups"][group][point.name] = {
+                **summary(read_report(folder), "tuned"),
+                "upstream": upstream(folder),
+            }
+    return found
+
+
+def _reference_overrides() -> Overrides:
+    return {"evaluate.responders": f"[{', '.join(TRAINING_FREE)}, tuned]"}
+
+
+def row_lengths(folder: Path) -> dict[str, float]:
+    """Return mean tokens of prompt, controls and completion of the distilled set of a run."""
+    from equipoise.dials.encode import Encoder
+    from equipoise.models.load import load_tokenizer, resolve_model
+    from equipoise.types import ControlledExample
+
+    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text())
+    encoder = Encoder(load_tokenizer(resolve_model(recipe.model)))
+    with RunDir.open(folder, recipe) as opened:
+        examples = opened.done("distil").read_shard("examples.parquet", ControlledExample)
+    n = len(examples)
+    return {
+        "prompt": sum(len(encoder.prompt_ids(e.prompt.messages)) for e in examples) / n,
+        "controls": float(len(recipe.attributes)),
+        "completion": sum(
+            len(encoder.completion_ids(e.text, finished=e.finished)) for e in examples
+        )
+        / n,
+    }
+
+
+def steps_for(
+    name: str, tokens: float, lengths: Mapping[str, float], scale: Scale
+) -> dict[str, str]:
+    """Return the steps that bring a method's tokens to the reference's; see ``points.py``.
+
+    A row of CLM is prompt, controls and completion. A completion of RLHF is sampled (its prompt
+    once per group), read by the reference without controls, and trained on.
+    """
+    prompt, controls, completion = (lengths[key] for key in ("prompt", "controls", "completion"))
+    row = prompt + controls + completion
+    if name == "rlhf":
+        batch, group = (
+            int(OBJECTIVES[name][key]) for key in ("tune.batch_size", "tune.rlhf.group")
+        )
+        online = batch * (prompt / group + controls + completion + row + row - controls)
+        warm = max(1, round(RLHF_WARM_SHARE * tokens / (batch * row)))
+        steps = max(1, round((tokens - warm * batch * row) / online))
+        return {"tune.rlhf.warm_start": str(warm), "tune.steps": str(steps)}
+    if OBJECTIVES[name].get("tune.objective") == "clm":
+        return {"tune.steps": str(max(1, round(tokens / (32 * row))))}
+    return {"tune.steps": str(scale.steps)}
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return ``report.json`` of a run."""
+    found: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
+    return found
+
+
+def upstream(folder: Path) -> dict[str, Any]:
+    """Return what is known of the pool, the distilled set and the reward models of a run."""
+    report = read_report(folder)
+    cards = report.get("reward_models") or {}
+    return {
+        "n": report["n"],
+        "pool": report["pool"],
+        "moec": report["moec"],
+        "backdoor": report["backdoor"],
+        "reward_models": {
+            name: card["held_out"]["model"] for name, card in cards.items() if card.get("held_out")
+        },
+        "minutes": report["stages"],
+    }
+
+
+def summary(report: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Return what the study keeps of one method."""
+    found = report["methods"][method]
+    quality = found["quality"]
+    return {
+        **{judge: {key: found[judge][key] for key in KEPT} for judge in JUDGES},
+        "auto_mp": found["generalization"]["auto_mp"],
+        "cost": found["cost"],
+        "degenerate": quality["degenerate"],
+        "fluency": quality.get("fluency_mean"),
+        "answers": _answers(found["generalization"], report, method),
+    }
+
+
+def _answers(measured: Mapping[str, Any], report: Mapping[str, Any], method: str) -> int:
+    """Completions that the method's cost was paid for, auto settings included."""
+    cells = measured["levels"] ** len(measured["attributes"])
+    if method == "tuned" and report["recipe"]["evaluate"]["auto_sweep"]:
+        cells += measured["levels"] * len(measured["attributes"])
+    return int(measured["n_prompts"] * measured["n_repeats"] * cells)
+
+
+def thinned(curve: list[dict[str, float]], points: int = 60) -> list[dict[str, float]]:
+    """Return every so many rows of a curve, the last one included."""
+    step = max(1, len(curve) // points)
+    kept = curve[::step]
+    return kept if kept[-1] is curve[-1] else [*kept, curve[-1]]

@@ -1,0 +1,322 @@
+"""The study: verdicts follow intervals, budgets are equal, pages are self-contained."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.paper import run as command  # noqa: E402
+from benchmarks.paper.page import render, said  # noqa: E402
+from benchmarks.paper.points import (  # noqa: E402
+    FULL,
+    OBJECTIVES,
+    QUICK,
+    TRAINING_FREE,
+    ablations,
+    slug,
+)
+from benchmarks.paper.runs import make_recipe, steps_for, thinned  # noqa: E402
+from benchmarks.paper.study import build  # noqa: E402
+from benchmarks.paper.verdicts import judged, together  # noqa: E402
+
+from equipoise.evaluate.report import plain  # noqa: E402
+from equipoise.evaluate.rewind import rewind  # noqa: E402
+from equipoise.store.shards import to_plain  # noqa: E402
+from equipoise.types import Estimate  # noqa: E402
+from test_rewind import grid_pool  # noqa: E402
+
+METHODS = (*TRAINING_FREE, *OBJECTIVES)
+OVERALL = {
+    "start": 0.0, "prompting": 0.3, "rerank8": 0.5, "rerank16": 0.6, "exmate": 0.8, "clm": 0.7,
+    "rlhf": 0.75, "raw-exmate": 0.4, "raw-clm": 0.2,
+}  # fmt: skip
+
+
+def estimate(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 8}
+
+
+def both(value: float) -> dict[str, Any]:
+    return {"helpfulness": estimate(value), "safety": estimate(value)}
+
+
+def measures(overall: float, *, leaked: float = 0.0, hits: int = 4) -> dict[str, Any]:
+    joint = np.ones((25, 25)) - np.eye(25)
+    joint[np.arange(25), np.arange(25)] = hits
+    return {
+        "mp": both(overall),
+        "overall": estimate(overall),
+        "bt": both(0.99),
+        "bt_neighbours": both(0.7),
+        "rmse": both(0.2),
+        "leakage": both(leaked),
+        "range": both(0.6),
+        "coverage": estimate(0.5),
+        "joint": joint.tolist(),
+    }
+
+
+def method(name: str, shift: float, **changes: float) -> dict[str, Any]:
+    value = OVERALL[name] + changes.get(name.replace("-", "_"), 0.0) + shift
+    reranks = name.startswith("rerank")
+    cost = {"seconds": 20.0 if reranks else 2.0, "tokens": 9e5 if reranks else 9e4}
+    if name in OBJECTIVES:
+        cost |= {"tuning_tokens": 1e6, "tuning_seconds": 60.0, "steps": 100.0}
+    return {
+        "generalization": measures(
+            value,
+            leaked=0.3 if name == "prompting" else 0.02,
+            hits=0 if name == "rerank16" else 4,
+        ),
+        "optimization": measures(value + (0.3 if reranks else 0.05)),
+        "cost": cost,
+        "degenerate": estimate(0.0),
+        "answers": 300,
+    }
+
+
+def seed(number: int, **changes: float) -> dict[str, Any]:
+    noise = 0.01 * (number - 2)
+    before = np.full((5, 5), 10)
+    before[4, 0] = 1
+    curve = [
+        {"step": 1.0, "tokens": 1e5, "warm_start": 1.0, "kl": None, "reward": None, "length": None,
+         "degenerate": None, "floor": None},
+        {"step": 2.0, "tokens": 2e5, "warm_start": 0.0, "kl": 0.1, "reward": 0.8, "length": 30.0,
+         "degenerate": 0.0, "floor": 0.76, "probe_optimization_closeness": 0.8,
+         "probe_generalization_closeness": 0.79},
+    ]  # fmt: skip
+    # One method's noise differs from the other's, or paired intervals would have no width.
+    return {
+        "seed": number,
+        "upstream": {
+            "n": {"test prompts": 8},
+            "moec": {
+                "grid_before": before.tolist(),
+                "grid_after": np.full((5, 5), 6).tolist(),
+            },
+        },
+        "ceiling": measures(0.95),
+        "methods": {
+            name: method(name, noise * (1 + 0.1 * place), **changes)
+            for place, name in enumerate(METHODS)
+        },
+        "rlhf_curve": curve,
+    }
+
+
+def letters(study: dict[str, Any]) -> dict[str, str]:
+    return {item["letter"]: item["verdict"] for item in study["verdicts"]}
+
+
+# Verdicts
+
+
+def test_a_verdict_needs_an_interval() -> None:
+    assert judged(Estimate(0.2, 0.1, 0.3, 5)) == "holds"
+    assert judged(Estimate(-0.2, -0.3, -0.1, 5)) == "contradicted"
+    assert judged(Estimate(0.2, -0.1, 0.5, 5)) == "undecided"
+    nan = float("nan")
+    assert judged(Estimate(0.2, nan, nan, 1)) == "undecided"
+    assert judged(Estimate(1.2, 1.1, 1.3, 5), above=1.15) == "undecided"
+
+
+@given(st.lists(st.sampled_from(["holds", "contradicted", "undecided"]), min_size=1, max_size=4))
+def test_a_claim_of_several_parts_holds_only_as_a_whole(found: list[str]) -> None:
+    whole = together(found)
+    assert (whole == "holds") == (set(found) == {"holds"})
+    assert (whole == "contradicted") == (set(found) == {"contradicted"})
+    assert (whole == "undecided") == ("undecided" in found)
+
+
+def test_verdicts_of_a_study_as_the_paper_has_it() -> None:
+    study = build([seed(n) for n in range(5)])
+    assert study["best"] == "exmate"
+    assert letters(study) == dict.fromkeys("abcdefg", "holds")
+    empty = study["verdicts"][-1]
+    assert empty["empty_in_most_seeds"]["rerank16"] == list(range(25))
+    assert empty["empty_in_most_seeds"]["exmate"] == []
+    for item in study["verdicts"]:
+        assert item["evidence"]
+        assert all(found["low"] is not None for found in item["evidence"].values()), item["letter"]
+
+
+def test_verdicts_against_the_paper() -> None:
+    contrary = build([seed(n, clm=0.3, rlhf=0.3, raw_exmate=0.6, raw_clm=1.2) for n in range(5)])
+    assert contrary["best"] in ("clm", "rlhf")
+    found = letters(contrary)
+    assert found["a"] == found["b"] == "contradicted"
+    mixed = letters(build([seed(n, rlhf=0.3) for n in range(5)]))
+    assert mixed["b"] == "holds in part"
+
+
+def test_one_seed_decides_nothing() -> None:
+    found = letters(build([seed(0)]))
+    assert set(found.values()) == {"undecided"}
+
+
+# Headline
+
+
+def test_headline_is_flat_and_paired(tmp_path: Path) -> None:
+    study = plain(build([seed(n) for n in range(5)]))
+    headline = study["headline"]
+    assert all(isinstance(value, int | float | None) for value in headline.values())
+    assert headline["exmate.generalization.mp.safety"] == pytest.approx(0.8, abs=0.001)
+    assert headline["best.of_ceiling.mp.safety"] == pytest.approx(0.8 / 0.95, abs=0.001)
+    assert headline["rlhf.last.kl"] == 0.1
+    assert not any(name.startswith("rewind") for name in headline)
+    (exmate,) = [f for n, f in study["verdicts"][1]["evidence"].items() if n.endswith("CLM")]
+    assert exmate["value"] == pytest.approx(0.1, abs=0.001)
+    # Paired: the seeds' common noise cancels.
+    single = headline["exmate.generalization.overall.high"] - 0.8
+    assert exmate["high"] - exmate["value"] < 0.5 * single
+    assert study["aims"]["best.of_ceiling.mp.safety"]["reached"] is False
+    assert study["aims"]["best.generalization.bt.safety"]["reached"] is True
+    json.dumps(study, allow_nan=False)
+
+
+def rewinds(n: int = 2) -> list[dict[str, Any]]:
+    reached = {"base": 20, "aligned": 5, "rewound": 18, "tuned_base": 22}
+    pools = {name: grid_pool(reached=k) for name, k in reached.items()}
+    found = rewind(pools, attributes=("helpfulness", "safety"), levels=5, draws=20)
+    return [
+        plain({"seed": i, "chance_coverage": 0.64, "rewind": to_plain(found)}) for i in range(n)
+    ]
+
+
+def ablation_results(n: int = 2) -> list[dict[str, Any]]:
+    def point(shift: float) -> dict[str, Any]:
+        return {**method("exmate", shift), "upstream": {"moec": {"n_kept": 100}}}
+
+    return [
+        {
+            "seed": i,
+            "reference": point(0.01 * i),
+            "groups": {"w": {"w 1": point(0.1 + 0.02 * i), "w 3": point(-0.2)}},
+        }
+        for i in range(n)
+    ]
+
+
+def test_rewind_and_ablations_join_the_headline_and_the_tables() -> None:
+    study = build([seed(n) for n in range(3)], ablation_results(), rewinds())
+    headline = study["headline"]
+    assert headline["rewind.base.coverage"] == pytest.approx(0.8)
+    assert headline["rewind.aligned.coverage"] == pytest.approx(0.2)
+    assert headline["rewind.regained"] == pytest.approx(13 / 15, abs=1e-4)
+    rows = {row["point"]: row for row in study["ablations"]["w"]}
+    assert rows["default"]["difference"] is None
+    assert rows["w 1"]["difference"]["value"] == pytest.approx(0.105)
+    assert rows["w 1"]["difference"]["n"] == 2
+
+
+# The page
+
+
+def test_the_page_is_whole_and_loads_nothing() -> None:
+    page = render(plain(build([seed(n) for n in range(3)], ablation_results(), rewinds())))
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    assert "<script" not in page
+    for name in ("control", "leakage", "empty", "rlhf", "rewind", "ablations"):
+        assert f'<figure id="{name}"><svg' in page
+    assert [page.count(f'<h2 id="{letter}">') for letter in "abcdefg"] == [1] * 7
+    assert "RLHF (CLM warm start)" in page
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S).lower()
+    assert len(page) < 3_000_000
+
+
+def test_a_page_of_one_seed_says_that_there_is_no_interval() -> None:
+    page = render(plain(build([seed(0)])))
+    assert "(no interval)" in page and 'id="rewind"' not in page
+
+
+def test_numbers_are_written_with_their_interval() -> None:
+    nan = float("nan")
+    assert said(0.5, 0.25, 0.75) == "0.50 [0.25, 0.75]"
+    assert said(-0.5, nan, nan) == "−0.50 (no interval)"
+    assert said(nan, nan, nan) == "–"
+
+
+# Points and budgets
+
+
+@pytest.mark.parametrize("scale", [FULL, QUICK], ids=lambda scale: scale.name)
+def test_every_point_is_a_valid_recipe(scale: Any) -> None:
+    names = set()
+    for name, overrides in OBJECTIVES.items():
+        made = make_recipe(scale, 3, {**overrides, "tune.steps": "7"})
+        assert made.seed == 3 and made.tune.steps == 7, name
+        names.add(slug(name))
+    for points in ablations().values():
+        for point in points:
+            assert make_recipe(scale, 0, point.overrides) != make_recipe(scale, 0, {}), point.name
+            assert slug(point.name) not in names
+            names.add(slug(point.name))
+
+
+@given(
+    prompt=st.floats(10, 80),
+    completion=st.floats(10, 80),
+    tokens=st.floats(1e6, 4e6),
+)
+def test_budgets_are_equal_in_tokens(prompt: float, completion: float, tokens: float) -> None:
+    lengths = {"prompt": prompt, "controls": 2.0, "completion": completion}
+    row = prompt + 2 + completion
+    clm = int(steps_for("clm", tokens, lengths, FULL)["tune.steps"])
+    assert clm * 32 * row == pytest.approx(tokens, rel=0.05)
+    rlhf = steps_for("rlhf", tokens, lengths, FULL)
+    warm, online = int(rlhf["tune.rlhf.warm_start"]), int(rlhf["tune.steps"])
+    sampled = 64 * (prompt / 8 + 2 + completion)
+    spent = warm * 64 * row + online * (sampled + 64 * row + 64 * (row - 2))
+    assert spent == pytest.approx(tokens, rel=0.05)
+    assert steps_for("raw-exmate", tokens, lengths, FULL) == {"tune.steps": str(FULL.steps)}
+
+
+def test_a_thinned_curve_keeps_its_ends() -> None:
+    curve = [{"step": float(i)} for i in range(250)]
+    kept = thinned(curve)
+    assert kept[0] == curve[0] and kept[-1] == curve[-1]
+    assert len(kept) <= 64
+
+
+# The command
+
+
+def test_a_finished_seed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    made = []
+
+    def make(number: int) -> dict[str, Any]:
+        made.append(number)
+        if number == 2:
+            raise KeyboardInterrupt
+        return seed(number)
+
+    folder = command.results_of(FULL)
+    for number in (0, 1, 0):
+        command.once(folder / f"methods-seed{number}.json", lambda n=number: make(n))
+    with pytest.raises(KeyboardInterrupt):
+        command.once(folder / "methods-seed2.json", lambda: make(2))
+    assert made == [0, 1, 2]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "methods-seed0.json",
+        "methods-seed1.json",
+    ]
+    study = command.collect(FULL)
+    assert study["seeds"] == [0, 1]
+    assert json.loads((tmp_path / "results.json").read_text())["headline"] == study["headline"]
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="no finished seed"):
+        command.collect(QUICK)
