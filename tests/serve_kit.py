@@ -23,6 +23,7 @@ from equipoise.dials.policy_file import shipped_policies
 from equipoise.serve.app import House, build_app
 from equipoise.serve.auth import Gate
 from equipoise.serve.chat import ServedModel
+from equipoise.serve.connection import ImpatientH11
 from equipoise.serve.content_log import ContentLog
 from equipoise.serve.engine import Generation, Load, Token
 from equipoise.serve.keys import add_key, digest, new_secret
@@ -191,7 +192,7 @@ def make_door(
 def running(door: Door) -> Iterator[int]:
     """Run a door behind a real uvicorn on loopback; yields its port."""
     config = uvicorn.Config(
-        door.app, port=0, log_config=None, access_log=False, ws="none", http="h11",
+        door.app, port=0, log_config=None, access_log=False, ws="none", http=ImpatientH11,
         lifespan="on", server_header=False,
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -450,9 +450,20 @@ def test_honest_turns_pass(door: Door, role_content: tuple[str, str]) -> None:
 def test_long_prompts_are_refused_never_cut(tmp_path: Path) -> None:
     door = make_door(tmp_path, limits={"max_prompt_tokens": 60})
     assert chat(door, chat_body("a")).status == 200
-    for length in (100, 20_000):
+    for length in (100, 100_000):
         error = assert_error(chat(door, chat_body("a b " * length)), 400)
         assert error["code"] == "context_length_exceeded"
+
+
+def test_a_megabyte_is_refused_before_it_is_encoded(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prompt_ids(*_: object) -> list[int]:
+        pytest.fail("seconds of work for a request that is refused")
+
+    monkeypatch.setattr(door.model.encoder, "prompt_ids", prompt_ids)
+    error = assert_error(chat(door, chat_body("x " * 400_000)), 400)
+    assert error["code"] == "context_length_exceeded"
 
 
 def test_the_context_is_never_overrun(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from equipoise.cli.main import main
 from equipoise.dials.dial_policy import Key
 from equipoise.errors import ConfigError
 from equipoise.serve import keys as keys_module
+from equipoise.serve import reload
 from equipoise.serve.keys import add_key, digest, find, new_secret, parse_keys, read_keys
 from equipoise.serve.reload import RulesSource
 from equipoise.serve.runner import ServeOptions, allowed_hosts, check_start, rules_source
@@ -194,18 +194,28 @@ def test_broken_keys_let_nobody_in(tmp_path: Path) -> None:
     assert asyncio.run(status()) == 200
 
 
-def test_a_change_within_one_tick_of_the_clock_is_seen(tmp_path: Path) -> None:
-    """Same size, same time stamp: only reading again tells."""
+def test_a_change_within_one_tick_of_the_clock_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the file system says is as before: only reading again tells."""
     door = make_door(tmp_path)
-    one, two = example_policy(), example_policy()
-    one["limits"]["max_tokens"], two["limits"]["max_tokens"] = 111, 222
-    rewrite(door.policy_file, one)
-    stamp = door.policy_file.stat()
-    assert door.rules().policy.limits.max_tokens == 111
-    with door.policy_file.open("r+") as file:
-        file.write(yaml.safe_dump(two))
-    os.utime(door.policy_file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert door.rules().policy.limits.max_tokens == 222
+    stamp = (10**18, 0, 0, 0, 0)
+    monkeypatch.setattr(reload, "_stamp", lambda path: stamp)
+    one, two = example_policy(max_tokens=111), example_policy(max_tokens=222)
+
+    def seen(age_ns: int) -> int:
+        source = RulesSource(
+            door.policy_file, door.keys_file, attributes=ATTRIBUTES, levels=LEVELS,
+            now_ns=lambda: stamp[0] + age_ns,
+        )  # fmt: skip
+        for policy in (one, two):
+            door.policy_file.write_text(yaml.safe_dump(policy))
+            rules = source.current()
+        assert rules is not None
+        return rules.policy.limits.max_tokens
+
+    assert seen(age_ns=10**6) == 222
+    assert seen(age_ns=10**9) == 111  # long settled: not read at every request
 
 
 def test_reload_reads_again_on_request(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import socket
 import time
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equipoise.serve import connection
 from equipoise.serve.failures import RefusedError
 from equipoise.serve.limits import RateLimit, read_body
 from serve_kit import Door, ask, call, chat_body, make_door, running, served_model
@@ -110,14 +112,14 @@ def port(door: Door) -> Iterator[int]:
 
 def raw(port: int, data: bytes, *, chunks: int = 1, pause: float = 0.0) -> bytes:
     """Send bytes as they are; return all that comes until the server closes or is silent."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
         try:
             for _ in range(chunks):
-                connection.sendall(data)
+                client.sendall(data)
                 time.sleep(pause)
-            connection.settimeout(1.0)
+            client.settimeout(1.0)
             received = b""
-            while piece := connection.recv(65536):
+            while piece := client.recv(65536):
                 received += piece
         except (ConnectionError, TimeoutError):
             pass
@@ -140,12 +142,12 @@ def test_chunks_are_counted_too(door: Door, port: int) -> None:
         "Transfer-Encoding: chunked\r\n\r\n"
     ).encode()
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        connection.sendall(head)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        client.sendall(head)
         sent = 0
         try:
             while sent < 64 << 20:
-                connection.sendall(chunk)
+                client.sendall(chunk)
                 sent += len(chunk)
         except OSError:
             pass
@@ -187,6 +189,32 @@ def test_a_body_that_drips_times_out() -> None:
     with pytest.raises(RefusedError) as caught:
         asyncio.run(read_body(drip, seconds=0.1))
     assert caught.value.status == 408
+
+
+def test_headers_that_drip_time_out(door: Door, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.3)
+    request = f"GET /healthz HTTP/1.1\r\nHost: localhost\r\n{'x: y' * 99}\r\n\r\n".encode()
+    for first in (b"", request):  # on a fresh connection, and behind a whole request
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+            client.sendall(first)
+            start = time.monotonic()
+            with pytest.raises(OSError):
+                for byte in request * 20:
+                    client.sendall(bytes([byte]))
+                    time.sleep(0.005)
+            assert time.monotonic() - start < 3
+    # A body may take longer than headers: it has a limit of its own.
+    body = json.dumps(chat_body()).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        f"Authorization: Bearer {door.secrets['lab']}\r\nConnection: close\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        client.sendall(head)
+        for part in (body[:5], body[5:9], body[9:]):
+            time.sleep(0.25)
+            client.sendall(part)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 # --- queue --------------------------------------------------------------------------------------
@@ -295,20 +323,20 @@ def leave(port: int, door: Door, rng: random.Random) -> None:
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         f"Authorization: Bearer {door.secrets['lab']}\r\n\r\n"
     ).encode()
-    connection = socket.create_connection(("127.0.0.1", port), timeout=5)
-    with connection:
+    client = socket.create_connection(("127.0.0.1", port), timeout=5)
+    with client:
         way = rng.choice(["half a body", "at once", "after a read", "reset"])
-        connection.sendall(head + (body[: len(body) // 2] if way == "half a body" else body))
+        client.sendall(head + (body[: len(body) // 2] if way == "half a body" else body))
         if way == "after a read":
-            connection.settimeout(0.05)
+            client.settimeout(0.05)
             with contextlib.suppress(TimeoutError):
-                connection.recv(200)
+                client.recv(200)
         if way == "reset":
             time.sleep(rng.random() * 0.01)
             linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         if way == "half a body":
-            connection.shutdown(socket.SHUT_WR)
+            client.shutdown(socket.SHUT_WR)
 
 
 def leave_many(tmp_path: Path, n: int) -> None:
@@ -359,9 +387,9 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     ).encode()
     with (
         running(door) as port,
-        socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+        socket.create_connection(("127.0.0.1", port), timeout=5) as client,
     ):
-        connection.sendall(head + body)
+        client.sendall(head + body)
         time.sleep(0.3)
         assert door.engine.load().running == 1
         deadline = time.monotonic() + 5
@@ -369,3 +397,68 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
             time.sleep(0.02)
         assert door.engine.load().running == 0
         assert call(port, "GET", "/healthz").status == 200
+
+
+# --- under load ---------------------------------------------------------------------------------
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.nightly
+def test_hostile_requests_leave_memory_flat(door: Door, port: int) -> None:
+    key, rng = door.secrets["lab"], random.Random(9)
+    attacks: list[bytes] = [
+        b"[" * 1_000_000,
+        b'{"a":' * 150_000,
+        json.dumps(chat_body("x " * 400_000)).encode(),
+        json.dumps(chat_body(dials={str(i): 1 for i in range(50_000)})).encode(),
+        json.dumps(
+            chat_body() | {"messages": [{"role": "user", "content": "a"}] * 20_000}
+        ).encode(),
+        b'{"n": ' + b"9" * 1_000_000 + b"}",
+        b'"' + b"\\u0000" * 150_000 + b'"',
+        b"x" * 2_000_000,
+    ]
+
+    def storm(n: int) -> None:
+        for _ in range(n):
+            with contextlib.suppress(ConnectionError):  # closed on a body that was too large
+                status = call(port, "POST", CHAT, rng.choice(attacks), key=key).status
+                assert status in (400, 413)
+
+    storm(60)
+    before = resident_mib()
+    storm(1000)
+    assert resident_mib() - before <= 20
+
+
+@pytest.mark.nightly
+def test_at_ten_times_the_load_as_much_is_done_as_at_peak(tmp_path: Path) -> None:
+    """Open loop, without sockets: requests come whether or not earlier ones are done."""
+    door = make_door(tmp_path, text="word", slots=8, delay=0.1, limits={"waiting": 16})
+    done: Counter[int] = Counter()
+
+    async def one() -> None:
+        done[(await ask(door.app, chat_body(), key=door.secrets["lab"])).status] += 1
+
+    async def offered(per_second: float, seconds: float) -> float:
+        await door.engine.start()
+        done.clear()
+        tasks, start = [], time.monotonic()
+        for n in range(int(per_second * seconds)):
+            await asyncio.sleep(max(0.0, start + n / per_second - time.monotonic()))
+            tasks.append(asyncio.ensure_future(one()))
+        await asyncio.gather(*tasks)
+        return done[200] / (time.monotonic() - start)
+
+    capacity = 8 / (0.1 * (len(door.engine.ids) + 1))
+    peak = max(asyncio.run(offered(capacity * share, 5)) for share in (0.9, 1.0, 1.2))
+    before = resident_mib()
+    at_ten = asyncio.run(offered(capacity * 10, 10))
+    assert at_ten >= 0.9 * peak
+    assert done[429] > done[200]
+    assert set(done) == {200, 429}
+    assert resident_mib() - before <= 20

@@ -113,7 +113,7 @@ def test_the_whole_life_of_a_server(served: Served) -> None:
     assert whole.model_extra["dials"]["effective"]["safety"]["level"] == 4
 
     # The policy changes under it; SIGHUP only makes it look again.
-    policy = example_policy(max_tokens=40)
+    policy = example_policy(max_tokens=200)
     policy["scenarios"]["general"]["default"]["safety"] = 0.75
     served.policy.write_text(yaml.safe_dump(policy))
     served.process.send_signal(signal.SIGHUP)
@@ -121,7 +121,7 @@ def test_the_whole_life_of_a_server(served: Served) -> None:
     assert reply.json["dials"]["effective"]["safety"]["level"] == 3
 
     # SIGTERM in the middle of an answer: it is finished, and the process ends with 0.
-    long = chat_body("hi", stream=True, max_tokens=40, seed=1)
+    long = chat_body("hi", stream=True, max_tokens=200, seed=1)
     body = json.dumps(long).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"

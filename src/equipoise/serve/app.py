@@ -17,7 +17,7 @@ from starlette.responses import Response
 from equipoise.serve.answer import Answer
 from equipoise.serve.auth import CLIENT_LEFT, VISIT, Gate, Visit
 from equipoise.serve.chat import Job, ServedModel, prepare
-from equipoise.serve.failures import RefusedError, internal_error, json_bytes
+from equipoise.serve.failures import RefusedError, internal_error, json_bytes, not_ready
 from equipoise.serve.limits import Admission, RateLimit
 from equipoise.serve.listing import list_models
 from equipoise.serve.metrics import Metrics
@@ -65,7 +65,7 @@ async def healthz(house: House, request: Request) -> Response:
 async def readyz(house: House, request: Request) -> Response:
     """Answers can be given: policy in force (the gate checks that), engine at work."""
     if not house.is_ready:
-        raise _not_ready()
+        raise not_ready()
     return _json({"status": "ready"})
 
 
@@ -103,7 +103,10 @@ async def chat(house: House, request: Request) -> Response:
     """Answer a chat."""
     visit: Visit = request.scope[VISIT]
     if not house.is_ready:
-        raise _not_ready()
+        raise not_ready()
+    house.admission.check_room(
+        visit.key.id, slots=house.engine.load().slots, limits=visit.rules.policy.limits
+    )
 
     def prepared() -> Job:
         return prepare(
@@ -238,12 +241,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 _ROUTING = {404: ("no such route", "not_found"), 405: ("not this method", "method_not_allowed")}
-
-
-def _not_ready() -> RefusedError:
-    return RefusedError(
-        503, "no answers are given now", code="not_ready", headers={"retry-after": "5"}
-    )
 
 
 def _json(value: Any) -> Response:

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from equipoise.config import SamplingConfig
 from equipoise.dials.dial_policy import Key, Limits, Refusal, effective_setting, scenario_for
@@ -20,7 +20,7 @@ from equipoise.serve.engine import Generation
 from equipoise.serve.failures import RefusedError, bad_request, quoted
 from equipoise.serve.reload import Rules
 from equipoise.serve.strict_json import parse
-from equipoise.serve.wire import Applied, ChatRequest, Envelope, parse_chat
+from equipoise.serve.wire import Applied, ChatRequest, Envelope, in_words, parse_chat
 from equipoise.types import DialSetting, Message, Sampling
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _GREEDY_BELOW = 0.01
 """Temperatures below this take the likeliest token: dividing by them would overflow."""
 _TOP_K = SamplingConfig().top_k
+_CHARACTERS_PER_TOKEN = 16
+"""A longer prompt is refused without counting its tokens, which takes seconds per megabyte."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def prepare(
     salt = hmac.new(salt_key, key.id.encode(), hashlib.sha256).hexdigest()
     applied = Applied(
         requested=request.dials,
-        effective=_in_words(setting, model),
+        effective=in_words(setting, model.attributes, model.levels),
         scenario=scenario_name,
         policy_hash=rules.policy_hash,
         model_hash=model.hash,
@@ -168,18 +170,23 @@ def _scenario_name(asked: str, key: Key, rules: Rules, model: ServedModel) -> st
 
 
 def _prompt_ids(messages: tuple[Message, ...], encoder: Encoder, limits: Limits) -> tuple[int, ...]:
+    if sum(len(m.content) for m in messages) > limits.max_prompt_tokens * _CHARACTERS_PER_TOKEN:
+        raise _too_long(f"at most {limits.max_prompt_tokens} tokens are taken")
     try:
         ids = tuple(encoder.prompt_ids(messages))
     except (DataError, EncodingError, ModelError) as error:
         raise bad_request(error.what, param="messages", code="unusable_messages") from None
     if len(ids) > limits.max_prompt_tokens:
-        raise bad_request(
-            f"the prompt has {len(ids)} tokens; at most {limits.max_prompt_tokens} are taken, "
-            "and none are cut off",
-            param="messages",
-            code="context_length_exceeded",
-        )
+        raise _too_long(f"it has {len(ids)} tokens; at most {limits.max_prompt_tokens} are taken")
     return ids
+
+
+def _too_long(why: str) -> RefusedError:
+    return bad_request(
+        f"the prompt is too long, and none is cut off: {why}",
+        param="messages",
+        code="context_length_exceeded",
+    )
 
 
 def _sampling(request: ChatRequest, limits: Limits, room: int) -> Sampling:
@@ -190,11 +197,7 @@ def _sampling(request: ChatRequest, limits: Limits, room: int) -> Sampling:
     if asked is not None and asked > limits.max_tokens:
         raise bad_request(f"max_tokens is at most {limits.max_tokens}", param="max_tokens")
     if room < (asked or 1):
-        raise bad_request(
-            "prompt and completion are longer than the model's context",
-            param="messages",
-            code="context_length_exceeded",
-        )
+        raise _too_long("with its completion it exceeds the model's context")
     greedy = request.temperature < _GREEDY_BELOW
     return Sampling(
         temperature=1.0 if greedy else request.temperature,
@@ -240,11 +243,3 @@ def _check_text(stops: tuple[str, ...]) -> None:
         "".join(stops).encode("utf-8")
     except UnicodeEncodeError:
         raise bad_request("a stop string holds half a character", param="stop") from None
-
-
-def _in_words(setting: DialSetting, model: ServedModel) -> dict[str, Any]:
-    top = model.levels - 1
-    return {
-        attribute: "auto" if level is None else {"level": level, "value": round(level / top, 6)}
-        for attribute, level in zip(model.attributes, setting.levels, strict=True)
-    }

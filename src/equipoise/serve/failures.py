@@ -65,6 +65,13 @@ def internal_error() -> RefusedError:
     return RefusedError(500, "a fault of the server", code="internal_error")
 
 
+def not_ready() -> RefusedError:
+    """Return the refusal of a server that is stopping, or whose engine has died."""
+    return RefusedError(
+        503, "no answers are given now", code="not_ready", headers={"retry-after": "5"}
+    )
+
+
 def json_bytes(value: Any) -> bytes:
     """Return JSON in ASCII: a lone surrogate in it cannot break the response."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()

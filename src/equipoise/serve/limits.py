@@ -117,29 +117,33 @@ class Admission:
         self.tokens = 0
         self._of_key: Counter[str] = Counter()
 
+    def check_room(
+        self, key_id: str, *, slots: int, limits: Limits, completions: int = 1, tokens: int = 1
+    ) -> None:
+        """Refuse what does not fit; asked with the least before any work is done for a request.
+
+        Args:
+            key_id: Whose request it is.
+            slots: Completions that the engine samples at once.
+            limits: The policy's.
+            completions: ``n``, or ``best_of``.
+            tokens: Prompt and completion tokens they may take in all.
+
+        Raises:
+            RefusedError: 429.
+        """
+        if self._of_key.get(key_id, 0) + completions > limits.per_key:
+            raise _busy("this key has too much under way", "key_busy")
+        too_many = self.completions + completions > slots + limits.waiting
+        if too_many or self.tokens + tokens > limits.waiting_tokens:
+            raise _busy("the server is busy", "server_busy")
+
     @contextmanager
     def admitted(
         self, key_id: str, completions: int, tokens: int, *, slots: int, limits: Limits
     ) -> Iterator[None]:
-        """Hold places for a request's completions while the block runs.
-
-        Args:
-            key_id: Whose they are.
-            completions: ``n``.
-            tokens: Prompt and completion tokens they may take in all.
-            slots: Completions that the engine samples at once.
-            limits: The policy's.
-
-        Raises:
-            RefusedError: 429; nothing is held.
-        """
-        if self._of_key[key_id] + completions > limits.per_key:
-            self._forget(key_id)
-            raise _busy("this key has too much under way", "key_busy")
-        too_many = self.completions + completions > slots + limits.waiting
-        if too_many or self.tokens + tokens > limits.waiting_tokens:
-            self._forget(key_id)
-            raise _busy("the server is busy", "server_busy")
+        """Hold places for a request's completions while the block runs; see :meth:`check_room`."""
+        self.check_room(key_id, slots=slots, limits=limits, completions=completions, tokens=tokens)
         self.completions += completions
         self.tokens += tokens
         self._of_key[key_id] += completions
@@ -149,11 +153,8 @@ class Admission:
             self.completions -= completions
             self.tokens -= tokens
             self._of_key[key_id] -= completions
-            self._forget(key_id)
-
-    def _forget(self, key_id: str) -> None:
-        if self._of_key[key_id] <= 0:
-            del self._of_key[key_id]
+            if not self._of_key[key_id]:
+                del self._of_key[key_id]
 
 
 def _busy(message: str, code: str) -> RefusedError:

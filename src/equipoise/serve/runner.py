@@ -194,6 +194,8 @@ def run_app(
     """Run an application under uvicorn; see :func:`serve`."""
     import uvicorn
 
+    from equipoise.serve.connection import ImpatientH11
+
     class _Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             on_stop()
@@ -219,7 +221,7 @@ def run_app(
         lifespan="on",
         limit_concurrency=_MAX_CONNECTIONS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        http="h11",
+        http=ImpatientH11,
         timeout_graceful_shutdown=drain_seconds,
     )
     _Server(config).run()

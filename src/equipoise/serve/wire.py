@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from equipoise.dials.policy_file import validation_fault
 from equipoise.serve.failures import RefusedError, bad_request, quoted
-from equipoise.types import Finish, Message
+from equipoise.types import DialSetting, Finish, Message
 
 MAX_MESSAGES = 256
 MAX_STOPS = 4
@@ -118,6 +118,14 @@ def _faults(error: ValidationError) -> RefusedError:
 
 def _safe(part: int | str) -> int | str:
     return part if isinstance(part, int) or part.isidentifier() else quoted(part)
+
+
+def in_words(setting: DialSetting, attributes: Sequence[str], levels: int) -> dict[str, Any]:
+    """Return a setting as answers spell it: ``auto``, or level and dial value."""
+    return {
+        attribute: "auto" if k is None else {"level": k, "value": round(k / (levels - 1), 6)}
+        for attribute, k in zip(attributes, setting.levels, strict=True)
+    }
 
 
 @dataclass(frozen=True)

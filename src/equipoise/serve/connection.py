@@ -1,0 +1,56 @@
+"""HTTP/1.1 with a limit on the time that a request line and its headers may take."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADER_SECONDS = 10.0
+
+
+class ImpatientH11(H11Protocol):
+    """uvicorn's protocol, which alone would let a client send a header byte an hour.
+
+    The clock runs from the connection, or from the first byte after an answer, until the headers
+    are whole. Bodies have a limit of their own (:func:`equipoise.serve.limits.read_body`), and
+    silent connections uvicorn's.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        self._start()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the clock once a request has begun."""
+        if self.cycle is None or self.cycle.response_complete:
+            self._start()
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            self._stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _start(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self._hang_up)
+
+    def _stop(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _hang_up(self) -> None:
+        self._late = None
+        if not self.transport.is_closing():
+            self.transport.close()
