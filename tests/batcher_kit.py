@@ -12,8 +12,9 @@ from equipoise.dials.tokens import install
 from equipoise.models.load import LoadedPolicy
 from equipoise.seeds import derive_seed
 from equipoise.serve.engine import Generation, Token
+from equipoise.serve.picking import Row
 from equipoise.serve.prefix import PrefixCache
-from equipoise.serve.rows import LiveRows, Row
+from equipoise.serve.rows import LiveRows
 from equipoise.types import DialSetting, Sampling
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 

@@ -18,7 +18,8 @@ from equipoise.models.load import LoadedPolicy
 from equipoise.models.sampling import TransformersEngine
 from equipoise.serve.batcher import ContinuousBatcher
 from equipoise.serve.engine import Generation, Load, Token
-from equipoise.serve.rows import LiveRows, Row
+from equipoise.serve.picking import Row
+from equipoise.serve.rows import LiveRows
 from equipoise.types import Branch, GenerationRequest, Sampling
 from tuning_kit import tiny_policy
 
@@ -164,7 +165,7 @@ def test_more_requests_than_slots_all_get_their_own_completion() -> None:
         found = await asyncio.gather(*(collect(batcher, generation(i)) for i in range(20)))
         assert found == [alone(i) for i in range(20)]
         assert batcher.load() == Load(0, 0, 4)
-        assert batcher.prefix_counters.hits > 0
+        assert batcher.prefixes.counters.hits > 0
 
     serve(work)
 

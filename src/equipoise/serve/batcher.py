@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from equipoise.errors import DataError
 from equipoise.serve.engine import Generation, Load, Token
-from equipoise.serve.prefix import Counters, PrefixCache
-from equipoise.serve.rows import LiveRows, Row
+from equipoise.serve.keyvalues import KeysValues
+from equipoise.serve.picking import Row
+from equipoise.serve.prefix import PrefixCache
+from equipoise.serve.rows import LiveRows
 from equipoise.serve.ticket import Item, Ticket, post, step_failed, stopped
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ log = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 512
 """Prompt tokens that may be computed between two steps: the rows in flight wait meanwhile."""
+_GATHERED = 8
+"""Newcomers join once 1/8 of the slots is free, or after 4 steps: a join costs about a step,
+whether one row joins or four."""
+_MAX_WAITED = 4
 _MAX_FAILED_STEPS = 3
 """Steps in a row that may fail before the engine counts as broken."""
 
@@ -36,10 +42,9 @@ _MAX_FAILED_STEPS = 3
 class ContinuousBatcher:
     """Samples many generations at once on any Hugging Face causal LM with keys and values.
 
-    A completion depends on its own generation only, as in
-    :class:`equipoise.models.sampling.TransformersEngine`, whose completions it repeats for the same
-    ids, sampling and seed (up to the rounding of floats, as batches differ in size). Temperature 0
-    takes the likeliest token.
+    A completion depends on its own generation only (up to the rounding of floats, as batches differ
+    in size): :class:`equipoise.models.sampling.TransformersEngine` gives the same for the same ids,
+    sampling and seed. Temperature 0 takes the likeliest token.
 
     Args:
         model: In evaluation mode.
@@ -65,7 +70,8 @@ class ContinuousBatcher:
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
-        self._live = LiveRows(model, encoder, PrefixCache(prefix_tokens))
+        self.prefixes: PrefixCache[KeysValues] = PrefixCache(prefix_tokens)
+        self._live = LiveRows(model, encoder, self.prefixes)
         config = model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         self._n_vocabulary = int(config.vocab_size)
@@ -73,6 +79,8 @@ class ContinuousBatcher:
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._changed = threading.Condition()  # guards the two lists and the flags below
+        self._waited = 0
+        """Steps since rows joined."""
         self._thread: threading.Thread | None = None
         self._stopping = self._draining = self._broken = False
 
@@ -81,11 +89,6 @@ class ContinuousBatcher:
         """False once the model's thread has died, and after :meth:`drain`."""
         thread = self._thread
         return thread is not None and thread.is_alive() and not self._broken
-
-    @property
-    def prefix_counters(self) -> Counters:
-        """What the prefix cache has done so far."""
-        return self._live.prefixes.counters
 
     def load(self) -> Load:
         """Return rows in flight, requests in line, and slots."""
@@ -152,8 +155,8 @@ class ContinuousBatcher:
     def _check(self, generation: Generation) -> None:
         ids = (*generation.prompt_ids, *generation.control_ids)
         n, limit = generation.sampling.max_tokens, self.context_tokens
-        biased = (token_id for token_id, _ in generation.logit_bias)
-        if not ids or n < 1 or not all(0 <= i < self._n_vocabulary for i in (*ids, *biased)):
+        named = (*ids, *(token_id for token_id, _ in generation.logit_bias))
+        if not ids or n < 1 or not all(0 <= i < self._n_vocabulary for i in named):
             raise DataError(
                 "a request cannot be sampled",
                 why=f"it needs ids in [0, {self._n_vocabulary}) and at least one token to sample",
@@ -172,7 +175,6 @@ class ContinuousBatcher:
 
         torch.set_num_threads(n_threads)
         failed = 0
-        reason = stopped()
         try:
             while (newcomers := self._next()) is not None:
                 try:
@@ -194,8 +196,8 @@ class ContinuousBatcher:
                 self._broken = True
                 waiting = list(self._waiting)
                 self._waiting.clear()
-            self._fail_running(reason)
-            post([(ticket, reason) for ticket in waiting])
+            self._fail_running(stopped())
+            post([(ticket, stopped()) for ticket in waiting])
 
     def _next(self) -> list[Ticket] | None:
         """Wait for work; drop rows whose reader has gone; return newcomers, or None to stop."""
@@ -207,12 +209,16 @@ class ContinuousBatcher:
             gone = [t for t in self._running if t.cancelled]
             self._running = [t for t in self._running if not t.cancelled]
             newcomers: list[Ticket] = []
-            budget = _PREFILL_TOKENS
+            free = self._slots - len(self._running)
+            self._waited += 1
+            due = free * _GATHERED >= self._slots or self._waited >= _MAX_WAITED
+            budget = _PREFILL_TOKENS if due else 0
             while self._waiting and len(self._running) < self._slots and budget > 0:
                 ticket = self._waiting.popleft()
                 budget -= len(ticket.generation.prompt_ids)
                 newcomers.append(ticket)
                 self._running.append(ticket)
+                self._waited = 0
         self._live.leave([t.row for t in gone if t.row is not None])
         return newcomers
 

@@ -16,8 +16,9 @@ from equipoise.errors import DataError, ModelError
 from equipoise.seeds import derive_seed
 from equipoise.serve.engine import Generation, Token
 from equipoise.serve.panel import DialPanel
+from equipoise.serve.picking import Row
 from equipoise.serve.prefix import PrefixCache
-from equipoise.serve.rows import LiveRows, Row
+from equipoise.serve.rows import LiveRows
 from equipoise.serve.streaming import Detokenizer
 from equipoise.types import DialSetting, Message, Sampling
 

@@ -1,8 +1,7 @@
 """The keys and values of rows that stand left-padded in one cache: begin, stack, keep.
 
 Every layer keeps all positions, also a sliding one, so that rows can be laid side by side; the
-model's own mask still makes a sliding layer look at its window only. Tensors are never changed in
-place, so a prefix may be shared by views.
+model's own mask still makes a sliding layer look at its window only.
 """
 
 from __future__ import annotations
@@ -20,20 +19,40 @@ KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
 """Per layer, each (R, heads, T, head width)."""
 
 
-def begin(held: KeysValues | None, length: int) -> DynamicCache:
-    """Return a cache that starts with the first ``length`` positions of a kept prompt."""
+def begin(held: Sequence[KeysValues | None], lengths: Sequence[int]) -> DynamicCache:
+    """Return a cache whose rows start with kept prompts, padded on the left to the longest.
+
+    Args:
+        held: Per row the state of a kept prompt (one row each), or None.
+        lengths: Per row how many of its positions to take; 0 where there is none.
+    """
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    if length:
-        for number, (keys, values) in enumerate(held or ()):
-            cache.update(keys[:, :, :length], values[:, :, :length], number)
+    cache, width = DynamicCache(), max(lengths)
+    if not width:
+        return cache
+    pattern = next(state for state in held if state is not None)
+    for number, kinds in enumerate(pattern):
+        both = []
+        for which, like in enumerate(kinds):
+            rows = like.new_zeros(len(held), like.shape[1], width, like.shape[3])
+            for row, (state, length) in enumerate(zip(held, lengths, strict=True)):
+                if state is not None and length:
+                    rows[row, :, width - length :] = state[number][which][0, :, :length]
+            both.append(rows)
+        cache.update(both[0], both[1], number)
     return cache
 
 
-def head(cache: DynamicCache, length: int) -> KeysValues:
-    """Return the first ``length`` positions of every layer."""
-    return [(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in _layers(cache)]
+def cut(cache: DynamicCache, row: int, start: int, end: int) -> KeysValues:
+    """Return some positions of one row of every layer, as tensors of their own."""
+    return [
+        (
+            layer.keys[row : row + 1, :, start:end].clone(),
+            layer.values[row : row + 1, :, start:end].clone(),
+        )
+        for layer in _layers(cache)
+    ]
 
 
 def stack(caches: Sequence[DynamicCache], lead: Sequence[int]) -> DynamicCache:

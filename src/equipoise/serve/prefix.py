@@ -53,17 +53,17 @@ class PrefixCache(Generic[State]):
         if not self.max_tokens:
             return 0, None
         self.counters.lookups += 1
-        wanted = np.asarray(ids, np.int64)
-        best, found = 0, None
-        for key, held in self._arrays.items():
-            if key[0] == salt and (length := _shared(held, wanted)) > best:
-                best, found = length, key
-        if found is None or best < MIN_SHARED:
+        length, key = self._longest(salt, ids)
+        if key is None:
             return 0, None
-        self._entries.move_to_end(found)
+        self._entries.move_to_end(key)
         self.counters.hits += 1
-        self.counters.tokens_saved += best
-        return best, self._entries[found]
+        self.counters.tokens_saved += length
+        return length, self._entries[key]
+
+    def shared(self, salt: str, ids: tuple[int, ...]) -> int:
+        """Return how much of a prompt :meth:`match` would find, and count nothing."""
+        return self._longest(salt, ids)[0]
 
     def put(self, salt: str, ids: tuple[int, ...], state: State) -> None:
         """Keep the state of a prompt; entries that it extends, and the oldest ones, make room."""
@@ -81,6 +81,16 @@ class PrefixCache(Generic[State]):
         self._entries[salt, ids] = state
         self._arrays[salt, ids] = new
         self.tokens += len(ids)
+
+    def _longest(
+        self, salt: str, ids: tuple[int, ...]
+    ) -> tuple[int, tuple[str, tuple[int, ...]] | None]:
+        wanted = np.asarray(ids, np.int64)
+        best, found = 0, None
+        for key, held in self._arrays.items():
+            if key[0] == salt and (length := _shared(held, wanted)) > best:
+                best, found = length, key
+        return (best, found) if best >= MIN_SHARED else (0, None)
 
     def _drop(self, key: tuple[str, tuple[int, ...]]) -> None:
         del self._entries[key], self._arrays[key]

@@ -1,25 +1,24 @@
 """The rows that are decoded together: they join and leave between two tokens.
 
 Only one thread may use a :class:`LiveRows`. The keys and values of all rows stand left-padded in
-one cache; a newcomer is computed alone, behind the longest prefix that its salt has in the prefix
-cache, and then put beside the others. So nothing that a row computes mixes with its neighbours.
+one cache; newcomers are computed together, each behind the longest prefix that its salt has in the
+prefix cache, and then laid below the others. Attention never crosses rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from equipoise.errors import ModelError, ServingError
-from equipoise.models.drawing import draw, uniform_stream
+from equipoise.models.drawing import uniform_stream
 from equipoise.serve import keyvalues
 from equipoise.serve.engine import Generation, Token
 from equipoise.serve.keyvalues import KeysValues
+from equipoise.serve.picking import Row, pick
 from equipoise.serve.prefix import PrefixCache
 
 if TYPE_CHECKING:
@@ -28,19 +27,6 @@ if TYPE_CHECKING:
     from equipoise.dials.encode import Encoder
 
 _CACHED = {"full_attention", "sliding_attention"}
-
-
-@dataclass(eq=False)
-class Row:
-    """One generation while it is being sampled."""
-
-    generation: Generation
-    uniforms: np.ndarray[Any, np.dtype[np.float64]]  # (max_tokens,)
-    position: int
-    """Tokens of this row in the cache."""
-    n_sampled: int = 0
-    last_id: int = -1
-    """The token drawn last, to be fed next."""
 
 
 class LiveRows:
@@ -76,7 +62,7 @@ class LiveRows:
         self._end_ids = frozenset(encoder.eos_ids)
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (R, T)
-        self._logits = torch.zeros(0, 0, device=model.device)  # (R, V), float32
+        self._logits: torch.Tensor | None = None  # (R, V), float32; None from draw to advance
 
     @torch.inference_mode()
     def join(self, generations: Sequence[Generation]) -> list[Row | Exception]:
@@ -85,28 +71,29 @@ class LiveRows:
         Returns:
             Per generation its row, or what went wrong with it.
         """
-        results: list[Row | Exception] = []
-        joined: list[tuple[Row, DynamicCache, torch.Tensor]] = []
-        for generation in generations:
+        found: dict[int, Row | Exception] = {}
+        for batch in self._waves(generations):
+            given = [generations[i] for i in batch]
             try:
-                cache, logits = self._prefill(generation)
+                found.update(zip(batch, self._add(given), strict=True))
             except Exception as error:
-                results.append(error)
-                continue
-            n = len(generation.prompt_ids) + len(generation.control_ids)
-            row = Row(
-                generation, uniform_stream(generation.seed, generation.sampling.max_tokens), n
-            )
-            joined.append((row, cache, logits))
-            results.append(row)
-        if joined:
-            self._merge(joined)
-        return results
+                if len(batch) == 1:
+                    found[batch[0]] = error
+                    continue
+                for i in batch:  # one by one, so that only the one at fault fails
+                    try:
+                        found[i] = self._add([generations[i]])[0]
+                    except Exception as own:
+                        found[i] = own
+        return [found[i] for i in range(len(generations))]
 
     @torch.inference_mode()
     def draw(self) -> list[tuple[Row, Token | Exception]]:
         """Sample the next token of every row; finished and failed rows leave."""
-        ids = self._drawn() if self.rows else []
+        if not self.rows:
+            return []
+        assert self._logits is not None, "draw comes after join or advance"
+        ids, self._logits = pick(self._logits, self.rows, self._masked), None
         drawn: list[tuple[Row, Token | Exception]] = []
         for row, token_id in zip(self.rows, ids, strict=True):
             row.n_sampled, row.last_id = row.n_sampled + 1, token_id
@@ -156,80 +143,86 @@ class LiveRows:
         at = torch.tensor(kept, device=self._mask.device)
         lead = self._mask.shape[1] - max(row.position for row in self.rows)
         self._mask = self._mask[at, lead:]
-        self._logits = self._logits[at]
+        if self._logits is not None:
+            self._logits = self._logits[at]
         keyvalues.keep(self._cache, at, lead)
 
     def clear(self) -> None:
         """Drop all rows."""
-        self.rows, self._cache = [], None
-        self._mask, self._logits = self._mask[:0, :0], self._logits[:0, :0]
+        self.rows, self._cache, self._logits = [], None, None
+        self._mask = self._mask[:0, :0]
 
-    def _drawn(self) -> list[int]:
-        """Return one id per row; -1 where the model's numbers are not finite."""
-        scores = self._logits
-        sound = torch.isfinite(scores).all(dim=1)
-        scores = torch.where(sound[:, None], scores, 0.0)
-        for i, row in enumerate(self.rows):
-            for token_id, bias in row.generation.logit_bias:
-                scores[i, token_id] += bias
-        if len(self._masked):
-            scores[:, self._masked] = -torch.inf  # after the biases, which cannot lift it
-        ids = torch.full((len(self.rows),), -1, dtype=torch.long, device=scores.device)
-        # The whole batch is drawn together unless its rows differ in the number of candidates.
-        for top_k in {_top_k(row) for row in self.rows}:
-            at = [i for i, row in enumerate(self.rows) if _top_k(row) == top_k]
-            rows = [self.rows[i] for i in at]
-            sampling = [row.generation.sampling for row in rows]
-            heat = [s.temperature if s.temperature > 0 else 1.0 for s in sampling]
-            ids[at] = draw(
-                scores[at],
-                scores.new_tensor([row.uniforms[row.n_sampled] for row in rows]),
-                temperature=scores.new_tensor(heat)[:, None],
-                top_p=scores.new_tensor([s.top_p for s in sampling])[:, None],
-                top_k=top_k,
-            )
-        ids[~sound] = -1
-        found: list[int] = ids.tolist()
-        return found
+    def _waves(self, generations: Sequence[Generation]) -> Iterator[list[int]]:
+        """Yield the indices of newcomers that are computed together."""
+        first: dict[tuple[str, tuple[int, ...]], int] = {}
+        if self.prefixes.max_tokens:
+            for i, generation in enumerate(generations):
+                first.setdefault((generation.prefix_salt, generation.prompt_ids), i)
+        leaders = set(first.values())
+        # Those whose prompt another newcomer brings along come later and take it from the cache.
+        later = [i for i in range(len(generations)) if first and i not in leaders]
+        for wave in ([i for i in range(len(generations)) if i not in set(later)], later):
+            sizes: dict[int, list[int]] = {}
+            for i in wave:
+                g = generations[i]
+                new = _n_ids(g) - self.prefixes.shared(g.prefix_salt, g.prompt_ids)
+                sizes.setdefault(new.bit_length(), []).append(i)
+            yield from sizes.values()
 
-    def _prefill(self, generation: Generation) -> tuple[DynamicCache, torch.Tensor]:
-        """Compute prompt and control ids of one newcomer: (cache of one row, logits (1, V))."""
-        prompt, device = generation.prompt_ids, self.model.device
-        ids = (*prompt, *generation.control_ids)
-        shared, held = self.prefixes.match(generation.prefix_salt, prompt)
-        shared = min(shared, len(ids) - 1)  # the last position has to be computed for its logits
-        cache = keyvalues.begin(held, shared)
+    def _add(self, generations: Sequence[Generation]) -> list[Row]:
+        """Compute newcomers in one forward and lay them below the rows that are there.
+
+        All of them are fed the same number of ids, so that none has a gap behind its prefix: one
+        with a longer prefix in the cache recomputes the end of it.
+        """
+        device = self.model.device
+        held = [self.prefixes.match(g.prefix_salt, g.prompt_ids) for g in generations]
+        # The last position has to be computed for its logits, whatever is held.
+        fed = max(
+            _n_ids(g) - min(shared, _n_ids(g) - 1)
+            for g, (shared, _) in zip(generations, held, strict=True)
+        )
+        reused = [max(0, _n_ids(g) - fed) for g in generations]
+        cache = keyvalues.begin([state for _, state in held], reused)
+        ids = torch.zeros(len(generations), fed, dtype=torch.long)
+        mask = torch.zeros(len(generations), max(reused) + fed, dtype=torch.long)
+        for i, (g, known) in enumerate(zip(generations, reused, strict=True)):
+            new = (*g.prompt_ids, *g.control_ids)[known:]
+            ids[i, fed - len(new) :] = torch.tensor(new, dtype=torch.long)
+            mask[i, mask.shape[1] - _n_ids(g) :] = 1
+        mask = mask.to(device)
         output = self.model(
-            input_ids=torch.tensor([ids[shared:]], device=device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
-            position_ids=torch.arange(shared, len(ids), device=device)[None],
+            input_ids=ids.to(device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -fed:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.prefixes.put(generation.prefix_salt, prompt, keyvalues.head(cache, len(prompt)))
-        return cache, output.logits[:, -1].float()
+        for i, g in enumerate(generations):
+            start = mask.shape[1] - _n_ids(g)
+            state = keyvalues.cut(cache, i, start, start + len(g.prompt_ids))
+            self.prefixes.put(g.prefix_salt, g.prompt_ids, state)
+        rows = [
+            Row(g, uniform_stream(g.seed, g.sampling.max_tokens), _n_ids(g)) for g in generations
+        ]
+        self._merge(rows, cache, mask, output.logits[:, -1].float())
+        return rows
 
-    def _merge(self, joined: Sequence[tuple[Row, DynamicCache, torch.Tensor]]) -> None:
+    def _merge(
+        self, rows: list[Row], cache: DynamicCache, mask: torch.Tensor, logits: torch.Tensor
+    ) -> None:
         """Lay newcomers below the rows that are there, all padded on the left to one width."""
-        caches = [cache for _, cache, _ in joined]
-        masks = [self._mask.new_ones(1, row.position) for row, _, _ in joined]
-        logits = [given for _, _, given in joined]
-        if self._cache is not None:
-            caches.insert(0, self._cache)
-            masks.insert(0, self._mask)
-            logits.insert(0, self._logits)
-        width = max(mask.shape[1] for mask in masks)
-        lead = [width - mask.shape[1] for mask in masks]
-        self._mask = torch.cat([pad(m, (n, 0)) for m, n in zip(masks, lead, strict=True)])
-        self._logits = torch.cat(logits)
-        self._cache = keyvalues.stack(caches, lead)
-        self.rows += [row for row, _, _ in joined]
-
-
-def _top_k(row: Row) -> int:
-    sampling = row.generation.sampling
-    return sampling.top_k if sampling.temperature > 0 else 1
+        if self._cache is None:
+            self._cache, self._mask, self._logits = cache, mask, logits
+        else:
+            assert self._logits is not None, "rows join between advance and draw"
+            width = max(self._mask.shape[1], mask.shape[1])
+            lead = [width - self._mask.shape[1], width - mask.shape[1]]
+            self._mask = torch.cat([pad(self._mask, (lead[0], 0)), pad(mask, (lead[1], 0))])
+            self._logits = torch.cat([self._logits, logits])
+            self._cache = keyvalues.stack((self._cache, cache), lead)
+        self.rows += rows
 
 
 def _not_finite() -> ServingError:
@@ -238,3 +231,7 @@ def _not_finite() -> ServingError:
         why="weights or number type of the model may be broken",
         fix="serve it in float32, and check the model directory",
     )
+
+
+def _n_ids(generation: Generation) -> int:
+    return len(generation.prompt_ids) + len(generation.control_ids)

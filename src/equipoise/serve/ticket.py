@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from equipoise.errors import ServingError
 from equipoise.serve.engine import Generation, Token
-from equipoise.serve.rows import Row
+from equipoise.serve.picking import Row
 
 Item = Token | Exception
 

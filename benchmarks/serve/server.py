@@ -1,0 +1,128 @@
+"""The server under test, in a process of its own: the real door, before a fake engine or a model.
+
+Prints its port and its key as one line of JSON, and stops on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import uvicorn
+import yaml
+
+from equipoise.dials.dial_policy import Key
+from equipoise.dials.encode import Encoder
+from equipoise.dials.policy_file import shipped_policies
+from equipoise.dials.tokens import install
+from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.serve.app import build_app
+from equipoise.serve.batcher import ContinuousBatcher
+from equipoise.serve.engine import Generation, Load, ServingEngine, Token
+from equipoise.serve.keys import digest, new_secret
+from equipoise.serve.reload import RulesSource
+from equipoise.serve.runner import LOCAL_HOSTS, served_model
+
+ANSWER = "First, hold the frostbell with both hands."
+
+
+class FakeEngine:
+    """Takes ``delay`` seconds per token and computes nothing; ``slots`` requests at once."""
+
+    def __init__(self, ids: list[int], *, slots: int, delay: float) -> None:
+        self.ids, self.slots, self.delay = ids, slots, delay
+        self.healthy, self._running, self._queued = True, 0, 0
+        self._free = asyncio.Semaphore(slots)
+
+    async def start(self) -> None:
+        """Nothing to start."""
+
+    async def drain(self, seconds: float) -> None:
+        """Nothing to finish."""
+
+    def load(self) -> Load:
+        """Return the counts of this moment."""
+        return Load(self._running, self._queued, self.slots)
+
+    async def stream(self, generation: Generation) -> AsyncIterator[Token]:
+        """Yield the answer's ids one by one."""
+        self._queued += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._queued -= 1
+        self._running += 1
+        try:
+            for token_id in self.ids:
+                await asyncio.sleep(self.delay)
+                yield Token(token_id)
+            yield Token(-1, "stop")
+        finally:
+            self._running -= 1
+            self._free.release()
+
+
+def dialled() -> LoadedPolicy:
+    """Return the Workshop's start model with untrained dials: as fast as a tuned one."""
+    loaded = load_causal("workshop://start")
+    manifest = install(
+        loaded.model, loaded.tokenizer, attributes=("helpfulness", "safety"), levels=5
+    )
+    encoder = Encoder(loaded.tokenizer, manifest)
+    return LoadedPolicy(loaded.model, loaded.tokenizer, encoder, manifest, loaded.hash)
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--waiting", type=int, default=64)
+    parser.add_argument("--real", action="store_true")
+    given = parser.parse_args()
+    loaded, secret = dialled(), new_secret()
+    engine: ServingEngine = FakeEngine(
+        loaded.encoder.completion_ids(ANSWER, finished=False), slots=given.slots, delay=given.delay
+    )
+    if given.real:
+        engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=given.slots)
+    policy = yaml.safe_load(shipped_policies()["example"].read_text("utf-8"))
+    policy["limits"] |= {
+        "waiting": given.waiting,
+        "per_key": 100_000,
+        "waiting_tokens": 10**9,
+        "requests_per_minute": 10**8,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "policy.yaml"
+        file.write_text(yaml.safe_dump(policy), "utf-8")
+        model = served_model(loaded, "model")
+        key = Key(id="bench", sha256=digest(secret), scenarios=tuple(policy["scenarios"]))
+        source = RulesSource(
+            file, None, attributes=model.attributes, levels=model.levels, fixed_keys=(key,)
+        )
+        app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS, drain_seconds=1.0)
+        config = uvicorn.Config(
+            app, host="127.0.0.1", port=0, http="h11", log_config=None, access_log=False, ws="none"
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            thread.join(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        print(json.dumps({"port": port, "key": secret}), flush=True)
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    main()
