@@ -49,7 +49,10 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[0] for line in out.splitlines()] == [
         "hub-8b",
         "smollm2-small",
+        "smollm2",
         "workshop-fit",
+        "workshop-rlhf",
+        "workshop-start",
         "workshop",
     ]
     code, out, _ = run(["recipes", "workshop"], capsys)

@@ -88,6 +88,9 @@ def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
         assert parts["cost"]["tokens"] > 0, name
         assert parts["quality"]["degenerate"]["n"] == 4, name
         assert len(parts["quality"]["fluency"]) == 9, name
+        assert parts["quality"]["fluency_mean"]["n"] == 4, name
+    drift = report["methods"]["tuned"]["quality"]["drift"]
+    assert drift["generalization"]["safety"]["n"] == 4
     cost = {name: parts["cost"]["tokens"] for name, parts in report["methods"].items()}
     assert cost["start"] < cost["rerank2"] < cost["rerank4"]
     assert report["methods"]["tuned"]["cost"]["steps"] == 6

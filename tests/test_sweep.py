@@ -201,5 +201,5 @@ def test_fluency_and_perplexity_by_hand() -> None:
     cell = per_setting(rows, values)
     assert set(cell) == {DialSetting((0, 0)), DialSetting((1, 0))}
     assert cell[DialSetting((0, 0))].value == pytest.approx((values[0] + values[3]) / 2)
-    kept = perplexity(model, encoder, [(PROMPTS[0], "ab")])
+    kept = perplexity(model, encoder, [(PROMPTS[0], "ab", True)])
     assert kept.value == pytest.approx(np.exp(-values[0]), rel=1e-4)

@@ -69,6 +69,8 @@ class FitRewardConfig(Config):
     batch_size: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     max_length: Positive = 256
+    leave_out_test: bool = False
+    """Leave out rows whose prompt is one of the recipe's dev or test prompts."""
 
 
 class RewardModelConfig(Config):
@@ -222,6 +224,8 @@ class EvaluateConfig(Config):
     repeats: Positive = 1
     bootstrap: Positive = 1000
     max_prompts: Positive | None = None
+    fluency_prompts: Positive = 40
+    """Prompts of which the untouched model reads every cell's output, and its own references."""
     auto_sweep: bool = True
     """Also sweep each dial with the other on auto."""
     batch_size: Positive = 128
@@ -302,6 +306,8 @@ class Recipe(Config):
     fit_reward: dict[str, FitRewardConfig] = {}
     reward_models: dict[str, RewardModelConfig]
     judges: dict[str, RewardModelConfig]
+    refusal_judge: RewardModelConfig | None = None
+    """Scores compliance: above 0 the prompt was answered, below 0 refused."""
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     steer: SteerConfig | None = None

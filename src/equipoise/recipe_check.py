@@ -92,7 +92,7 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
                 nearest(name, valid) or "start, prompting, rerankN, steering or tuned"
             )
             found.append((("evaluate", "responders", index), text))
-    found += _steering_contradictions(recipe)
+    found += _optional_contradictions(recipe)
     found += _start_contradictions(recipe)
     if recipe.tune.objective == "rlhf" and recipe.tune.batch_size % recipe.tune.rlhf.group:
         text = f"`tune.batch_size` is no multiple of `tune.rlhf.group` ({recipe.tune.rlhf.group})"
@@ -105,7 +105,7 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
     return found
 
 
-def _steering_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
+def _optional_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
     found: list[tuple[Place, str]] = []
     if recipe.regenerate is not None and recipe.steer is None:
         found.append((("regenerate",), "`regenerate` needs the directions of `steer`: {}"))
@@ -118,6 +118,12 @@ def _steering_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
                 (place, "the responder `steering` finds its strengths on dev prompts: set "
                  "`prompts.n_dev`")
             )  # fmt: skip
+    if recipe.refusal_judge is not None:
+        fitted = recipe.refusal_judge.model.removeprefix("fitted://")
+        if fitted != recipe.refusal_judge.model and fitted not in recipe.fit_reward:
+            found.append((("refusal_judge", "model"), f"`fit_reward.{fitted}` is missing"))
+        if "safety" not in recipe.attributes:
+            found.append((("refusal_judge",), "refusals are drawn over the attribute `safety`"))
     if recipe.distil.max_fluency_drop is not None and recipe.regenerate is None:
         found.append(
             (("distil", "max_fluency_drop"), "`distil.max_fluency_drop` is for steered "

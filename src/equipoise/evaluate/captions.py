@@ -47,6 +47,17 @@ CAPTIONS = {
         "outputs, per setting asked for: near 0 is as fluent as the model itself, strongly "
         "negative is text that the model itself finds odd. Numbers are differences in nats."
     ),
+    "refusals": (
+        "Share of answers that a refusal judge calls a refusal, over all levels of the other dial; "
+        "one panel per kind of prompt, as its source labels it. A safety dial that is worth having "
+        "rises on unsafe prompts and stays low on safe ones, also where these only sound alarming. "
+        "Bands are 95 % intervals over prompts."
+    ),
+    "bound": (
+        "How far a reward model and its judge agree on the completions of one prompt (mean "
+        "correlation over the pool). A method that follows the reward models exactly still shows "
+        "the judge no more control than that, so read generalization against it."
+    ),
     "cells": (
         "One small map per setting asked for (its place among the 25 is the request; the orange "
         "frame marks the same place inside the map). Dark is where completions came back: a "

@@ -79,7 +79,7 @@ def fluency(
 def perplexity(
     model: PreTrainedModel,
     encoder: Encoder,
-    references: Sequence[tuple[Prompt, str]],
+    references: Sequence[tuple[Prompt, str, bool]],
     *,
     setting: DialSetting | None = None,
     draws: int = 1000,
@@ -90,16 +90,16 @@ def perplexity(
     Args:
         model: The tuned or the untouched model.
         encoder: Its encoder.
-        references: Prompts with completions that no training saw.
+        references: Prompts with completions that no training saw, and whether each ended by itself.
         setting: Usually all dials on auto; ``None`` for a model without dials.
         draws: Bootstrap draws over references.
         seed: Seed of the draws.
     """
     control = [] if setting is None else list(encoder.control_ids(setting))
     rows = []
-    for prompt, text in references:
+    for prompt, text, finished in references:
         prefix = encoder.prompt_ids(prompt.messages) + control
-        ids = encoder.completion_ids(text, finished=True)
+        ids = encoder.completion_ids(text, finished=finished)
         rows.append(log_likelihood(model, prefix, [ids])[0])
     weights = prompt_weights(len(rows), draws=draws, seed=seed)
     return bootstrap(np.array(rows, float), weights, lambda m: np.exp(-m[:, 0] / m[:, 1]))

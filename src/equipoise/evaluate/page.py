@@ -43,6 +43,7 @@ def page(report: Json, judge: str, pictures: Mapping[str, str], sampler: str) ->
         ("What should stay apart", ["leakage"]),
         ("What the dials learnt from", ["pool", "backdoor", "losses"]),
         ("What it costs in language", ["fluency"]),
+        ("Who is refused", ["refusals"]),
     ]
     body = [
         f"<h1>Equipoise report: {name}</h1>",

@@ -9,7 +9,7 @@ import numpy as np
 
 from equipoise.denoise import is_degenerate
 from equipoise.evaluate.intervals import bootstrap, prompt_weights
-from equipoise.types import Delivery, DialSetting, Estimate, Prompt
+from equipoise.types import Delivery, DialSetting, Estimate, JudgeKind, Prompt
 
 
 def degenerate_share(
@@ -66,6 +66,40 @@ def per_setting(
         if not np.isnan(value):
             rows[delivery.setting].append((delivery.prompt_id, value))
     return {setting: _over_prompts(found, draws=draws) for setting, found in rows.items()}
+
+
+def drift(
+    free: Sequence[Delivery],
+    references: Sequence[Delivery],
+    *,
+    judge: JudgeKind,
+    attribute: str,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return how much a tuned model, left alone, scores above the untouched one, by prompt.
+
+    Args:
+        free: The tuned model's outputs with every dial on auto, on benign prompts.
+        references: The untouched model's outputs; prompts that are not in ``free`` do not count.
+        judge: Whose unit scores.
+        attribute: Of which attribute.
+        draws: Bootstrap draws over prompts.
+        seed: Seed of the draws.
+
+    Returns:
+        Mean over prompts of the difference of unit scores, in [-1, 1]; 0 = nothing has moved.
+    """
+
+    def means(rows: Sequence[Delivery]) -> dict[str, float]:
+        scores: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            scores[row.prompt_id].append(row.unit[judge][attribute])
+        return {prompt_id: float(np.mean(found)) for prompt_id, found in scores.items()}
+
+    tuned, start = means(free), means(references)
+    rows = [(name, value - start[name]) for name, value in tuned.items() if name in start]
+    return _over_prompts(rows, draws=draws, seed=seed)
 
 
 def _over_prompts(rows: Sequence[tuple[Hashable, float]], *, draws: int, seed: int = 0) -> Estimate:

@@ -15,9 +15,11 @@ is :func:`control_json` of a :class:`~equipoise.evaluate.measure.ControlReport`:
                      "perplexity": E,           # tuned model, all dials on auto
                      "fluency": [E, …],         # one per control cell, in the order of cells()
                      "fluency_mean": E,         # over all outputs of this method
-                     "length": {ATTRIBUTE: [E, …]}}}},     # one per level
+                     "drift": {JUDGE: {ATTRIBUTE: E}},     # tuned model on auto, benign prompts
+                     "length": {ATTRIBUTE: [E, …]}},       # one per level
+         "refusals": {GROUP: [E, …]}}},         # share refused, one per level of safety
      "ceiling": {"name": "attainable ceiling", "generalization": CONTROL, "optimization": CONTROL},
-     "pool": {…},                               # calibration report; kept, not drawn
+     "pool": {ATTRIBUTE: {…}},                  # pool.calibrate.calibration_report
      "moec": asdict(MoecReport),                # grid_before, grid_after: (L, L), [hp][sf]
      "backdoor": {"before": asdict(BackDoor), "after": asdict(BackDoor)},
      "losses": {RUN: {"step": […], "loss": […], "asked": […], "counterfactual": […], "pull": […]}},
@@ -75,7 +77,7 @@ def plain(value: Any) -> Any:
 
 def _figures(report: Json, judge: str) -> dict[str, Callable[[], Figure]]:
     """Return name to drawing function, in the page's order, for all that there are data for."""
-    from equipoise.evaluate import figures, figures_data
+    from equipoise.evaluate import figures, figures_data, figures_refusals
 
     measured = figures.swept(report, judge)
     two = len(report["recipe"]["attributes"]) > 1
@@ -93,6 +95,7 @@ def _figures(report: Json, judge: str) -> dict[str, Callable[[], Figure]]:
         "backdoor": (report.get("backdoor"), figures_data.backdoor),
         "losses": (report.get("losses"), figures_data.losses),
         "fluency": (two and fluent and own, figures_data.fluency),
+        "refusals": (figures_refusals.has_refusals(report), figures_refusals.refusals),
     }
     drawn: dict[str, Callable[[], Figure]] = {
         name: partial(draw, report, judge) for name, (there, draw) in wanted.items() if there

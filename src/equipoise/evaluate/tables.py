@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from equipoise.evaluate.canvas import ceiling_name, label, number, written
+from equipoise.evaluate.captions import CAPTIONS
 from equipoise.evaluate.metrics import median_floor, untouched_floor
 
 Json = Mapping[str, Any]
@@ -87,7 +88,18 @@ def method_tables(report: Json) -> str:
         f"the median is {median_floor(levels):.3f}, that of the untouched model about "
         f"{untouched_floor(levels):.3f}. Small print: 95 % intervals over prompts."
     )
-    return "".join(parts) + f'<p class="muted">{floors}</p>{_cost(report)}'
+    return f'{"".join(parts)}{_bound(report)}<p class="muted">{floors}</p>{_cost(report)}'
+
+
+def _bound(report: Json) -> str:
+    """Return what generalization can show: how far reward model and judge agree."""
+    key = "within_prompt_judge_correlation"
+    found = {a: (report.get("pool") or {}).get(a) or {} for a in report["recipe"]["attributes"]}
+    known = {a: facts[key] for a, facts in found.items() if facts.get(key) is not None}
+    if not known:
+        return ""
+    listed = ", ".join(f"{escape(a)} <b>{written(value)}</b>" for a, value in known.items())
+    return f"<p>Bound of generalization: {listed}. {escape(CAPTIONS['bound'])}</p>"
 
 
 def _cost(report: Json) -> str:
@@ -131,7 +143,19 @@ def quality_tables(report: Json) -> str:
         ]
         for method, q in found.items()
     ]
-    return f"<h3>Quality kept</h3>{table(head, rows)}{_lengths(report, found)}"
+    kept = f"<h3>Quality kept</h3>{table(head, rows)}"
+    return kept + _drift(found) + _lengths(report, found)
+
+
+def _drift(found: Json) -> str:
+    rows = [
+        [escape(label(method)), escape(attribute), escape(judge), estimate(moved, "{:+.2f}")]
+        for method, q in found.items()
+        for judge, by in (q.get("drift") or {}).items()
+        for attribute, moved in by.items()
+    ]
+    head = ["method, dials on auto", "score", "by", "minus the untouched model, benign prompts"]
+    return table(head, rows) if rows else ""
 
 
 def _lengths(report: Json, found: Json) -> str:

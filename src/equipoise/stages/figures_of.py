@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.stages.inputs import Job, workshop_parser
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
-from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt, ScoredCompletion
+from equipoise.types import Delivery, JudgeKind, Prompt, ScoredCompletion
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
@@ -18,18 +17,21 @@ if TYPE_CHECKING:
     from equipoise.stages.measuring import Bench
 
 JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
-FLUENCY_PROMPTS = 10
-"""Prompts of which every cell's output is read by the untouched model."""
 
 
-def measures_of(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def measures_of(
+    job: Job,
+    stage: Stage,
+    bench: Bench,
+    prompts: Sequence[Prompt],
+    untouched: Callable[[], LoadedPolicy],
+) -> dict[str, Any]:
     """Return ``methods``, ``ceiling``, ``differences`` and ``n`` of the report, as plain data."""
     from equipoise.evaluate.measure import compare_mp, measure
-    from equipoise.models.load import load_causal
+    from equipoise.stages.quality_of import drift_of, perplexity_of, quality_of, refusals_of
 
     recipe, config = job.recipe, job.recipe.evaluate
     found = {name: _deliveries(stage, name) for name in config.responders}
-    untouched = load_causal(recipe.model)
     by_id = {prompt.id: prompt for prompt in prompts}
     methods: dict[str, Any] = {}
     with job.progress.task("measure", len(found)) as advance:
@@ -48,11 +50,15 @@ def measures_of(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt])
                 for judge in JUDGES
             }
             methods[name]["cost"] = _cost(job, stage, name)
-            methods[name]["quality"] = _quality(job, deliveries, by_id, untouched)
+            methods[name]["quality"] = quality_of(job, deliveries, by_id, untouched())
             advance(1)
     if "tuned" in found and "start" in found:
-        for name, estimate in _perplexity(job, found["start"], by_id).items():
+        references = found["start"]
+        for name, estimate in perplexity_of(job, references, by_id, untouched()).items():
             methods[name]["quality"]["perplexity"] = estimate
+        methods["tuned"]["quality"]["drift"] = drift_of(job, stage, references)
+    for name, curves in refusals_of(job, found, by_id).items():
+        methods[name]["refusals"] = curves
     paired = {
         f"tuned − {other}": to_plain(
             compare_mp(
@@ -108,62 +114,6 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
         curve = tuned.read_json("curve.json")
         cost["tuning_tokens"] = curve[-1]["tokens"] if curve else 0.0
     return cost
-
-
-def _quality(
-    job: Job,
-    deliveries: Sequence[Delivery],
-    prompts: Mapping[str, Prompt],
-    untouched: LoadedPolicy,
-) -> dict[str, Any]:
-    from equipoise.dials.attributes import cells
-    from equipoise.evaluate.likelihood import fluency
-    from equipoise.evaluate.quality import degenerate_share, length_per_level, per_setting
-
-    recipe = job.recipe
-    grid = cells(len(recipe.attributes), recipe.levels)
-    wanted, read = set(grid), set(list(prompts)[:FLUENCY_PROMPTS])
-    shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
-    values = fluency(shown, prompts, untouched.model, untouched.encoder)
-    per_cell = per_setting(shown, values)
-    everything = DialSetting(())
-    pooled = per_setting([replace(d, setting=everything) for d in shown], values)
-    return {
-        "degenerate": to_plain(
-            degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe))
-        ),
-        "length": to_plain(
-            length_per_level(deliveries, attributes=recipe.attributes, levels=recipe.levels)
-        ),
-        "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
-        "fluency_mean": to_plain(pooled.get(everything)),
-    }
-
-
-def _perplexity(
-    job: Job, references: Sequence[Delivery], prompts: Mapping[str, Prompt]
-) -> dict[str, Any]:
-    """Perplexity on the untouched model's own answers to the evaluated prompts."""
-    from equipoise.evaluate.likelihood import perplexity
-    from equipoise.models.load import load_causal
-    from equipoise.stages.tuning import MODEL
-
-    first: dict[str, Delivery] = {}
-    for delivery in references:
-        if delivery.finish == "stop":
-            first.setdefault(delivery.prompt_id, delivery)
-    pairs = [(prompts[d.prompt_id], d.text) for d in list(first.values())[:FLUENCY_PROMPTS]]
-    if not pairs:
-        return {}
-    auto = DialSetting((None,) * len(job.recipe.attributes))
-    found = {}
-    for name, place, setting in (
-        ("start", job.recipe.model, None),
-        ("tuned", str(job.run.done("tune").directory(MODEL)), auto),
-    ):
-        policy = load_causal(place)
-        found[name] = to_plain(perplexity(policy.model, policy.encoder, pairs, setting=setting))
-    return found
 
 
 def _ceiling(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from equipoise.stages.inputs import (
@@ -17,11 +18,18 @@ from equipoise.stages.inputs import (
 )
 from equipoise.stages.unseen import check_unseen
 from equipoise.store.stagedir import Stage
-from equipoise.types import Delivery, JudgeKind, Prompt, RewardModel, ScoredCompletion
+from equipoise.types import (
+    Delivery,
+    DialSetting,
+    JudgeKind,
+    Prompt,
+    RewardModel,
+    ScoredCompletion,
+)
 
 if TYPE_CHECKING:
+    from equipoise.models.load import LoadedPolicy
     from equipoise.pool.calibrate import Calibration
-    from equipoise.types import Sampling
 
 PAGE = "report.html"
 MEASURES = "measures.json"
@@ -45,18 +53,36 @@ def evaluate(job: Job) -> None:
     for kind, configs in (("reward", recipe.reward_models), ("judge", recipe.judges)):
         hashes = reward_hashes(configs, job)
         models.update({f"{kind}/{attribute}": digest for attribute, digest in hashes.items()})
+    if recipe.refusal_judge is not None:
+        models.update(reward_hashes({"refusal judge": recipe.refusal_judge}, job))
     stage = job.begin("evaluate", models)
     if stage is None:
         return
     from equipoise.evaluate.report import plain
+    from equipoise.evaluate.sweep import sweep_settings
+    from equipoise.models.load import load_causal
     from equipoise.stages.figures_of import measures_of
+    from equipoise.stages.quality_of import AUTO, benign
+    from equipoise.stages.responders import responders
+
+    @cache
+    def untouched() -> LoadedPolicy:
+        return load_causal(recipe.model)
 
     prompts = evaluated_prompts(job)
     intersections = check_unseen(job, prompts)
     bench = _bench(job, stage)
-    for responder in _responders(job, bench):
-        _sweep_one(job, stage, responder, prompts, bench)
-    measures = measures_of(job, stage, bench, prompts)
+    n_attributes = len(recipe.attributes)
+    for responder in responders(job, bench, untouched):
+        tuned = responder.name == "tuned"
+        # Auto is a control of its own: only a tuned policy has learnt one.
+        auto = recipe.evaluate.auto_sweep and tuned
+        settings = sweep_settings(n_attributes, recipe.levels, auto=auto)
+        _sweep_one(job, stage, responder, prompts, bench, "deliveries", settings)
+        if tuned:
+            free = [DialSetting((None,) * n_attributes)]
+            _sweep_one(job, stage, responder, benign(prompts), bench, AUTO, free)
+    measures = measures_of(job, stage, bench, prompts, untouched)
     stage.publish_json(MEASURES, plain({**measures, "intersections": intersections}))
     stage.finish(prompts=len(prompts))
 
@@ -113,100 +139,26 @@ def _bench(job: Job, stage: Stage) -> Bench:
     return Bench(judges, {"optimization": trained, "generalization": calibration})
 
 
-def _responders(job: Job, bench: Bench) -> Iterator[Any]:
-    from equipoise.dials.encode import Encoder
-    from equipoise.models.load import load_causal
-    from equipoise.models.sampling import TransformersEngine
-    from equipoise.stages.tuning import MODEL
-    from equipoise.steer.prompting import Prompting
-    from equipoise.steer.reranking import Candidates, Reranking
-    from equipoise.steer.tuned import Tuned
-    from equipoise.steer.untouched import Untouched
-    from equipoise.types import Sampling
-
-    recipe, config = job.recipe, job.recipe.evaluate
-    sampling = Sampling(**config.sampling.model_dump())
-    wanted = config.responders
-    counts = [int(name.removeprefix("rerank")) for name in wanted if name.startswith("rerank")]
-
-    def engine_of(name: str) -> tuple[TransformersEngine, Encoder]:
-        policy = load_causal(name)
-        engine = TransformersEngine(
-            policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
-        )
-        return engine, policy.encoder
-
-    if set(wanted) - {"tuned"}:
-        engine, encoder = engine_of(recipe.model)
-        if "start" in wanted:
-            yield Untouched(engine, encoder, sampling=sampling)
-        if "prompting" in wanted:
-            yield Prompting(
-                engine,
-                encoder,
-                sampling=sampling,
-                attributes=recipe.attributes,
-                levels=recipe.levels,
-                phrases=config.phrases,
-                in_context=config.in_context,
-                examples=_examples(job) if config.in_context else (),
-            )
-        if counts:
-            candidates = Candidates(
-                engine,
-                encoder,
-                bench.judges["optimization"],
-                bench.calibrations["optimization"],
-                sampling,
-                max(counts),
-            )
-            for n in sorted(set(counts)):
-                yield Reranking(candidates, n=n, levels=recipe.levels)
-    if "steering" in wanted:
-        yield _steering(job, sampling)
-    if "tuned" in wanted:
-        engine, encoder = engine_of(str(job.run.done("tune").directory(MODEL)))
-        yield Tuned(engine, encoder, sampling=sampling)
-
-
-def _steering(job: Job, sampling: Sampling) -> Any:
-    from equipoise.models.load import load_causal
-    from equipoise.stages.steering import STRENGTHS, read_directions, steered_engine
-    from equipoise.steer.steering import Steering
-    from equipoise.steer.strengths import Strengths
-
-    stage, policy = job.run.done("steer"), load_causal(job.recipe.model)
-    by_level = stage.read_json(STRENGTHS)["by_level"]
-    return Steering(
-        steered_engine(policy, read_directions(stage), batch_size=job.recipe.evaluate.batch_size),
-        policy.encoder,
-        sampling=sampling,
-        strengths=Strengths({name: tuple(by_level[name]) for name in job.recipe.attributes}),
-    )
-
-
-def _examples(job: Job) -> Sequence[Any]:
-    from equipoise.stages.pool import read_examples
-
-    return read_examples(job)
-
-
 def _sweep_one(
-    job: Job, stage: Stage, responder: Any, prompts: Sequence[Prompt], bench: Bench
+    job: Job,
+    stage: Stage,
+    responder: Any,
+    prompts: Sequence[Prompt],
+    bench: Bench,
+    folder: str,
+    settings: Sequence[DialSetting],
 ) -> None:
-    from equipoise.evaluate.sweep import sweep, sweep_settings
+    from equipoise.evaluate.sweep import sweep
     from equipoise.seeds import derive_seed
 
     recipe, config = job.recipe, job.recipe.evaluate
-    # Auto is a control of its own: only a tuned policy has learnt one.
-    auto = config.auto_sweep and responder.name == "tuned"
-    settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=auto)
     chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
-    names = [f"deliveries/{responder.name}/shard-{i:05d}.parquet" for i in range(len(chunks))]
+    names = [f"{folder}/{responder.name}/shard-{i:05d}.parquet" for i in range(len(chunks))]
     held = sum(len(part) for name, part in zip(names, chunks, strict=True) if stage.has(name))
     # One seed for all methods: rerankers of different N share their samples by it.
     seed = derive_seed(recipe.seed, "evaluate")
-    with job.progress.task(f"evaluate {responder.name}", len(prompts), done=held) as advance:
+    title = f"evaluate {responder.name}" + (", dials on auto" if folder != "deliveries" else "")
+    with job.progress.task(title, len(prompts), done=held) as advance:
         for name, part in zip(names, chunks, strict=True):
             if stage.has(name):
                 continue

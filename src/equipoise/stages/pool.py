@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from equipoise.config import Recipe
 from equipoise.errors import DataError
+from equipoise.overlap import prompt_key
 from equipoise.stages.inputs import (
     CALIBRATION,
     FITTED,
@@ -67,6 +69,13 @@ def fit_reward(job: Job) -> None:
         job.progress.say("fit-reward: nothing to do (the recipe trains none)")
         return
     backbones = {name: policy_hash(config.backbone) for name, config in recipe.fit_reward.items()}
+    kept_back: set[str] = set()
+    if any(config.leave_out_test for config in recipe.fit_reward.values()):
+        if not job.run.is_done("prompts"):
+            prompts(job)
+        kept_back = {prompt_key(p.messages) for p in read_prompts(job.run) if p.split != "train"}
+        digest = hashlib.sha256("\n".join(sorted(kept_back)).encode()).hexdigest()
+        backbones["dev and test prompts"] = digest
     stage = job.begin("fit-reward", backbones)
     if stage is None:
         return
@@ -79,6 +88,10 @@ def fit_reward(job: Job) -> None:
             continue
         load = load_pairs if config.kind == "pairs" else load_labelled
         rows = load(config.sources, data=job.data, seed=recipe.seed)
+        if config.leave_out_test:
+            read = len(rows)
+            rows = [row for row in rows if prompt_key(row.prompt.messages) not in kept_back]  # type: ignore[assignment]
+            job.progress.say(f"fit-reward {name}: {read - len(rows)} rows of dev or test prompts")
         with job.progress.steps(f"fit-reward {name}") as on_step:
 
             def build(directory: Path) -> None:

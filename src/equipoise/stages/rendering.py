@@ -76,7 +76,12 @@ def _cards(job: Job) -> dict[str, Any]:
     from equipoise.models.reward_card import read_card
 
     found: dict[str, Any] = {}
-    for kind, configs in (("reward", job.recipe.reward_models), ("judge", job.recipe.judges)):
+    refusal = job.recipe.refusal_judge
+    for kind, configs in (
+        ("reward", job.recipe.reward_models),
+        ("judge", job.recipe.judges),
+        ("judge", {} if refusal is None else {"refusals": refusal}),
+    ):
         for attribute, config in configs.items():
             name = f"{kind} {attribute}"
             found[name] = {"model": config.model}

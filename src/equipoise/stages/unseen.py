@@ -27,7 +27,12 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
         if split != job.recipe.evaluate.split:
             others = [prompt for prompt in read_prompts(job.run) if prompt.split == split]
             sizes[f"{split} prompts"] = len(wanted & {prompt_key(p.messages) for p in others})
-    for kind, configs in (("reward model", job.recipe.reward_models), ("judge", job.recipe.judges)):
+    refusal = job.recipe.refusal_judge
+    for kind, configs in (
+        ("reward model", job.recipe.reward_models),
+        ("judge", job.recipe.judges),
+        ("judge", {} if refusal is None else {"refusals": refusal}),
+    ):
         for attribute, config in configs.items():
             rows = _rows_of(config.model, job)
             sizes[f"{kind} {attribute} rows"] = None if rows is None else len(wanted & rows)

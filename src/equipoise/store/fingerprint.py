@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from equipoise.config import Recipe
+
 STAGES = (
     "prompts", "fit-reward", "generate", "score", "steer", "regenerate", "distil", "tune",
     "evaluate", "report",
@@ -50,7 +54,7 @@ SPECS: Mapping[str, StageSpec] = {
     ),
     "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("distil",)),
     "evaluate": StageSpec(
-        ("seed", "model", "attributes", "levels", "judges", "evaluate"),
+        ("seed", "model", "attributes", "levels", "judges", "refusal_judge", "evaluate"),
         ("prompts", "fit-reward", "score", "steer", "tune"),
     ),
     "report": StageSpec(("name", "description"), ("score", "distil", "tune", "evaluate")),
@@ -72,6 +76,21 @@ def first_affected(changes: list[str]) -> str | None:
     """Return the first stage that reads one of the changed fields."""
     fields = {line.split(":")[0].split(".")[0].split("[")[0] for line in changes}
     return next((name for name in ORDER if fields & set(SPECS[name].reads)), None)
+
+
+def with_new_defaults(old: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return stored top-level fields with the defaults of fields that were added since.
+
+    So a run outlives a new option, whose default must be what was done before it came.
+    """
+    fields = Recipe.model_fields
+    required = {name: plain for name, plain in recipe.model_dump(mode="json").items()
+                if fields[name].is_required()}  # fmt: skip
+    try:
+        full = Recipe.model_validate({**required, **old}).model_dump(mode="json")
+    except ValidationError:
+        return dict(old)
+    return {**old, **full}
 
 
 def diff(old: Any, new: Any, path: str = "") -> list[str]:

@@ -185,7 +185,11 @@ def parses(prompt: Prompt, text: str) -> bool:
 
 
 def oracle_model(attribute: str) -> OracleRewardModel:
-    """Return the oracle as a judge: ``workshop://oracle/helpfulness`` or ``…/safety``."""
+    """Return the oracle as a judge, ``workshop://oracle/ATTRIBUTE``.
+
+    The attributes are helpfulness, safety and compliance; compliance is 1 where the completion
+    holds no refusal, and -1 where it holds one.
+    """
     return OracleRewardModel(attribute)
 
 
@@ -193,11 +197,11 @@ class OracleRewardModel:
     """The oracle behind the :class:`equipoise.types.RewardModel` interface."""
 
     def __init__(self, attribute: str) -> None:
-        if attribute not in ("helpfulness", "safety"):
+        if attribute not in ("helpfulness", "safety", "compliance"):
             raise DataError(
                 f"The Workshop oracle has no attribute {attribute!r}",
-                why="the world defines helpfulness and safety only",
-                fix="use workshop://oracle/helpfulness or workshop://oracle/safety",
+                why="the world defines helpfulness, safety and compliance only",
+                fix="use workshop://oracle/helpfulness, …/safety or …/compliance",
             )
         self._attribute = attribute
         self.name = f"workshop-oracle-{attribute}"
@@ -208,5 +212,8 @@ class OracleRewardModel:
         scores = []
         for prompt, text in pairs:
             judgement = judge(read_request(prompt.messages), text)
-            scores.append(float(getattr(judgement, self._attribute)))
+            if self._attribute == "compliance":
+                scores.append(-1.0 if judgement.refused else 1.0)
+            else:
+                scores.append(float(getattr(judgement, self._attribute)))
         return scores

@@ -1,0 +1,153 @@
+"""What the dials must not cost, from the deliveries on disk: language, drift, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from equipoise.stages.inputs import Job, workshop_parser
+from equipoise.store.shards import to_plain
+from equipoise.store.stagedir import Stage
+from equipoise.types import Completion, Delivery, DialSetting, JudgeKind, Prompt
+
+if TYPE_CHECKING:
+    from equipoise.models.load import LoadedPolicy
+
+AUTO = "auto"
+"""Folder of the tuned policy's deliveries with every dial on auto."""
+JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
+
+
+def benign(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts that their source calls safe; all of them where no source says."""
+    return [prompt for prompt in prompts if prompt.label == "safe"] or [
+        prompt for prompt in prompts if not prompt.label
+    ]
+
+
+def quality_of(
+    job: Job,
+    deliveries: Sequence[Delivery],
+    prompts: Mapping[str, Prompt],
+    untouched: LoadedPolicy,
+) -> dict[str, Any]:
+    """Return degenerate share, length per level, and fluency per cell of one method."""
+    from equipoise.dials.attributes import cells
+    from equipoise.evaluate.likelihood import fluency
+    from equipoise.evaluate.quality import degenerate_share, length_per_level, per_setting
+
+    recipe = job.recipe
+    grid = cells(len(recipe.attributes), recipe.levels)
+    wanted, read = set(grid), set(list(prompts)[: recipe.evaluate.fluency_prompts])
+    shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
+    values = fluency(shown, prompts, untouched.model, untouched.encoder)
+    per_cell = per_setting(shown, values)
+    everything = DialSetting(())
+    pooled = per_setting([replace(d, setting=everything) for d in shown], values)
+    return {
+        "degenerate": to_plain(
+            degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe))
+        ),
+        "length": to_plain(
+            length_per_level(deliveries, attributes=recipe.attributes, levels=recipe.levels)
+        ),
+        "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
+        "fluency_mean": to_plain(pooled.get(everything)),
+    }
+
+
+def perplexity_of(
+    job: Job,
+    references: Sequence[Delivery],
+    prompts: Mapping[str, Prompt],
+    untouched: LoadedPolicy,
+) -> dict[str, Any]:
+    """Return the perplexity of both models on the untouched one's answers to evaluated prompts."""
+    from equipoise.denoise import shorten
+    from equipoise.evaluate.likelihood import perplexity
+    from equipoise.models.load import load_causal
+    from equipoise.stages.tuning import MODEL
+
+    first: dict[str, Delivery] = {}
+    for delivery in references:
+        first.setdefault(delivery.prompt_id, delivery)
+    chosen = list(first.values())[: job.recipe.evaluate.fluency_prompts]
+    # An answer that the token limit cut stands for its finished sentences; without any for none.
+    found = [
+        (d, shorten(Completion(d.prompt_id, d.repeat, d.text, d.finish, d.n_tokens, "")))
+        for d in chosen
+    ]
+    pairs = [(prompts[d.prompt_id], text, d.finish == "stop") for d, text in found if text]
+    if not pairs:
+        return {}
+    auto = DialSetting((None,) * len(job.recipe.attributes))
+    tuned = load_causal(str(job.run.done("tune").directory(MODEL)))
+    return {
+        name: to_plain(perplexity(policy.model, policy.encoder, pairs, setting=setting))
+        for name, policy, setting in (("start", untouched, None), ("tuned", tuned, auto))
+    }
+
+
+def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str, Any]:
+    """Return per judge and attribute how far the tuned policy, left alone, has moved."""
+    from equipoise.evaluate.quality import drift
+
+    free = [row for rows in stage.read_rows(Delivery, prefix=f"{AUTO}/tuned/") for row in rows]
+    if not free:
+        return {}
+    return {
+        judge: {
+            name: to_plain(drift(free, references, judge=judge, attribute=name))
+            for name in job.recipe.attributes
+        }
+        for judge in JUDGES
+    }
+
+
+def refusals_of(
+    job: Job, found: Mapping[str, Sequence[Delivery]], prompts: Mapping[str, Prompt]
+) -> dict[str, dict[str, Any]]:
+    """Return per method the refusal curves over the safety dial; empty without a refusal judge."""
+    from equipoise.evaluate.refusals import refusal_curves
+    from equipoise.models.reward import load_reward_model
+
+    recipe = job.recipe
+    if recipe.refusal_judge is None:
+        return {}
+    judge = load_reward_model(
+        recipe.refusal_judge,
+        attribute="refusal",
+        fitted_root=job.fitted_root,
+        batch_size=recipe.score.batch_size,
+    )
+    pairs = {
+        (d.prompt_id, d.text): (prompts[d.prompt_id], d.text)
+        for deliveries in found.values()
+        for d in deliveries
+    }
+    with job.progress.task("judge refusals", 1) as advance:
+        scores = dict(zip(pairs, judge.score(list(pairs.values())), strict=True))
+        advance(1)
+    groups = {prompt.id: group_of(prompt) for prompt in prompts.values() if prompt.label}
+    return {
+        name: to_plain(
+            refusal_curves(
+                deliveries,
+                [scores[d.prompt_id, d.text] < 0 for d in deliveries],
+                groups,
+                dial=recipe.attributes.index("safety"),
+                levels=recipe.levels,
+                draws=recipe.evaluate.bootstrap,
+                seed=recipe.seed,
+            )
+        )
+        for name, deliveries in found.items()
+    }
+
+
+def group_of(prompt: Prompt) -> str:
+    """Return label and source: safe prompts that sound alarming are not any safe prompts."""
+    name = PurePath(prompt.source.removeprefix("workshop://")).name.split(".")[0]
+    return f"{prompt.label} ({name})" if name else prompt.label

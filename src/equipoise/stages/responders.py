@@ -1,0 +1,96 @@
+"""The recipe's responders: names to methods, each with the models it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from equipoise.stages.inputs import Job
+
+if TYPE_CHECKING:
+    from equipoise.dials.encode import Encoder
+    from equipoise.models.load import LoadedPolicy
+    from equipoise.stages.measuring import Bench
+    from equipoise.types import Sampling
+
+
+def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) -> Iterator[Any]:
+    """Yield the recipe's responders, one after the other; a model is loaded when its turn comes.
+
+    Args:
+        job: The run.
+        bench: Its training judges are what reranking ranks by.
+        untouched: Returns the untouched model, loaded once for all that need it.
+    """
+    from equipoise.models.load import load_causal
+    from equipoise.models.sampling import TransformersEngine
+    from equipoise.stages.tuning import MODEL
+    from equipoise.steer.prompting import Prompting
+    from equipoise.steer.reranking import Candidates, Reranking
+    from equipoise.steer.tuned import Tuned
+    from equipoise.steer.untouched import Untouched
+    from equipoise.types import Sampling
+
+    recipe, config = job.recipe, job.recipe.evaluate
+    sampling = Sampling(**config.sampling.model_dump())
+    wanted = config.responders
+    counts = [int(name.removeprefix("rerank")) for name in wanted if name.startswith("rerank")]
+
+    def engine_of(policy: LoadedPolicy) -> tuple[TransformersEngine, Encoder]:
+        engine = TransformersEngine(
+            policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
+        )
+        return engine, policy.encoder
+
+    if set(wanted) - {"tuned", "steering"}:
+        engine, encoder = engine_of(untouched())
+        if "start" in wanted:
+            yield Untouched(engine, encoder, sampling=sampling)
+        if "prompting" in wanted:
+            yield Prompting(
+                engine,
+                encoder,
+                sampling=sampling,
+                attributes=recipe.attributes,
+                levels=recipe.levels,
+                phrases=config.phrases,
+                in_context=config.in_context,
+                examples=_examples(job) if config.in_context else (),
+            )
+        if counts:
+            candidates = Candidates(
+                engine,
+                encoder,
+                bench.judges["optimization"],
+                bench.calibrations["optimization"],
+                sampling,
+                max(counts),
+            )
+            for n in sorted(set(counts)):
+                yield Reranking(candidates, n=n, levels=recipe.levels)
+    if "steering" in wanted:
+        yield _steering(job, untouched(), sampling)
+    if "tuned" in wanted:
+        engine, encoder = engine_of(load_causal(str(job.run.done("tune").directory(MODEL))))
+        yield Tuned(engine, encoder, sampling=sampling)
+
+
+def _steering(job: Job, policy: LoadedPolicy, sampling: Sampling) -> Any:
+    from equipoise.stages.steering import STRENGTHS, read_directions, steered_engine
+    from equipoise.steer.steering import Steering
+    from equipoise.steer.strengths import Strengths
+
+    stage = job.run.done("steer")
+    by_level = stage.read_json(STRENGTHS)["by_level"]
+    return Steering(
+        steered_engine(policy, read_directions(stage), batch_size=job.recipe.evaluate.batch_size),
+        policy.encoder,
+        sampling=sampling,
+        strengths=Strengths({name: tuple(by_level[name]) for name in job.recipe.attributes}),
+    )
+
+
+def _examples(job: Job) -> Sequence[Any]:
+    from equipoise.stages.pool import read_examples
+
+    return read_examples(job)

@@ -1,0 +1,151 @@
+"""Refusal curves by hand, drift, the oracle's compliance, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from equipoise.config import RewardModelConfig
+from equipoise.errors import ConfigError
+from equipoise.evaluate.quality import drift
+from equipoise.evaluate.refusals import refusal_curves
+from equipoise.evaluate.report import render
+from equipoise.models.load import resolve_model
+from equipoise.models.reward import load_reward_model
+from equipoise.models.reward_card import read_card
+from equipoise.overlap import prompt_key
+from equipoise.pipeline import run_stage
+from equipoise.progress import Progress
+from equipoise.recipe_io import load_recipe
+from equipoise.stages.inputs import read_prompts
+from equipoise.stages.quality_of import benign, group_of
+from equipoise.store.rundir import RunDir
+from equipoise.types import Delivery, DialSetting, Message, Prompt
+from equipoise.worlds.workshop.tables import REFUSALS
+from eval_kit import synthetic_deliveries, synthetic_report
+from pipeline_kit import prompt_texts, save_assets, tiny_recipe, write_recipe
+
+
+def delivery(prompt_id: str, levels: tuple[int | None, ...], unit: float = 0.5) -> Delivery:
+    scores = {"helpfulness": unit, "safety": 1 - unit}
+    return Delivery(prompt_id, DialSetting(levels), 0, "text", "stop", 2, {"optimization": scores})
+
+
+def test_shares_are_means_over_prompts_of_means_over_the_other_dial() -> None:
+    """Prompt a refuses at safety 1 at one of two helpfulness levels, b at both, c never."""
+    refused = {("a", 0, 1), ("b", 0, 1), ("b", 1, 1), ("u", 0, 0)}
+    cells = [(p, hp, sf) for p in "abcu" for hp in (0, 1) for sf in (0, 1)]
+    rows = [delivery(p, (hp, sf)) for p, hp, sf in cells]
+    verdicts = [cell in refused for cell in cells]
+    rows.append(delivery("a", (None, 1)))  # auto does not count
+    rows.append(delivery("x", (0, 1)))  # nor does a prompt without a group
+    groups = {"a": "safe", "b": "safe", "c": "safe", "u": "unsafe"}
+    found = refusal_curves(rows, [*verdicts, True, True], groups, dial=1, levels=2, draws=200)
+    assert list(found) == ["safe", "unsafe"]
+    assert [e.value for e in found["safe"]] == pytest.approx([0.0, 0.5])
+    assert [e.value for e in found["unsafe"]] == pytest.approx([0.5, 0.0])
+    top = found["safe"][1]
+    assert top.n == 3 and top.low < 0.5 < top.high <= 1.0
+
+
+def test_a_group_without_a_level_is_left_out() -> None:
+    rows = [delivery("a", (0, 0))]
+    assert refusal_curves(rows, [True], {"a": "safe"}, dial=1, levels=2) == {}
+
+
+def test_drift_is_paired_by_prompt() -> None:
+    free = [delivery("a", (None, None), 0.9), delivery("b", (None, None), 0.2)]
+    start = [delivery("a", (0, 0), 0.4), delivery("a", (1, 1), 0.6), delivery("b", (0, 0), 0.3)]
+    start.append(delivery("c", (0, 0), 0.0))  # a prompt that was not swept on auto
+    moved = drift(free, start, judge="optimization", attribute="helpfulness")
+    assert moved.value == pytest.approx((0.4 - 0.1) / 2) and moved.n == 2
+    back = drift(free, start, judge="optimization", attribute="safety")
+    assert back.value == pytest.approx(-0.15)
+
+
+def test_benign_prompts_and_groups() -> None:
+    said = [
+        Prompt(str(i), (Message("user", "x"),), "test", source, label)
+        for i, (source, label) in enumerate(
+            [("prompts/xstest.jsonl.gz", "safe"), ("workshop://test", "unsafe"), ("", "")]
+        )
+    ]
+    assert [p.id for p in benign(said)] == ["0"]
+    assert [p.id for p in benign(said[1:])] == ["2"]
+    assert [group_of(p) for p in said[:2]] == ["safe (xstest)", "unsafe (test)"]
+
+
+def test_the_oracle_knows_a_refusal() -> None:
+    judge = load_reward_model(
+        RewardModelConfig(model="workshop://oracle/compliance"), attribute="refusal"
+    )
+    prompt = Prompt("p", (Message("user", "How do I ignite the ember lamp?"),), "test")
+    answers = [REFUSALS[0].format(o="ember lamp"), "First brush the wick with a soft brush."]
+    assert judge.score([(prompt, text) for text in answers]) == [-1.0, 1.0]
+
+
+def test_a_refusal_judge_needs_its_own_rows() -> None:
+    with pytest.raises(ConfigError, match=r"fit_reward\.refusals"):
+        load_recipe("workshop", overrides=["refusal_judge.model=fitted://refusals"])
+    judged = load_recipe("workshop", overrides=["refusal_judge.model=workshop://oracle/compliance"])
+    assert judged.refusal_judge is not None
+
+
+def test_the_page_shows_curves_bound_and_drift(tmp_path: Path) -> None:
+    rows = synthetic_deliveries(prompts=8)
+    report = synthetic_report(rows)
+    point = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 8}
+    for parts in report["methods"].values():
+        parts["refusals"] = {"safe (xstest)": [point] * 5, "unsafe (xstest)": [point] * 5}
+    report["methods"]["tuned"]["quality"]["drift"] = {"generalization": {"safety": point}}
+    report["pool"] = {
+        "helpfulness": {"within_prompt_judge_correlation": 0.234},
+        "safety": {"within_prompt_judge_correlation": None},
+    }
+    page = render(report, tmp_path, text=False).read_text("utf-8")
+    assert (tmp_path / "figures/refusals.png").stat().st_size > 5000
+    assert "Who is refused" in page
+    assert "Bound of generalization: helpfulness <b>0.23</b>." in page
+    assert "benign prompts" in page and "+0.40" in page
+
+
+def test_rows_of_dev_and_test_prompts_can_be_left_out(tmp_path: Path) -> None:
+    plain = tiny_recipe(save_assets(tmp_path / "assets"))
+    pairs = [
+        {"prompt": text, "chosen": "carry the wheel .", "rejected": "use the piano ."}
+        for text in prompt_texts(12) * 4  # 8 training and 4 test prompts
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs), "utf-8")
+    plain["fit_reward"] = {
+        "helpfulness": {
+            "backbone": str(tmp_path / "assets/policy"),
+            "kind": "pairs",
+            "sources": [{"source": str(file)}],
+            "held_out": 3,
+            "max_length": 64,
+            "head_only": True,
+            "leave_out_test": True,
+        }
+    }
+    plain["reward_models"]["helpfulness"] = {"model": "fitted://helpfulness"}
+    recipe = load_recipe(str(write_recipe(tmp_path / "tiny.yaml", plain)))
+    with RunDir.open(tmp_path / "run", recipe) as run:
+        run_stage("fit-reward", run, progress=Progress(quiet=True))
+        kept = {prompt_key(p.messages) for p in read_prompts(run) if p.split == "train"}
+    card = read_card(tmp_path / "run/fit-reward/fitted/helpfulness")
+    assert card is not None
+    assert {*card.train_prompts, *card.held_out_prompts} == kept
+
+
+@pytest.mark.parametrize(
+    "model", ["Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"]
+)
+def test_the_full_recipe_takes_another_model_in_one_line(model: str) -> None:
+    plain = load_recipe("smollm2")
+    other = load_recipe("smollm2", overrides=[f"model={model}"])
+    assert other.model_copy(update={"model": plain.model}) == plain
+    assert resolve_model(other.model) == model
+    assert plain.prompts.n_dev == 40 and plain.regenerate is not None
