@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -182,6 +183,21 @@ def test_a_changed_recipe_is_refused_with_a_diff_and_fresh_keeps_the_rest(tmp_pa
         assert run.is_done("generate")
         assert not run.is_done("score")
     assert stored_recipe(tmp_path / "run") == changed
+
+
+def test_a_run_outlives_an_option_that_came_after_it(tmp_path: Path) -> None:
+    with RunDir.open(tmp_path, recipe()) as run:
+        finished_prompts(run)
+    for file in (tmp_path / "recipe.json", tmp_path / "prompts/stage.json"):
+        plain = json.loads(file.read_text())
+        holder = plain["fingerprint"]["config"] if "fingerprint" in plain else plain
+        del holder["prompts"]["n_dev"]
+        file.write_text(json.dumps(plain))
+    with RunDir.open(tmp_path, recipe()) as run:
+        assert run.begin("prompts").complete
+    new = {"train": [{"source": "a"}], "test": [{"source": "b"}], "n_dev": 3}
+    with pytest.raises(RunError, match="n_dev: 0 -> 3"), RunDir.open(tmp_path, recipe(prompts=new)):
+        pass
 
 
 def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:

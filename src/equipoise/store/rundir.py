@@ -26,7 +26,14 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.store.fingerprint import OPTIONAL, ORDER, SPECS, diff, first_affected
+from equipoise.store.fingerprint import (
+    OPTIONAL,
+    ORDER,
+    SPECS,
+    diff,
+    first_affected,
+    with_new_defaults,
+)
 from equipoise.store.lock import locked
 from equipoise.store.publish import (
     TEMPORARY,
@@ -191,7 +198,7 @@ class RunDir:
     def _accept_recipe(self, *, fresh: bool, only_from: str | None) -> None:
         file, new = self.path / "recipe.json", self.recipe.model_dump(mode="json")
         old = read_json_or_none(file)
-        changes = diff(old, new) if old is not None else []
+        changes = diff(with_new_defaults(old, self.recipe), new) if old is not None else []
         if changes and not fresh:
             raise RunError(
                 f"the recipe is not the one that {self.path} was made with",

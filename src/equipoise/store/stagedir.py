@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from equipoise.store.fingerprint import diff
+from equipoise.config import Recipe
+from equipoise.store.fingerprint import diff, with_new_defaults
 from equipoise.store.publish import (
     json_bytes,
     publish_bytes,
@@ -26,6 +27,7 @@ class Run(Protocol):
     """What a stage needs from its run directory."""
 
     path: Path
+    recipe: Recipe
 
     def writing(self) -> AbstractContextManager[None]:
         """Turn disk errors into user errors."""
@@ -56,7 +58,11 @@ class Stage(StageFiles):
     def changes(self) -> list[str]:
         """Return how the fingerprint differs from the one the stage was begun with."""
         old = self._record() or read_json_or_none(self.path / RunFile.STARTED)
-        return [] if old is None else diff(old["fingerprint"], self.fingerprint)
+        if old is None:
+            return []
+        config = with_new_defaults(old["fingerprint"]["config"], self._run.recipe)
+        kept = {name: config.get(name) for name in self.fingerprint["config"]}
+        return diff({**old["fingerprint"], "config": kept}, self.fingerprint)
 
     def prepare(self) -> None:
         """Make the folder, note the fingerprint, and load the list of what is published."""
