@@ -1,12 +1,13 @@
 """The Workshop bench: every method over seeds, and how fast each objective learns to listen.
 
-    python benchmarks/workshop/run.py                 # all of it; resumes where it was stopped
-    python benchmarks/workshop/run.py --only seeds    # or: curves, collect
+    python -m benchmarks.workshop.run                 # all of it; resumes where it was stopped
+    python -m benchmarks.workshop.run --only seeds    # or: curves, collect
 
 A seed re-draws prompts, pool and tuning, and trains the shipped reward models on with fresh pairs
 (training them from the start for every seed would take longer than all the rest). Everything that
-was chosen (steps, rate, temperature, w) was chosen on draws of their own; the test prompts are read
-here. Runs lie in ``runs/bench``; the committed result is ``benchmarks/workshop/results.json``.
+was chosen (steps, rate, temperature, w) was chosen on dev prompts; the test prompts are read here.
+The runs are those of ``benchmarks.paper``, which adds RLHF and more seeds; the committed result is
+``benchmarks/workshop/results.json``.
 """
 
 from __future__ import annotations
@@ -14,112 +15,82 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE, TRAINING_FREE, slug
+from benchmarks.paper.runs import (
+    execute,
+    read_report,
+    row_lengths,
+    steps_for,
+    summary,
+)
 
 from equipoise.config import Recipe
 from equipoise.evaluate.intervals import over_seeds
-from equipoise.pipeline import run_all
-from equipoise.recipe_io import load_recipe
 from equipoise.store.rundir import RunDir
 from equipoise.types import Completion
 
 HERE = Path(__file__).parent
-RUNS = Path("runs/bench")
 SEEDS = (0, 1, 2)
 ATTRIBUTES = ("helpfulness", "safety")
 METRICS = ("mp", "bt", "bt_neighbours", "leakage", "rmse", "range")
-TRAINING_FREE = ("start", "prompting", "rerank8", "rerank16")
-STEPS = 400
-CURVE_STEPS = (50, 150, 400)
-"""Tuning budgets in ExMATE steps of 32 examples; CLM gets as many tokens, see CLM_STEPS."""
-RATES = {"clm": "1.0e-3", "exmate": "7.0e-4"}
-"""Learning rates, each chosen on dev prompts."""
-CLM_STEPS = 1.65
-"""CLM steps for the tokens of one ExMATE step (2,468 against 4,077 tokens, measured)."""
-UPSTREAM = ("prompts", "fit-reward", "generate", "score", "distil")
+CURVE_STEPS = (50, 150, FULL.steps)
+"""Tuning budgets in ExMATE steps of 32 examples; CLM gets as many tokens."""
 
 
-def recipe(seed: int, *, steps: int = STEPS, objective: str = "exmate", **changes: str) -> Recipe:
-    """Return the bench recipe: ``workshop-bench`` with a seed, an objective and its budget."""
-    scale = CLM_STEPS if objective == "clm" else 1.0
-    overrides = {
-        "seed": str(seed),
-        "tune.steps": str(round(steps * scale)),
-        "tune.objective": objective,
-        "tune.learning_rate": RATES[objective],
-        "evaluate.responders": "[tuned]",
-        **changes,
-    }
-    return load_recipe(
-        str(HERE / "recipe.yaml"), overrides=[f"{key}={value}" for key, value in overrides.items()]
-    )
-
-
-def run(name: str, made: Recipe, *, upstream: str | None = None) -> None:
-    """Run a recipe in ``runs/bench/NAME``; stages that a run before it shares are copied."""
-    folder = RUNS / name
-    if upstream is not None and not folder.exists():
-        partial = RUNS / f".{name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for stage in UPSTREAM:
-            shutil.copytree(RUNS / upstream / stage, partial / stage)
-        shutil.copy(RUNS / upstream / "recipe.json", partial / "recipe.json")
-        partial.rename(folder)
-    print(f"== {name}", file=sys.stderr, flush=True)
-    with RunDir.open(folder, made, fresh=not _same(folder, made)) as opened:
-        run_all(opened)
-
-
-def _same(folder: Path, made: Recipe) -> bool:
-    stored = folder / "recipe.json"
-    return not stored.exists() or json.loads(stored.read_text()) == made.model_dump(mode="json")
-
-
-def run_seed(seed: int) -> None:
-    """ExMATE with all training-free methods, then CLM on the same pool."""
+def run_seed(seed: int, names: Sequence[str] = ("clm",)) -> None:
+    """ExMATE with all training-free methods, then the named objectives on the same pool."""
     responders = f"[{', '.join(TRAINING_FREE)}, tuned]"
-    run(f"seed{seed}-exmate", recipe(seed, **{"evaluate.responders": responders}))
-    run(
-        f"seed{seed}-clm",
-        recipe(seed, objective="clm"),
-        upstream=f"seed{seed}-exmate",
-    )
+    reference = execute(FULL, seed, REFERENCE, {"evaluate.responders": responders}, ())
+    for name in names:
+        shares = POOL[:-1] if name.startswith("raw") else POOL
+        execute(FULL, seed, name, {**OBJECTIVES[name], **_budget(reference, name)}, shares)
 
 
 def run_curves() -> None:
     """CLM and ExMATE on the raw pool and on MOEC over the tuning budget, one seed."""
+    run_seed(0, ("clm", "raw-exmate", "raw-clm"))
+    reference = _folder(0, REFERENCE)
     for name, steps, objective, data in curve_points():
-        if name.startswith("curve"):
+        if steps < FULL.steps:
+            method = objective if data == "moec" else f"raw-{objective}"
             changes = {
-                "distil.data": data,
+                **OBJECTIVES[method],
+                **_budget(reference, method, share=steps / FULL.steps),
                 "evaluate.auto_sweep": "false",
-                "evaluate.max_prompts": "16",
             }
-            made = recipe(0, steps=steps, objective=objective, **changes)
-            run(name, made, upstream="seed0-exmate")
+            execute(FULL, 0, name, changes, POOL if data == "moec" else POOL[:-1])
+
+
+def _budget(reference: Path, name: str, *, share: float = 1.0) -> dict[str, str]:
+    """Steps for a share of the reference run's tokens."""
+    if name.endswith(REFERENCE):
+        return {"tune.steps": str(round(share * FULL.steps))}
+    tokens = summary(read_report(reference), "tuned")["cost"]["tuning_tokens"]
+    return steps_for(name, share * tokens, row_lengths(reference), FULL)
 
 
 def curve_points() -> Iterator[tuple[str, int, str, str]]:
-    """Yield (run name, steps, objective, data); the largest MOEC budget is seed 0's own run."""
+    """Yield (run name, steps, objective, data); the largest budget is the method's own run."""
     for data in ("moec", "raw"):
         for objective in ("clm", "exmate"):
             for steps in CURVE_STEPS:
-                shared = data == "moec" and steps == STEPS
-                name = f"seed0-{objective}" if shared else f"curve-{data}-{objective}-{steps}"
-                yield name, steps, objective, data
+                method = objective if data == "moec" else f"raw-{objective}"
+                whole = steps == FULL.steps
+                yield method if whole else f"curve {method} {steps}", steps, objective, data
 
 
-def report_of(name: str) -> dict[str, Any]:
+def report_of(seed: int, name: str) -> dict[str, Any]:
     """Return ``report.json`` of a run."""
-    found: dict[str, Any] = json.loads((RUNS / name / "report" / "report.json").read_text())
-    return found
+    return read_report(_folder(seed, name))
+
+
+def _folder(seed: int, name: str) -> Path:
+    return FULL.runs / f"seed{seed}-{slug(name)}"
 
 
 def collect(seconds_demo: float | None) -> dict[str, Any]:
@@ -132,8 +103,8 @@ def collect(seconds_demo: float | None) -> dict[str, Any]:
         headline[f"{name}.low"] = round(estimate.low, 4)
         headline[f"{name}.high"] = round(estimate.high, 4)
 
-    exmate = [report_of(f"seed{seed}-exmate") for seed in SEEDS]
-    clm = [report_of(f"seed{seed}-clm") for seed in SEEDS]
+    exmate = [report_of(seed, "exmate") for seed in SEEDS]
+    clm = [report_of(seed, "clm") for seed in SEEDS]
     methods: dict[str, list[Mapping[str, Any]]] = {
         name: [report["methods"][name] for report in exmate] for name in TRAINING_FREE
     }
@@ -173,7 +144,7 @@ def collect(seconds_demo: float | None) -> dict[str, Any]:
     if seconds_demo is not None:
         headline["seconds.demo"] = round(seconds_demo, 1)
     return {
-        "made_by": "python benchmarks/workshop/run.py",
+        "made_by": "python -m benchmarks.workshop.run",
         "machine": {"processor": platform.processor(), "system": platform.system()},
         "seeds": list(SEEDS),
         "n_test_prompts": exmate[0]["methods"]["start"]["generalization"]["n_prompts"],
@@ -205,15 +176,15 @@ def _overall(found: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _fits(seed: int) -> dict[str, Any]:
-    folder = RUNS / f"seed{seed}-exmate" / "fit-reward" / "fitted"
+    folder = _folder(seed, "exmate") / "fit-reward" / "fitted"
     cards = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("reward.json")}
     return {name: card["held_out"] for name, card in sorted(cards.items())}
 
 
 def _curves() -> Iterator[dict[str, Any]]:
     for name, _, objective, data in curve_points():
-        if (RUNS / name / "report" / "report.json").exists():
-            tuned = report_of(name)["methods"]["tuned"]
+        if (_folder(0, name) / "report" / "report.json").exists():
+            tuned = report_of(0, name)["methods"]["tuned"]
             yield {
                 "data": data,
                 "objective": objective,
@@ -234,9 +205,9 @@ def _nearest_copies() -> dict[str, list[float]]:
 
     found: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
     for seed in SEEDS:
-        name = f"seed{seed}-exmate"
-        stored = Recipe.model_validate_json((RUNS / name / "recipe.json").read_text())
-        with RunDir.open(RUNS / name, stored) as opened:
+        folder = _folder(seed, "exmate")
+        stored = Recipe.model_validate_json((folder / "recipe.json").read_text())
+        with RunDir.open(folder, stored) as opened:
             prompts = read_prompts(opened)
             shards = opened.done("generate").read_rows(Completion, prefix="shard-")
             pool = [completion for shard in shards for completion in shard]
