@@ -41,9 +41,23 @@ def make(kind: str, engine: FakeEngine) -> Responder:
     return Reranking(candidates(engine, 4), n=4, levels=5)
 
 
-def candidates(engine: FakeEngine, n_max: int) -> Candidates:
+def candidates(engine: FakeEngine, n_max: int, stock: int | None = None) -> Candidates:
     models = {"helpfulness": FakeRewardModel(1), "safety": FakeRewardModel(2)}
-    return Candidates(engine, FakeEncoder(), models, Identity(), SAMPLING, n_max)
+    return Candidates(engine, FakeEncoder(), models, Identity(), SAMPLING, n_max, stock)
+
+
+def test_settings_draw_their_candidates_from_a_stock_without_replacement() -> None:
+    engine = FakeEngine()
+    shared = candidates(engine, 4, stock=10)
+    drawn = shared.get(PROMPTS, CELLS, seed=7)
+    assert [len(request.branches) for request in engine.requests] == [10, 10]
+    for row in drawn:
+        texts = [[sampled.text for sampled in items] for items, _ in row]
+        assert all(len(set(four)) == 4 for four in texts)
+        assert len({text for four in texts for text in four}) == 10
+        assert len({tuple(four) for four in texts}) > 20  # each cell has a draw of its own
+    again = candidates(FakeEngine(), 4, stock=10).get(PROMPTS[1:], CELLS[3:], seed=7)
+    assert again == [drawn[1][3:]]
 
 
 @pytest.mark.parametrize("kind", ["tuned", "start", "prompting", "rerank4"])

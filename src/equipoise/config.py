@@ -231,6 +231,9 @@ class EvaluateConfig(Config):
     batch_size: Positive = 128
     phrases: dict[str, list[str]] = {}
     """Prompting: per attribute one sentence per level; empty = built-in English."""
+    rerank_stock: Positive | None = None
+    """Reranking: samples per prompt, of which every setting draws its N; by default every setting
+    gets fresh ones, which on a real model takes hours."""
     in_context: Annotated[int, Field(ge=0)] = 0
     """Prompting: number of in-context examples drawn from the pool."""
 

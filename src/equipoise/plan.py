@@ -111,7 +111,10 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         int(name.removeprefix("rerank")) if name.startswith("rerank") else 1
         for name in config.responders
     ]
-    reranked = max([n for n in samples if n > 1], default=0)
+    reranked = float(max([n for n in samples if n > 1], default=0))
+    if config.rerank_stock is not None and reranked:
+        # The stock is drawn once per prompt, not once per setting.
+        reranked = config.rerank_stock / settings
     single = sum(n == 1 for n in samples) + auto
     text = speed.prompt_tokens + config.sampling.max_tokens
     scoring = (

@@ -92,6 +92,12 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
                 nearest(name, valid) or "start, prompting, rerankN, steering or tuned"
             )
             found.append((("evaluate", "responders", index), text))
+    stock = recipe.evaluate.rerank_stock
+    largest = max((int(name.removeprefix("rerank")) for name in recipe.evaluate.responders
+                   if re.fullmatch(r"rerank\d+", name)), default=0)  # fmt: skip
+    if stock is not None and stock < largest:
+        text = f"`evaluate.rerank_stock` is less than the {largest} samples of rerank{largest}"
+        found.append((("evaluate", "rerank_stock"), text))
     found += _optional_contradictions(recipe)
     found += _start_contradictions(recipe)
     if recipe.tune.objective == "rlhf" and recipe.tune.batch_size % recipe.tune.rlhf.group:

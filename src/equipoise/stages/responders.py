@@ -65,6 +65,7 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
                 bench.calibrations["optimization"],
                 sampling,
                 max(counts),
+                config.rerank_stock,
             )
             for n in sorted(set(counts)):
                 yield Reranking(candidates, n=n, levels=recipe.levels)

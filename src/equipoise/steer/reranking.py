@@ -2,11 +2,14 @@
 
 Departs from the textbook in one point: the N candidates are drawn afresh for every prompt *and*
 cell. Candidates shared between cells would make the cells' deliveries depend on each other and the
-method look steadier than a user, who asks once, would find it.
+method look steadier than a user, who asks once, would find it. Where that is too dear (a real model
+on a CPU), every cell draws its N, without replacement, from a stock of a few times N.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +50,8 @@ class Candidates:
         calibration: Raw score to unit score, over the start model's own pool.
         sampling: How to sample.
         n_max: Samples drawn at once: the largest N of all rerankers that share this object.
+        stock: Samples per prompt, of which every setting draws its ``n_max``; ``None`` = fresh
+            samples per setting.
     """
 
     engine: Engine
@@ -55,6 +60,7 @@ class Candidates:
     calibration: UnitScale
     sampling: Sampling
     n_max: int
+    stock: int | None = None
     _kept: dict[_Key, tuple[list[Sampled], list[tuple[float, ...]]]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -78,34 +84,52 @@ class Candidates:
     def _sample(
         self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
     ) -> None:
+        drawn = {prompt.id: self._places(prompt, settings, seed=seed) for prompt in prompts}
         requests = [
             GenerationRequest(
                 prompt_ids=tuple(self.encoder.prompt_ids(prompt.messages)),
-                branches=tuple(
-                    Branch((), derive_seed(seed, prompt.id, setting_key(setting), index))
-                    for setting in settings
-                    for index in range(self.n_max)
-                ),
+                branches=tuple(Branch((), s) for s in dict.fromkeys(itertools.chain(*seeds))),
             )
-            for prompt in prompts
+            for prompt, seeds in ((prompt, drawn[prompt.id].values()) for prompt in prompts)
         ]
-        sampled = self.engine.generate(requests, self.sampling)
+        sampled = [
+            dict(zip((branch.seed for branch in request.branches), items, strict=True))
+            for request, items in zip(
+                requests, self.engine.generate(requests, self.sampling), strict=True
+            )
+        ]
         units = unit_scores_of(
             (
                 (prompt, item.text)
                 for prompt, items in zip(prompts, sampled, strict=True)
-                for item in items
+                for item in items.values()
             ),
             self.reward_models,
             self.calibration,
         )
         for prompt, items in zip(prompts, sampled, strict=True):
-            for c, setting in enumerate(settings):
-                chosen = items[c * self.n_max : (c + 1) * self.n_max]
-                self._kept[seed, prompt.id, setting_key(setting)] = (
+            for key, seeds in drawn[prompt.id].items():
+                chosen = [items[one] for one in seeds]
+                self._kept[seed, prompt.id, key] = (
                     chosen,
                     [tuple(units[prompt.id, item.text].values()) for item in chosen],
                 )
+
+    def _places(
+        self, prompt: Prompt, settings: Sequence[DialSetting], *, seed: int
+    ) -> dict[str, list[int]]:
+        """Return per setting the seeds of its n_max samples."""
+        keys = [setting_key(setting) for setting in settings]
+        if self.stock is None:
+            return {
+                key: [derive_seed(seed, prompt.id, key, i) for i in range(self.n_max)]
+                for key in keys
+            }
+        seeds = [derive_seed(seed, prompt.id, "stock", i) for i in range(self.stock)]
+        return {
+            key: random.Random(derive_seed(seed, prompt.id, key)).sample(seeds, self.n_max)
+            for key in keys
+        }
 
 
 class Reranking:
