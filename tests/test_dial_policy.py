@@ -283,6 +283,8 @@ def broken() -> list[tuple[str, Any]]:
         ("no level inside", changed("scenarios/kids/ranges/safety", {"min": 0.3, "max": 0.4})),
         ("bad name", changed("scenarios/a@b", plain()["scenarios"]["kids"])),
         ("no tokens", changed("limits/max_tokens", 0)),
+        ("no key could ask for so many", changed("limits/per_key", 3)),
+        ("the largest request never fits", changed("limits/waiting_tokens", 4 * 4608 - 1)),
         ("half a token", changed("limits/max_tokens", 1.5)),
     ]
 

@@ -169,6 +169,18 @@ def test_stop_strings_never_leak(client: openai.OpenAI, *, stream: bool) -> None
     assert text == "Naïve 東" and finish == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_beginning_of_a_stop_string_is_text(client: openai.OpenAI, *, stream: bool) -> None:
+    answer: Any = client.chat.completions.create(
+        model="toy", messages=HELLO, stop=["and more. Never", "answers"], stream=stream
+    )
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+    else:
+        text = answer.choices[0].message.content
+    assert text == ANSWER
+
+
 def test_length_is_reported(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="toy", messages=HELLO, max_tokens=2)
     assert answer.choices[0].finish_reason == "length"

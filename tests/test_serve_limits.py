@@ -238,8 +238,8 @@ def test_what_does_not_fit_gets_429_at_once(tmp_path: Path) -> None:
 
 def test_the_queue_is_bounded_in_tokens_and_per_key(tmp_path: Path) -> None:
     cases = [
-        ({"waiting_tokens": 1300}, "server_busy"),
-        ({"per_key": 2}, "key_busy"),
+        ({"waiting_tokens": 1300, "choices": 1, "max_prompt_tokens": 700}, "server_busy"),
+        ({"per_key": 2, "choices": 2}, "key_busy"),
     ]
     for number, (limits, code) in enumerate(cases):
         folder = tmp_path / str(number)
@@ -265,6 +265,7 @@ def test_a_first_token_that_does_not_come(tmp_path: Path, *, stream: bool) -> No
     with running(door) as port:
         reply = call(port, "POST", CHAT, chat_body(stream=stream, n=2), key=door.secrets["lab"])
         assert reply.status == 504 and reply.json["error"]["code"] == "timeout"
+        assert "first token" in reply.json["error"]["message"]
         assert door.engine.load().running == 0
 
 

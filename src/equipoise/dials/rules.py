@@ -93,6 +93,17 @@ class Limits(Config):
     first_token_seconds: Seconds = 60.0
     total_seconds: Seconds = 300.0
 
+    @model_validator(mode="after")
+    def _largest_request_fits(self) -> Limits:
+        # Else it would be told to come back later, for ever.
+        tokens = self.choices * (self.max_prompt_tokens + self.max_tokens)
+        if self.choices > self.per_key or tokens > self.waiting_tokens:
+            raise ValueError(
+                f"a request of {self.choices} choices takes up to {tokens} tokens: "
+                "per_key or waiting_tokens is too small for it"
+            )
+        return self
+
 
 class DialPolicy(Config):
     """The whole policy file."""

@@ -33,6 +33,7 @@ OPEN_PATH = "/healthz"
 VISIT = "equipoise.visit"
 """Where the gate leaves the :class:`Visit` in the ASGI scope."""
 CLIENT_LEFT = 499
+_NO_SNIFF = (b"x-content-type-options", b"nosniff")
 
 
 @dataclass
@@ -87,8 +88,8 @@ class Gate:
             is_whole = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = (b"x-request-id", request_id.encode())
-                message = {**message, "headers": [*message.get("headers", ()), extra]}
+                extra = ((b"x-request-id", request_id.encode()), _NO_SNIFF)
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
         try:

@@ -6,6 +6,7 @@ adapters and the like are unknown fields and refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 64
 MAX_BIASES = 300
 _MAX_FAULTS = 5
+_FORM = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
@@ -107,13 +109,18 @@ def _faults(error: ValidationError) -> RefusedError:
     unknown = [item for item in items if item["type"] == "extra_forbidden"]
     code = "unknown_field" if unknown else "invalid_value"
     # A field of two forms reports each form's fault; names that the client chose may be anything.
-    texts = [
-        validation_fault({**item, "loc": tuple(_safe(part) for part in item["loc"])})
-        for item in (unknown or items)[:_MAX_FAULTS]
-    ]
+    texts = dict.fromkeys(
+        validation_fault({**item, "loc": _place(item["loc"])}) for item in (unknown or items)
+    )
     place = (unknown or items)[0]["loc"]
     param = str(_safe(place[0])) if place else None
-    return bad_request("; ".join(texts), param=param, code=code)
+    return bad_request("; ".join(list(texts)[:_MAX_FAULTS]), param=param, code=code)
+
+
+def _place(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return a place in the body, without the names that pydantic gives to the forms of a field."""
+    kept = (p for p in parts if isinstance(p, int) or not _FORM.fullmatch(p))
+    return tuple(_safe(part) for part in kept)
 
 
 def _safe(part: int | str) -> int | str:
