@@ -1,0 +1,60 @@
+"""Choices on dev prompts: each candidate tuned on seed 0's pool, measured on its dev prompts only.
+
+    python -m benchmarks.workshop.dev NAME [KEY=VALUE ...]     # e.g. rlhf tune.rlhf.beta=0.05
+
+NAME is an objective of ``benchmarks.paper.points``. Seed 0's reference run must have been made
+(``python -m benchmarks.workshop.run --only seeds``). A row is added to ``dev.json``; its test
+prompts are never read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE
+from benchmarks.paper.runs import execute, read_report, row_lengths, steps_for, summary
+
+from equipoise.evaluate.report import plain
+
+ROWS = Path(__file__).parent / "dev.json"
+METRICS = ("mp", "bt", "leakage", "range", "rmse")
+
+
+def main() -> None:
+    """Tune one candidate and add its row."""
+    name, *changes = sys.argv[1:]
+    reference = FULL.runs / f"seed0-{REFERENCE}"
+    tokens = summary(read_report(reference), "tuned")["cost"]["tuning_tokens"]
+    overrides = {
+        **OBJECTIVES[name],
+        **steps_for(name, tokens, row_lengths(reference), FULL),
+        **dict(change.split("=", 1) for change in changes),
+        "evaluate.split": "dev",
+    }
+    label = " ".join(["dev", name, *(change.replace("=", "-") for change in changes)])
+    report = read_report(execute(FULL, 0, label, overrides, POOL))
+    found = summary(report, "tuned")
+    row = {
+        "world": "care and help untied",
+        "name": name,
+        "overrides": overrides,
+        "n_prompts": report["recipe"]["prompts"]["n_dev"],
+        "tuning_tokens": found["cost"]["tuning_tokens"],
+        **{
+            judge: {metric: found[judge][metric] for metric in METRICS}
+            for judge in ("optimization", "generalization")
+        },
+    }
+    stored = json.loads(ROWS.read_text())
+    stored["rows"].append(plain(row))
+    ROWS.write_text(json.dumps(stored, indent=1) + "\n")
+    for judge in ("optimization", "generalization"):
+        print(
+            judge, {m: {a: round(v["value"], 3) for a, v in row[judge][m].items()} for m in METRICS}
+        )
+
+
+if __name__ == "__main__":
+    main()
