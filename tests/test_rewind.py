@@ -45,6 +45,8 @@ def test_borders_belong_to_the_upper_level() -> None:
     unit = np.array([[[0.2, 0.0], [0.19, 0.0], [1.0, 0.0], [0.6, 0.0]]])
     assert coverage_per_prompt(unit, 5).tolist() == [1.0]
     assert coverage_per_prompt(np.array([[[0.2, 0.0], [0.39, 0.19]]]), 5).tolist() == [0.5]
+    # .29 · 100 is a little less than 29 in floats.
+    assert coverage_per_prompt(np.array([[[0.29], [0.295]]]), 100).tolist() == [0.5]
 
 
 def test_facts_of_a_pool_by_hand() -> None:

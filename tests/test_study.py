@@ -314,6 +314,7 @@ def test_a_finished_seed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
         "methods-seed0.json",
         "methods-seed1.json",
     ]
+    monkeypatch.setattr(command, "render", lambda study: "<html>" + "x" * 10_000)
     study = command.collect(FULL)
     assert study["seeds"] == [0, 1]
     assert json.loads((tmp_path / "results.json").read_text())["headline"] == study["headline"]
