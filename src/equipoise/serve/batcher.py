@@ -31,10 +31,9 @@ log = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 512
 """Prompt tokens that may be computed between two steps: the rows in flight wait meanwhile."""
-_GATHERED = 8
+_GATHERED, _MAX_WAITED = 8, 4
 """Newcomers join once 1/8 of the slots is free, or after 4 steps: a join costs about a step,
 whether one row joins or four."""
-_MAX_WAITED = 4
 _MAX_FAILED_STEPS = 3
 """Steps in a row that may fail before the engine counts as broken."""
 
@@ -74,8 +73,7 @@ class ContinuousBatcher:
         self._live = LiveRows(model, encoder, self.prefixes)
         config = model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
-        self._n_vocabulary = int(config.vocab_size)
-        self._slots = slots
+        self._n_vocabulary, self._slots = int(config.vocab_size), slots
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._changed = threading.Condition()  # guards the two lists and the flags below
@@ -87,8 +85,7 @@ class ContinuousBatcher:
     @property
     def healthy(self) -> bool:
         """False once the model's thread has died, and after :meth:`drain`."""
-        thread = self._thread
-        return thread is not None and thread.is_alive() and not self._broken
+        return self._thread is not None and self._thread.is_alive() and not self._broken
 
     def load(self) -> Load:
         """Return rows in flight, requests in line, and slots."""
