@@ -207,12 +207,12 @@ def bake(out: Path | None = None, config: BakeConfig | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         made, base = Path(work) / "assets", Path(work) / "base"
         bake_base(base, config)
-        # The three shipped models need nothing of each other: two cores bake them in half the time.
+        bake_start(base, made, config)
+        # The two need nothing of each other: two cores bake them in half the time.
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
             jobs = [
-                workers.submit(bake_start, base, made, config),
-                workers.submit(bake_reward_model, "helpfulness", base, made, config),
-                workers.submit(bake_reward_model, "safety", base, made, config),
+                workers.submit(bake_reward_model, attribute, made, config)
+                for attribute in ("helpfulness", "safety")
             ]
             for job in jobs:
                 job.result()
@@ -253,8 +253,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # a sum over two threads is not the same sum, to the last bit
 
 
-def bake_reward_model(attribute: str, base: Path, made: Path, config: BakeConfig) -> None:
-    """Train ``made / "rm_ATTRIBUTE"`` on noisy pairs, from the weights that know the words."""
+def bake_reward_model(attribute: str, made: Path, config: BakeConfig) -> None:
+    """Train ``made / "rm_ATTRIBUTE"`` on noisy pairs, from the start model's weights."""
     from transformers import AutoModelForSequenceClassification
 
     from equipoise.config import FitRewardConfig, SourceConfig
@@ -264,7 +264,7 @@ def bake_reward_model(attribute: str, base: Path, made: Path, config: BakeConfig
     _one_thread()
     out = made / f"rm_{attribute}"
     fit = FitRewardConfig(
-        backbone=str(base),
+        backbone=str(made / "start"),
         kind="pairs",
         sources=[SourceConfig(source=f"workshop://pairs/{attribute}", limit=config.pairs)],
         held_out=500,
@@ -276,7 +276,7 @@ def bake_reward_model(attribute: str, base: Path, made: Path, config: BakeConfig
     rows = pairs(attribute, limit=config.pairs, seed=config.seed)
     card = fit_reward(rows, fit, attribute=attribute, out_dir=out, seed=config.seed)
     print(f"reward model {attribute}: {card.held_out}", flush=True)
-    card.model_copy(update={"backbone": "Workshop base model (baked, not shipped)"}).write(out)
+    card.model_copy(update={"backbone": "workshop://start"}).write(out)
     AutoModelForSequenceClassification.from_pretrained(out).half().save_pretrained(out)
 
 
