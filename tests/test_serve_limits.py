@@ -10,7 +10,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +110,23 @@ def port(door: Door) -> Iterator[int]:
         yield port
 
 
-def raw(port: int, data: bytes, *, chunks: int = 1, pause: float = 0.0) -> bytes:
-    """Send bytes as they are; return all that comes until the server closes or is silent."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
-        try:
-            for _ in range(chunks):
-                client.sendall(data)
-                time.sleep(pause)
-            client.settimeout(1.0)
-            received = b""
-            while piece := client.recv(65536):
+def raw(port: int, data: bytes) -> bytes:
+    """Send bytes as they are; return the head of what comes back."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(data)
+        with contextlib.suppress(ConnectionError):
+            while b"\r\n\r\n" not in received and (piece := client.recv(65536)):
                 received += piece
-        except (ConnectionError, TimeoutError):
-            pass
-        return received
+    return received
+
+
+def wait_for(happened: Callable[[], bool], what: str) -> None:
+    """Wait for something that other threads do; generous, as the machine may be busy."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
 
 
 def test_a_megabyte_is_the_limit(door: Door, port: int) -> None:
@@ -197,12 +200,10 @@ def test_headers_that_drip_time_out(door: Door, port: int, monkeypatch: pytest.M
     for first in (b"", request):  # on a fresh connection, and behind a whole request
         with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
             client.sendall(first)
-            start = time.monotonic()
             with pytest.raises(OSError):
                 for byte in request * 20:
                     client.sendall(bytes([byte]))
                     time.sleep(0.005)
-            assert time.monotonic() - start < 3
     # A body may take longer than headers: it has a limit of its own.
     body = json.dumps(chat_body()).encode()
     head = (
@@ -271,7 +272,7 @@ def test_a_first_token_that_does_not_come(tmp_path: Path, *, stream: bool) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long(tmp_path: Path, *, stream: bool) -> None:
-    door = make_door(tmp_path, limits={"total_seconds": 0.2}, delay=0.02, endless=True)
+    door = make_door(tmp_path, limits={"total_seconds": 1.0}, delay=0.02, endless=True)
     with running(door) as port:
         reply = call(port, "POST", CHAT, chat_body(stream=stream), key=door.secrets["lab"])
         assert door.engine.load().running == 0
@@ -350,17 +351,15 @@ def leave_many(tmp_path: Path, n: int) -> None:
         before = len(list(fds.iterdir()))
         for _ in range(n):
             leave(port, door, rng)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            load, admission = door.engine.load(), door.house.admission
-            counts = (load.running, load.queued, admission.completions, admission.tokens)
-            if counts == (0, 0, 0, 0):
-                break
-            time.sleep(0.01)
-        assert counts == (0, 0, 0, 0)
+        admission = door.house.admission
+
+        def counts() -> tuple[int, ...]:
+            load = door.engine.load()
+            return load.running, load.queued, admission.completions, admission.tokens
+
+        wait_for(lambda: counts() == (0, 0, 0, 0), "all slots are free")
         assert len(door.engine.seen) > n // 2
-        time.sleep(0.05)
-        assert len(list(fds.iterdir())) <= before + 2
+        wait_for(lambda: len(list(fds.iterdir())) <= before + 2, "all descriptors are closed")
         door.engine.endless = False
         assert call(port, "POST", CHAT, chat_body(), key=door.secrets["lab"]).status == 200
 
@@ -391,12 +390,9 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
         socket.create_connection(("127.0.0.1", port), timeout=5) as client,
     ):
         client.sendall(head + body)
-        time.sleep(0.3)
-        assert door.engine.load().running == 1
-        deadline = time.monotonic() + 5
-        while door.engine.load().running and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert door.engine.load().running == 0
+        wait_for(lambda: len(door.engine.seen) == 1, "the answer begins")
+        wait_for(lambda: door.engine.load().running == 0, "its slot is free again")
+        assert door.engine.finished == 0
         assert call(port, "GET", "/healthz").status == 200
 
 
