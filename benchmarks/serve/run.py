@@ -56,7 +56,10 @@ def server(*arguments: str) -> Iterator[tuple[int, str, int]]:
         yield said["port"], said["key"], process.pid
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def memory_mb(process: int) -> float:
