@@ -10,7 +10,7 @@ import pytest
 
 from equipoise.config import TuneConfig
 from equipoise.dials.manifest import read_manifest
-from equipoise.worlds.workshop.bake import ASSETS, asset
+from equipoise.worlds.workshop.shipped import ASSETS, asset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 needs_models = pytest.mark.skipif(

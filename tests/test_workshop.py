@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from equipoise.errors import DataError, ModelError
 from equipoise.types import Message, Prompt
 from equipoise.worlds.workshop import asset, oracle_model, pairs, parses, prompts
-from equipoise.worlds.workshop.bake import ASSETS, asset_hashes
 from equipoise.worlds.workshop.data import draw_request, is_training, messages_for
 from equipoise.worlds.workshop.grammar import Request, base_intensities, plan, write
 from equipoise.worlds.workshop.oracle import judge, read_request
+from equipoise.worlds.workshop.shipped import ASSETS, asset_hashes
 from equipoise.worlds.workshop.tables import HELD_OUT_ACTIONS, HELD_OUT_OBJECTS
 
 CLEAN = Request("frost bell", "clean", 0)

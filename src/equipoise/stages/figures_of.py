@@ -14,7 +14,7 @@ from equipoise.types import Delivery, JudgeKind, Prompt, ScoredCompletion
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
     from equipoise.pool.calibrate import Calibration
-    from equipoise.stages.measuring import Bench
+    from equipoise.stages.bench import Bench
 
 JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
 

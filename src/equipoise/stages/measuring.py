@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from equipoise.stages.bench import Bench, judged_bench
 from equipoise.stages.inputs import (
     Job,
-    load_reward_models,
     policy_hash,
-    read_calibration,
     read_prompts,
-    read_scored,
     reward_hashes,
 )
 from equipoise.stages.unseen import check_unseen
@@ -21,29 +18,16 @@ from equipoise.store.stagedir import Stage
 from equipoise.types import (
     Delivery,
     DialSetting,
-    JudgeKind,
     Prompt,
-    RewardModel,
-    ScoredCompletion,
 )
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
-    from equipoise.pool.calibrate import Calibration
 
 PAGE = "report.html"
 MEASURES = "measures.json"
-JUDGE_CALIBRATION = "judge-calibration.json"
 CHUNK = 4
 """Prompts per shard of deliveries."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The two kinds of judges, calibrated on the same pool: the start model's own."""
-
-    judges: Mapping[JudgeKind, Mapping[str, RewardModel]]
-    calibrations: Mapping[JudgeKind, Calibration]
 
 
 def evaluate(job: Job) -> None:
@@ -71,7 +55,7 @@ def evaluate(job: Job) -> None:
 
     prompts = evaluated_prompts(job)
     intersections = check_unseen(job, prompts)
-    bench = _bench(job, stage)
+    bench = judged_bench(job, stage)
     n_attributes = len(recipe.attributes)
     for responder in responders(job, bench, untouched):
         tuned = responder.name == "tuned"
@@ -108,35 +92,6 @@ def report(job: Job) -> None:
 
     render_report(job, stage)
     stage.finish(text=job.text)
-
-
-def _bench(job: Job, stage: Stage) -> Bench:
-    from equipoise.evaluate.report import plain
-    from equipoise.pool.calibrate import calibrate, calibration_report, own_pool
-    from equipoise.pool.score import score
-
-    recipe = job.recipe
-    judges: dict[JudgeKind, Mapping[str, RewardModel]] = {
-        "optimization": load_reward_models(recipe.reward_models, job),
-        "generalization": load_reward_models(recipe.judges, job),
-    }
-    source, by_id = job.run.done("score"), {p.id: p for p in read_prompts(job.run)}
-    shards = [name for name in source.shards if name.startswith("shard-")]
-    with job.progress.task("judge the pool", len(shards)) as advance:
-        for name in shards:
-            if not stage.has(f"pool/{name}"):
-                rows = source.read_shard(name, ScoredCompletion)
-                chunks = score([row.completion for row in rows], by_id, judges["generalization"])
-                judged = [row for chunk in chunks for row in chunk]
-                stage.publish_rows(f"pool/{name}", judged, ScoredCompletion)
-            advance(1)
-    pool = [row for rows in stage.read_rows(ScoredCompletion, prefix="pool/") for row in rows]
-    calibration = calibrate(own_pool(pool), mode="pooled")
-    stage.publish_bytes(JUDGE_CALIBRATION, calibration.to_json().encode())
-    trained = read_calibration(job.run)
-    facts = calibration_report(own_pool(read_scored(job.run)), trained, judged=own_pool(pool))
-    stage.publish_json("pool.json", plain(facts))
-    return Bench(judges, {"optimization": trained, "generalization": calibration})
 
 
 def _sweep_one(

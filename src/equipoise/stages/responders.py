@@ -10,7 +10,7 @@ from equipoise.stages.inputs import Job
 if TYPE_CHECKING:
     from equipoise.dials.encode import Encoder
     from equipoise.models.load import LoadedPolicy
-    from equipoise.stages.measuring import Bench
+    from equipoise.stages.bench import Bench
     from equipoise.types import Sampling
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.dials.policy_file import find_policy, load_policy
+from equipoise.stages.bench import JUDGE_CALIBRATION
 from equipoise.stages.inputs import Job, load_reward_models, read_calibration
-from equipoise.stages.measuring import CHUNK, JUDGE_CALIBRATION, evaluated_prompts
+from equipoise.stages.measuring import CHUNK, evaluated_prompts
 from equipoise.stages.tuning import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
 from equipoise.types import Delivery, DialSetting, JudgeKind, RewardModel

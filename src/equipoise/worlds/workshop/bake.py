@@ -6,7 +6,6 @@ their intervals. ``recipe.json`` in the assets folder records seeds, sizes, step
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -21,14 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from equipoise.errors import ModelError
 from equipoise.worlds.workshop.data import dialogues
+from equipoise.worlds.workshop.shipped import asset_hashes
 from equipoise.worlds.workshop.tables import CARE_WORDS, HELP_WORDS
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-ASSETS = ("start", "rm_helpfulness", "rm_safety")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -51,21 +49,6 @@ class BakeConfig(BaseModel):
     pairs: int = 24000
     reward_epochs: float = 2.0
     reward_learning_rate: float = 1e-3
-
-
-def asset(name: str) -> Path:
-    """Return the directory of a packaged model: ``start``, ``rm_helpfulness`` or ``rm_safety``.
-
-    Raises:
-        ModelError: If there is no such model.
-    """
-    if name not in ASSETS:
-        raise ModelError(
-            f"The Workshop ships no model {name!r}",
-            why=f"it has {', '.join(ASSETS)}",
-            fix="use one of these, e.g. workshop://start",
-        )
-    return Path(str(files("equipoise.worlds.workshop") / "assets" / name))
 
 
 def train_tokenizer(config: BakeConfig) -> PreTrainedTokenizerFast:
@@ -278,13 +261,3 @@ def bake_reward_model(attribute: str, made: Path, config: BakeConfig) -> None:
     print(f"reward model {attribute}: {card.held_out}", flush=True)
     card.model_copy(update={"backbone": "workshop://start"}).write(out)
     AutoModelForSequenceClassification.from_pretrained(out).half().save_pretrained(out)
-
-
-def asset_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of the shipped models, by relative path."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in ASSETS
-        for path in sorted((folder / name).rglob("*"))
-        if path.is_file()
-    }
