@@ -182,7 +182,7 @@ def make_door(
         fake,
         source.current,
         hosts=HOSTS,
-        content_log=ContentLog(folder / "content.jsonl") if content_log else None,
+        content_log=ContentLog(folder / "content.jsonl", days=1) if content_log else None,
         now_ns=now_ns,
     )
     return Door(app, house, fake, source, model, policy_file, keys_file, secrets_)

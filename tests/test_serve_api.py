@@ -148,6 +148,18 @@ def test_knobs_reach_the_engine(client: openai.OpenAI, door: Door) -> None:
     assert door.engine.seen[-1].sampling.top_p == 0.5
 
 
+def test_what_clients_send_unasked_is_taken(door: Door, port: int) -> None:
+    """promptfoo's body, field by field; a penalty that would do something is refused."""
+    body = chat_body(
+        max_tokens=1024, temperature=0, top_p=1, presence_penalty=0, frequency_penalty=0
+    )
+    key = door.secrets["lab"]
+    assert call(port, "POST", "/v1/chat/completions", body, key=key).status == 200
+    for name in ("presence_penalty", "frequency_penalty"):
+        reply = call(port, "POST", "/v1/chat/completions", body | {name: 0.5}, key=key)
+        assert (reply.status, reply.json["error"]["param"]) == (400, name)
+
+
 def test_same_seed_same_generation(client: openai.OpenAI, door: Door) -> None:
     for seed in (3, 3, 4, None, None):
         client.chat.completions.create(model="toy", messages=HELLO, seed=seed or openai.omit)
@@ -214,4 +226,7 @@ def test_status_pages(door: Door, port: int) -> None:
     assert page.headers["content-type"].startswith("text/plain")
     assert 'equipoise_answers_total{scenario="general"}' in page.body.decode()
     assert "equipoise_completions_under_way 0\n" in page.body.decode()
+    door.house.metrics.completion_tokens = 123_456_789
+    page = call(port, "GET", "/metrics", key=key)
+    assert "equipoise_completion_tokens_total 123456789\n" in page.body.decode()
     assert call(port, "GET", "/openapi.json", key=key).json["openapi"] == "3.1.0"

@@ -287,8 +287,6 @@ UNKNOWN = [
     "min_p",
     "top_k",
     "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
     "logits_processors",
     "logprobs",
     "top_logprobs",
@@ -328,6 +326,14 @@ def test_unknown_fields_are_named(door: Door, name: str) -> None:
     assert name in error["message"]
 
 
+@pytest.mark.parametrize("name", ["x" * 65, "x" * 900_000, "\u202ename", "a b", ""])
+def test_names_that_cannot_be_fields_are_shown_short(door: Door, name: str) -> None:
+    for body in (chat_body() | {name: 0}, chat_body(dials={name: 0})):
+        error = assert_error(chat(door, body), 400)
+        assert len(error["message"]) < 200
+        assert error["message"].isprintable()
+
+
 def bad_bodies(door: Door) -> list[tuple[str, object]]:
     def messages(*turns: object) -> dict[str, Any]:
         return chat_body() | {"messages": list(turns)}
@@ -351,7 +357,7 @@ def bad_bodies(door: Door) -> list[tuple[str, object]]:
         *((f"temperature {v}", chat_body(temperature=v)) for v in (-1, 2.1, "1", True, None, [])),
         *((f"top_p {v}", chat_body(top_p=v)) for v in (0, -1, 1.1, "1", True)),
         *((f"n {v}", chat_body(n=v)) for v in (0, 5, 16384, 1.5, "1", True, None)),
-        *((f"max {v}", chat_body(max_tokens=v)) for v in (0, -1, 513, 10**18, 1.5, "5", True)),
+        *((f"max {v}", chat_body(max_tokens=v)) for v in (0, -1, 1025, 10**18, 1.5, "5", True)),
         ("max differ", chat_body(max_tokens=5, max_completion_tokens=6)),
         *((f"stop {v!r}"[:30], chat_body(stop=v)) for v in
           ("", [""], "x" * 65, ["a"] * 5, [1], 1, {}, "\ud800")),

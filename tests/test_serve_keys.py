@@ -18,7 +18,15 @@ from equipoise.dials.dial_policy import Key
 from equipoise.errors import ConfigError
 from equipoise.serve import keys as keys_module
 from equipoise.serve import reload
-from equipoise.serve.keys import add_key, digest, find, new_secret, parse_keys, read_keys
+from equipoise.serve.keys import (
+    add_key,
+    digest,
+    environment_keys,
+    find,
+    new_secret,
+    parse_keys,
+    read_keys,
+)
 from equipoise.serve.reload import RulesSource
 from equipoise.serve.runner import ServeOptions, allowed_hosts, check_start, rules_source
 from serve_kit import (
@@ -305,6 +313,28 @@ def test_loopback_gets_a_key_of_its_own(tmp_path: Path, host: str) -> None:
     assert rules is not None and secret is not None
     assert find(rules.keys, secret) is not None
     assert set(rules.keys[0].scenarios) == set(rules.policy.scenarios)
+
+
+def test_keys_may_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, secret = tmp_path / "keys.json", new_secret()
+    add_key(file, Key(id="a", sha256=digest(secret), scenarios=("kids",)))
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(yaml.safe_dump(example_policy()))
+    assert environment_keys() == ()
+    monkeypatch.setenv("EQUIPOISE_KEYS", file.read_text())
+    options = ServeOptions(policy, None, environment_keys(), host="0.0.0.0")
+    check_start(options)
+    source, made = rules_source(options, served_model())
+    rules = source.current()
+    assert made is None and rules is not None
+    assert find(rules.keys, secret) == rules.keys[0] and rules.keys[0].scenarios == ("kids",)
+    for text in ("", "{}", secret, '{"keys": []}', "{'keys'"):
+        monkeypatch.setenv("EQUIPOISE_KEYS", text)
+        with pytest.raises(ConfigError) as caught:
+            environment_keys()
+        assert secret not in str(caught.value)
 
 
 def test_wildcard_addresses_are_no_host_names(tmp_path: Path) -> None:

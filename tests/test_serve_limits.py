@@ -315,6 +315,20 @@ def test_a_dead_engine_is_not_ready(tmp_path: Path) -> None:
         assert call(port, "POST", CHAT, chat_body(), key=key).status == 503
 
 
+def test_half_a_body_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    door = make_door(tmp_path)
+    with socket.socket() as client:
+        client.settimeout(20)
+        with running(door) as port:  # leaving it asserts that the server has stopped
+            client.connect(("127.0.0.1", port))
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+            key = f"Authorization: Bearer {door.secrets['lab']}\r\nContent-Length: 100\r\n\r\n"
+            client.sendall((head + key).encode())
+            assert b" 100 " in client.recv(1000)  # now the door reads the body
+            client.sendall(b"{")
+        assert client.recv(1000) == b""
+
+
 # --- clients that leave -------------------------------------------------------------------------
 
 

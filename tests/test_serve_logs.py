@@ -7,12 +7,15 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from equipoise.errors import ConfigError
 from equipoise.serve.content_log import ContentLog
+from equipoise.serve.wire import Applied, Envelope
+from equipoise.types import Message
 from serve_kit import Door, call, chat_body, make_door, running
 
 CHAT = "/v1/chat/completions"
@@ -136,9 +139,47 @@ def test_a_content_log_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file.touch(0o644)
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
-        ContentLog(file)
+        ContentLog(file, days=1)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError):
-        ContentLog(tmp_path / "link")
+        ContentLog(tmp_path / "link", days=1)
     with pytest.raises(ConfigError):
-        ContentLog(tmp_path / "none" / "content.jsonl")
+        ContentLog(tmp_path / "none" / "content.jsonl", days=1)
+
+
+def job(text: str, created: int) -> Any:
+    applied = Applied({}, {}, "general", "p", "m")
+    envelope = Envelope("id", created, "toy@general", applied, 1)
+    return SimpleNamespace(envelope=envelope, key_id="k", messages=(Message("user", text),))
+
+
+def test_no_text_gets_older_than_was_allowed(tmp_path: Path) -> None:
+    file, old = tmp_path / "content.jsonl", tmp_path / "content.jsonl.old"
+    hour, clock = 3600.0, [0.0]
+
+    def texts() -> list[str]:
+        rows = [row for one in (old, file) if one.exists() for row in one.read_text().splitlines()]
+        return [json.loads(row)["messages"][0]["content"] for row in rows]
+
+    written: list[int] = []
+    log = ContentLog(file, days=2, now=lambda: clock[0])
+    for hour_ in range(0, 200, 5):
+        clock[0] = hour_ * hour
+        log.expire()
+        log.write(job(str(hour_), int(clock[0])), [])
+        written.append(hour_)
+        kept = [int(text) for text in texts()]
+        assert kept == [one for one in written if one >= kept[0]]  # in order, none lost between
+        assert hour_ - kept[0] < 48
+        assert hour_ < 24 or hour_ - kept[0] >= 19
+    clock[0] += 25 * hour
+    log.expire()
+    clock[0] += 48 * hour
+    log.expire()  # nobody has asked anything since
+    assert texts() == [] and not old.exists()
+    assert file.stat().st_mode & 0o777 == 0o600
+    log.close()
+    file.write_text("a letter to keep\n")
+    with pytest.raises(ConfigError, match="no content log"):
+        ContentLog(file, days=1)
+    assert file.read_text() == "a letter to keep\n"

@@ -32,7 +32,9 @@ def serve(
     ],
     keys: Annotated[
         Path | None,
-        typer.Option("--keys", metavar="FILE", help="Keys file.", show_default="a key per start"),
+        typer.Option(
+            "--keys", metavar="FILE", help="Keys file.", show_default="EQUIPOISE_KEYS, or a new key"
+        ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
@@ -48,6 +50,9 @@ def serve(
         Path | None,
         typer.Option("--content-log", metavar="FILE", help="Log prompts and completions here."),
     ] = None,
+    content_log_days: Annotated[
+        int, typer.Option("--content-log-days", min=1, help="Nothing in it gets older.")
+    ] = 30,
     score: Annotated[
         bool, typer.Option("--score", help="Score every answer; allows best_of in requests.")
     ] = False,
@@ -69,21 +74,26 @@ def serve(
     need_extra()
     from equipoise.dials.policy_file import find_policy
     from equipoise.models.load import load_causal
+    from equipoise.pipeline import quieten
+    from equipoise.serve.keys import environment_keys
     from equipoise.serve.runner import ServeOptions, check_start
     from equipoise.serve.runner import serve as run_server
 
     options = ServeOptions(
         policy=find_policy(policy),
         keys=keys,
+        environment_keys=environment_keys() if keys is None else (),
         host=host,
         port=port,
         name=name,
         slots=slots,
         allow_hosts=tuple(allow_host or ()),
         content_log=content_log,
+        content_log_days=content_log_days,
         drain_seconds=drain_seconds,
     )
     check_start(options)
+    quieten()
     loaded, scorer = load_causal(model), None
     if score and loaded.manifest is not None:
         from equipoise.serve.scoring import load_scorer

@@ -77,7 +77,7 @@ class Key(Config):
 class Limits(Config):
     """What one request and all of them together may cost."""
 
-    max_tokens: Count = 512
+    max_tokens: Count = 1024
     """Tokens of one completion; also the default."""
     max_prompt_tokens: Count = 4096
     choices: Annotated[int, Field(strict=True, ge=1, le=16)] = 4

@@ -193,6 +193,7 @@ def build_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        keeper = asyncio.ensure_future(content_log.keep_young()) if content_log else None
         try:
             yield
         finally:
@@ -200,7 +201,8 @@ def build_app(
             await engine.drain(drain_seconds)
             if scorer is not None:
                 scorer.close()
-            if content_log is not None:
+            if content_log is not None and keeper is not None:
+                keeper.cancel()
                 content_log.close()
 
     # Pages that load scripts from elsewhere (/docs, /redoc) are off; the document has a route.

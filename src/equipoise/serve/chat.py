@@ -17,7 +17,7 @@ from equipoise.dials.dial_policy import Key, Limits, Refusal, effective_setting,
 from equipoise.errors import DataError, EncodingError, ModelError
 from equipoise.seeds import derive_seed
 from equipoise.serve.engine import Generation
-from equipoise.serve.failures import RefusedError, bad_request, quoted
+from equipoise.serve.failures import RefusedError, as_name, bad_request
 from equipoise.serve.reload import Rules
 from equipoise.serve.strict_json import parse
 from equipoise.serve.wire import Applied, ChatRequest, Envelope, in_words, parse_chat
@@ -105,7 +105,7 @@ def prepare(
     setting = effective_setting(request.dials, key, scenario, rules.server)
     if isinstance(setting, Refusal):
         raise bad_request(
-            f"dials.{quoted(setting.attribute)}: {setting.message}",
+            f"dials.{as_name(setting.attribute)}: {setting.message}",
             param="dials",
             code="invalid_dial",
         )

@@ -41,6 +41,12 @@ class ImpatientH11(H11Protocol):
         self._stop()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Finish what has begun, but wait for no body: nothing has been done for it yet."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body:
+            self.transport.close()
+
     def _start(self) -> None:
         if self._late is None:
             self._late = self.loop.call_later(HEADER_SECONDS, self._hang_up)

@@ -81,3 +81,8 @@ def quoted(name: object) -> str:
     """Return a name that the client sent, short and printable, for use in a message."""
     text = ascii(str(name))
     return text if len(text) <= 66 else text[:63] + "...'"
+
+
+def as_name(name: str) -> str:
+    """Return the name of a field as it is where it can be one, else :func:`quoted`."""
+    return name if name.isidentifier() and len(name) <= 64 else quoted(name)

@@ -26,6 +26,7 @@ from equipoise.errors import ConfigError
 
 PREFIX = "eqp-"
 """Lets secret scanners find a key that was published by mistake."""
+VARIABLE = "EQUIPOISE_KEYS"
 _MAX_SECRET = 512
 
 
@@ -101,6 +102,25 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             fix=f"chmod 600 {path}",
         )
     return parse_keys(data)
+
+
+def environment_keys() -> tuple[Key, ...]:
+    """Return the keys in the variable ``EQUIPOISE_KEYS``: the text of a keys file, so only hashes.
+
+    Raises:
+        ConfigError: It is set, and its text is no usable keys file or holds no keys.
+    """
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return ()
+    found = parse_keys(text.encode("utf-8", "surrogateescape"))
+    if not found:
+        raise ConfigError(
+            f"{VARIABLE} holds no keys",
+            why="nobody could use the server",
+            fix=f"set it to the text of a keys file, or unset it: `unset {VARIABLE}`",
+        )
+    return found
 
 
 def add_key(path: Path, key: Key) -> None:

@@ -42,12 +42,12 @@ class Metrics:
         """
         lines: list[str] = []
 
-        def add(name: str, kind: str, help_: str, values: Mapping[str, float]) -> None:
+        def add(name: str, kind: str, help_: str, values: Mapping[str, int]) -> None:
             lines.append(f"# HELP equipoise_{name} {help_}")
             lines.append(f"# TYPE equipoise_{name} {kind}")
-            lines.extend(f"equipoise_{name}{label} {value:g}" for label, value in values.items())
+            lines.extend(f"equipoise_{name}{label} {value}" for label, value in values.items())
 
-        def labelled(name: str, counts: Counter[int] | Counter[str]) -> dict[str, float]:
+        def labelled(name: str, counts: Counter[int] | Counter[str]) -> dict[str, int]:
             pairs = sorted((str(label), count) for label, count in counts.items())
             return {f'{{{name}="{label}"}}': count for label, count in pairs}
 
@@ -70,6 +70,6 @@ class Metrics:
             total += self.seconds[bound]
             label = "+Inf" if bound == float("inf") else f"{bound:g}"
             lines.append(f'equipoise_{name}_bucket{{le="{label}"}} {total}')
-        lines.append(f"equipoise_{name}_sum {self.seconds_sum:g}")
+        lines.append(f"equipoise_{name}_sum {self.seconds_sum:.6f}")
         lines.append(f"equipoise_{name}_count {total}")
         return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class ServeOptions:
 
     policy: Path
     keys: Path | None
+    environment_keys: tuple[Key, ...] = ()
+    """Keys for the whole life of the server; see :func:`equipoise.serve.keys.environment_keys`."""
     host: str = "127.0.0.1"
     port: int = 8000
     name: str = ""
@@ -41,6 +44,7 @@ class ServeOptions:
     slots: int = 16
     allow_hosts: tuple[str, ...] = ()
     content_log: Path | None = None
+    content_log_days: int = 30
     drain_seconds: int = 30
 
 
@@ -48,9 +52,9 @@ def check_start(options: ServeOptions) -> None:
     """Refuse to listen where strangers are without keys of the operator's own.
 
     Raises:
-        ConfigError: The address is not a loopback one, and there is no keys file.
+        ConfigError: The address is not a loopback one, and there are no keys.
     """
-    if options.keys is None and not _is_loopback(options.host):
+    if options.keys is None and not options.environment_keys and not _is_loopback(options.host):
         raise ConfigError(
             f"refusing to listen on {options.host} without keys",
             why="others can reach this address, and the key of a single start is for this machine",
@@ -100,16 +104,17 @@ def served_model(loaded: LoadedPolicy, name: str) -> ServedModel:
 
 
 def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource, str | None]:
-    """Return the rules and, where there is no keys file, the key of this start.
+    """Return the rules and, where the operator gave no keys, the key of this start.
 
     Raises:
         ConfigError: Policy or keys cannot be used; the server does not start then.
     """
-    source = RulesSource(
-        options.policy, options.keys, attributes=model.attributes, levels=model.levels
+    read = partial(
+        RulesSource, options.policy, options.keys, attributes=model.attributes, levels=model.levels
     )
+    source = read(fixed_keys=options.environment_keys)
     rules = source.read()
-    if options.keys is not None:
+    if options.keys is not None or options.environment_keys:
         if not rules.keys:
             raise ConfigError(
                 f"{options.keys} holds no keys",
@@ -119,16 +124,7 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
         return source, None
     secret = new_secret()
     key = Key(id="this-start", sha256=digest(secret), scenarios=tuple(rules.policy.scenarios))
-    return (
-        RulesSource(
-            options.policy,
-            None,
-            attributes=model.attributes,
-            levels=model.levels,
-            fixed_keys=(key,),
-        ),
-        secret,
-    )
+    return read(fixed_keys=(key,)), secret
 
 
 def serve(
@@ -153,7 +149,11 @@ def serve(
     model = replace(served_model(loaded, options.name or name), scored=scorer is not None)
     source, secret = rules_source(options, model)
     engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=options.slots)
-    content_log = ContentLog(options.content_log) if options.content_log is not None else None
+    content_log = (
+        ContentLog(options.content_log, days=options.content_log_days)
+        if options.content_log is not None
+        else None
+    )
     app, house = build_app(
         model,
         engine,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
 from equipoise.dials.policy_file import validation_fault
-from equipoise.serve.failures import RefusedError, bad_request, quoted
+from equipoise.serve.failures import RefusedError, as_name, bad_request
 from equipoise.types import DialSetting, Finish, Message
 
 MAX_MESSAGES = 256
@@ -26,6 +26,8 @@ _FORM = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
+Neutral = Annotated[float, Field(ge=0.0, le=0.0)] | None
+"""A knob that some clients send always: taken where it changes nothing, refused elsewhere."""
 BiasKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 
 
@@ -80,6 +82,8 @@ class ChatRequest(_Wire):
     stream: bool = False
     stream_options: StreamOptions | None = None
     logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_BIASES)] | None = None
+    presence_penalty: Neutral = None
+    frequency_penalty: Neutral = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
     """Taken for compatibility, neither used nor logged."""
 
@@ -113,18 +117,14 @@ def _faults(error: ValidationError) -> RefusedError:
         validation_fault({**item, "loc": _place(item["loc"])}) for item in (unknown or items)
     )
     place = (unknown or items)[0]["loc"]
-    param = str(_safe(place[0])) if place else None
+    param = as_name(str(place[0])) if place else None
     return bad_request("; ".join(list(texts)[:_MAX_FAULTS]), param=param, code=code)
 
 
 def _place(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Return a place in the body, without the names that pydantic gives to the forms of a field."""
     kept = (p for p in parts if isinstance(p, int) or not _FORM.fullmatch(p))
-    return tuple(_safe(part) for part in kept)
-
-
-def _safe(part: int | str) -> int | str:
-    return part if isinstance(part, int) or part.isidentifier() else quoted(part)
+    return tuple(part if isinstance(part, int) else as_name(part) for part in kept)
 
 
 def in_words(setting: DialSetting, attributes: Sequence[str], levels: int) -> dict[str, Any]:
