@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from equipoise.progress import Progress
-from equipoise.stages import measuring, pool, start, steering, tuning
+from equipoise.stages import distilling, measuring, pool, start, steering, tuning
 from equipoise.stages.inputs import MADE, Job
 from equipoise.store.rundir import RunDir
 
@@ -20,7 +20,7 @@ STAGES: Mapping[str, StageFunction] = {
     "score": pool.score,
     "steer": steering.steer,
     "regenerate": steering.regenerate,
-    "distil": pool.distil,
+    "distil": distilling.distil,
     "tune": tuning.tune,
     "evaluate": measuring.evaluate,
     "report": measuring.report,

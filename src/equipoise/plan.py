@@ -95,8 +95,8 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
     counts = dict.fromkeys(("train", "dev", "test"), 0)
     for prompt in read_prompts(job.run):
         counts[prompt.split] += 1
-    pool = counts["train"] * recipe.generate.completions_per_prompt
-    length = recipe.generate.sampling.max_tokens
+    drawn = recipe.generate.completions_per_prompt + recipe.generate.prompted_per_prompt
+    pool, length = counts["train"] * drawn, recipe.generate.sampling.max_tokens
     branches = 1 + tune.n_counterfactuals * (tune.objective in ("exmate", "margin", "contrast"))
     row = speed.prompt_tokens + branches * length
     judged, rewards = _pass_size(recipe.judges, job), _pass_size(recipe.reward_models, job)

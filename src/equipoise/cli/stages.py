@@ -159,7 +159,8 @@ def _run_stage(
 
     with _opened(recipe, directory, set_, data, fresh=fresh, stage=name) as (run_dir, progress):
         run_stage(name, run_dir, progress=progress, text=text, fresh=fresh)
-        print(f"{name}: {run_dir.path / name}")
+        if run_dir.is_done(name):  # not if the recipe does without
+            print(f"{name}: {run_dir.path / name}")
         if policy is not None:
             print(f"scenarios: {run_scenarios(policy, run_dir, progress=progress, forge=forge)}")
 

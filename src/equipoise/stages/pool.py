@@ -1,4 +1,4 @@
-"""Steps 1 and 2 on disk: prompts, reward models, the model's own answers, their scores, MOEC."""
+"""Step 1 on disk: prompts, reward models, the model's own answers, their scores."""
 
 from __future__ import annotations
 
@@ -14,21 +14,16 @@ from equipoise.overlap import prompt_key
 from equipoise.stages.inputs import (
     CALIBRATION,
     FITTED,
-    FLUENCY,
     PROMPTS,
     Job,
     load_reward_models,
     policy_hash,
-    read_calibration,
     read_prompts,
-    read_scored,
-    read_steered,
     reward_hashes,
-    workshop_parser,
 )
-from equipoise.store.shards import rows_to_jsonl, to_plain
+from equipoise.store.shards import rows_to_jsonl
 from equipoise.store.stagedir import Stage
-from equipoise.types import Completion, ControlledExample, Engine, ScoredCompletion
+from equipoise.types import Completion, Engine, ScoredCompletion
 
 if TYPE_CHECKING:
     from equipoise.dials.encode import Encoder
@@ -208,56 +203,6 @@ def score(job: Job) -> None:
     calibration = calibrate(own_pool(pool), mode=recipe.score.calibration)
     stage.publish_bytes(CALIBRATION, calibration.to_json().encode())
     stage.finish(scored=len(pool), no_finished_sentence=cut)
-
-
-def distil(job: Job) -> None:
-    """Distil the scored pool (MOEC) and measure the back door before and after."""
-    recipe = job.recipe
-    stage = job.begin("distil")
-    if stage is None:
-        return
-    from equipoise.backdoor import back_door
-    from equipoise.moec import distil as distil_pool
-    from equipoise.pool.calibrate import unit_scores
-
-    own, steered = read_scored(job.run), read_steered(job.run)
-    scored = [*own, *(row.scored for row in steered)]
-    drops: list[float] = [0.0] * len(own)
-    if steered:
-        usual = job.run.done("steer").read_json(FLUENCY)
-        drops += [usual[row.scored.completion.prompt_id] - row.fluency for row in steered]
-    units = unit_scores(scored, read_calibration(job.run))
-    by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
-    parses = workshop_parser(recipe)
-
-    def run_moec(config: object) -> tuple[list[ControlledExample], object]:
-        return distil_pool(
-            scored,
-            units,
-            by_id,
-            config,  # type: ignore[arg-type]
-            attributes=recipe.attributes,
-            levels=recipe.levels,
-            parses=parses,
-            fluency_drops=drops,
-        )
-
-    examples, facts = run_moec(recipe.distil)
-    raw, _ = run_moec(recipe.distil.model_copy(update={"data": "raw"}))
-    doors = {
-        name: to_plain(back_door(rows, n_rows=min(len(raw), len(examples)), seed=recipe.seed))
-        for name, rows in (("before", raw), ("after", examples))
-    }
-    stage.publish_rows("examples.parquet", examples, ControlledExample)
-    stage.publish_json("moec.json", to_plain(facts))
-    stage.publish_json("backdoor.json", doors)
-    stage.finish(examples=len(examples))
-    job.progress.say(f"distil: {len(examples)} examples kept of {len(scored)}")
-
-
-def read_examples(job: Job) -> list[ControlledExample]:
-    """Return the distilled set."""
-    return job.run.done("distil").read_shard("examples.parquet", ControlledExample)
 
 
 def _published_prompts(stage: Stage) -> set[str]:

@@ -92,6 +92,6 @@ def _steering(job: Job, policy: LoadedPolicy, sampling: Sampling) -> Any:
 
 
 def _examples(job: Job) -> Sequence[Any]:
-    from equipoise.stages.pool import read_examples
+    from equipoise.stages.distilling import read_examples
 
     return read_examples(job)

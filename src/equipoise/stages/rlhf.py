@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from equipoise.stages.distilling import read_examples
 from equipoise.stages.inputs import (
     Job,
     load_reward_models,
@@ -12,7 +13,6 @@ from equipoise.stages.inputs import (
     read_prompts,
     read_scored,
 )
-from equipoise.stages.pool import read_examples
 from equipoise.types import JudgeKind, Prompt
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from equipoise.stages.distilling import read_examples
 from equipoise.stages.inputs import Job, policy_hash, read_calibration, reward_hashes
-from equipoise.stages.pool import read_examples
 from equipoise.stages.rlhf import tune_by_rlhf
 
 MODEL = "model"
