@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from equipoise import pipeline
 from equipoise.cli.main import main
+from equipoise.cli.stages import COMMANDS, START_COMMANDS
+from equipoise.store.fingerprint import ORDER, SPECS, STAGES, START_STAGES
 from equipoise.store.rundir import RunDir
 
 HEAVY = ("torch", "transformers", "pyarrow", "datasets", "matplotlib", "sklearn", "trl", "peft")
@@ -39,8 +42,18 @@ def test_nothing_heavy_is_imported_for_help(command: list[str]) -> None:
 def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(["--help"], capsys)
     assert code == 0
-    for name in ("run", "fit-reward", "generate", "score", "distil", "tune", "evaluate", "report"):
-        assert name in out
+    for name in ("run", *START_COMMANDS, *COMMANDS):
+        assert f" {name} " in out
+
+
+def test_the_three_lists_of_stages_agree() -> None:
+    assert list(COMMANDS) == [name for name in STAGES if name != "prompts"]
+    assert list(pipeline.STAGES) == list(STAGES)
+    assert list(START_COMMANDS) == list(pipeline.START_STAGES) == list(START_STAGES)
+    assert set(ORDER) == set(SPECS)
+    places = {name: place for place, name in enumerate(ORDER)}
+    for name, spec in SPECS.items():
+        assert all(places[earlier] < places[name] for earlier in spec.inputs), name
 
 
 def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.store.fingerprint import diff, first_affected
+from equipoise.store.fingerprint import diff, first_affected, with_new_defaults
 from equipoise.store.publish import publish_bytes, publish_directory
 from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.store.shards import (
@@ -198,6 +198,17 @@ def test_a_run_outlives_an_option_that_came_after_it(tmp_path: Path) -> None:
     new = {"train": [{"source": "a"}], "test": [{"source": "b"}], "n_dev": 3}
     with pytest.raises(RunError, match="n_dev: 0 -> 3"), RunDir.open(tmp_path, recipe(prompts=new)):
         pass
+
+
+def test_stored_fields_get_the_defaults_of_later_ones() -> None:
+    now = recipe(steer={}, evaluate={"rerank_stock": 64})
+    full = with_new_defaults({"seed": 7, "evaluate": {"responders": ["start"]}}, now)
+    assert (full["seed"], full["evaluate"]["responders"]) == (7, ["start"])
+    # What was not there when it was stored is not what the recipe of today says.
+    assert full["evaluate"]["rerank_stock"] is None
+    assert full["steer"] is full["refusal_judge"] is None
+    gone = {"evaluate": {"a_field_that_went": 1}}
+    assert with_new_defaults(gone, now) == gone
 
 
 def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
