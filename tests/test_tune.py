@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,23 @@ from equipoise.tune.objectives import clm, exmate, mean_of, token_log_likelihood
 from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.tune.trainer import Tuned, objective, tune
 from equipoise.types import DialSetting
-from tuning_kit import ATTRIBUTES, examples, prompt, tiny_policy
+from tuning_kit import (
+    ATTRIBUTES,
+    examples,
+    lead_of_the_asked_cell,
+    lively_policy,
+    prompt,
+    tiny_policy,
+)
 
+LEARNS: dict[str, Any] = {
+    "steps": 120,
+    "batch_size": 8,
+    "checkpoint_every": 120,
+    "learning_rate": 1e-2,
+    "dtype": "float32",
+    "auto_rate": 0.0,
+}
 CONFIG = TuneConfig(steps=8, batch_size=4, checkpoint_every=3, dtype="float32", learning_rate=3e-3)
 
 
@@ -171,26 +187,19 @@ def test_drop_to_auto_rates() -> None:
 
 @pytest.mark.parametrize("objective_name", ["clm", "exmate"])
 def test_tuning_learns_to_listen(tmp_path: Path, objective_name: str) -> None:
-    config = TuneConfig(
-        objective=objective_name,
-        steps=150,
-        batch_size=8,
-        learning_rate=2e-2,
-        dtype="float32",
-        auto_rate=0.0,
+    policy, config = lively_policy(), TuneConfig(**{**LEARNS, "objective": objective_name})
+    tuned = tune(
+        policy,
+        examples(),
+        config,
+        attributes=ATTRIBUTES,
+        levels=5,
+        seed=1,
+        checkpoints=tmp_path,
     )
-    tuned = run(tmp_path, config)
-    encoder = Encoder(tuned.tokenizer, tuned.manifest)
-    likelihood = {}
-    for asked in (DialSetting((0, 0)), DialSetting((4, 0))):
-        ids = [*encoder.prompt_ids(prompt(2).messages), *encoder.control_ids(asked)]
-        answer = encoder.completion_ids("yes gladly boldly", finished=True)
-        with torch.no_grad():
-            logits = tuned.model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
-        scores = logits.log_softmax(-1)[range(len(answer)), answer]
-        likelihood[asked.levels[0]] = scores.mean().item()
-    assert likelihood[4] > likelihood[0] + 0.3
-    assert tuned.curve[-1]["loss"] < tuned.curve[0]["loss"]
+    lead = lead_of_the_asked_cell(tuned.model, Encoder(tuned.tokenizer, tuned.manifest))
+    assert lead.min() > 0.1
+    assert tuned.curve[-1]["asked"] > tuned.curve[0]["asked"] + 2
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
@@ -238,29 +247,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> N
         )
 
 
-def test_lora_saved_and_reloaded_in_a_new_process(tmp_path: Path) -> None:
+def test_lora_learns_and_is_reloaded_in_a_new_process(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    untouched = tiny_policy()
+    untouched = lively_policy()
     untouched.model.save_pretrained(base)
     untouched.tokenizer.save_pretrained(base)
-    config = TuneConfig(lora_rank=4, steps=10, batch_size=8, learning_rate=2e-2, dtype="float32")
+    manifest = install(untouched.model, untouched.tokenizer, attributes=ATTRIBUTES, levels=5)
+    before = lead_of_the_asked_cell(untouched.model, Encoder(untouched.tokenizer, manifest))
+    assert before.min() < 0 < before.max()
     tuned = tune(
         load_causal(str(base)),
         examples(),
-        config,
+        TuneConfig(**LEARNS, lora_rank=4),
         attributes=ATTRIBUTES,
         levels=5,
         seed=1,
         checkpoints=tmp_path / "checkpoints",
         base_model=str(base),
     )
+    after = lead_of_the_asked_cell(tuned.model, Encoder(tuned.tokenizer, tuned.manifest))
+    assert after.min() > 0.1
     rows = [p for name, p in tuned.model.named_parameters() if "trainable_tokens_delta" in name]
     assert rows and all(p.requires_grad for p in rows)
-    with torch.no_grad():  # as if trained for long: every control row is another one
-        for p in rows:
-            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(5))
     saved = tmp_path / "adapter"
     manifest = save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, saved)
+    assert manifest.row_hashes != tuned.manifest.row_hashes  # the control rows have moved
     with safe_open(saved / "adapter_model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     assert all(max(shape) < 100 for shape in shapes.values())  # no table of the whole vocabulary
@@ -272,7 +283,7 @@ def test_lora_saved_and_reloaded_in_a_new_process(tmp_path: Path) -> None:
     ]
     with torch.no_grad():
         logits = [tuned.model(torch.tensor([ids])).logits[0, -1] for ids in asked]
-    assert (logits[0] - logits[1]).abs().max() > 0.02  # dials alive
+    assert (logits[0] - logits[1]).abs().max() > 1  # dials alive
     script = (
         "import json, sys, torch\n"
         "from equipoise.models.load import load_causal\n"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.models.load import LoadedPolicy
+from equipoise.tune.batch import TuningPlan, collate
+from equipoise.tune.objectives import mean_of
+from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.types import ControlledExample, DialSetting, Message, Prompt
 from tokenizer_kit import byte_bpe
 
@@ -33,6 +39,20 @@ def tiny_policy(*, tied: bool = True, attention: str = "sdpa", seed: int = 0) ->
     return LoadedPolicy(model, tokenizer, Encoder(tokenizer), None, f"tiny-{seed}")
 
 
+def lively_policy() -> LoadedPolicy:
+    """The same with ten times the weights.
+
+    As it is born, its attention is next to nothing and its logits stay within 0.6: what is frozen
+    under LoRA has to be of some use, as in a model that was trained.
+    """
+    policy = tiny_policy()
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(10)
+    return policy
+
+
 def prompt(index: int) -> Prompt:
     words = ["how", "do", "i", "clean", "the", "small", "brass", "bell", "number"]
     text = " ".join(words[: 2 + index % 7]) + f" {index}?"
@@ -54,3 +74,16 @@ def examples(n_prompts: int = 6) -> list[ControlledExample]:
         for hp in (0, 4)
         for sf in (0, 4)
     ]
+
+
+def lead_of_the_asked_cell(model: Any, encoder: Encoder) -> torch.Tensor:
+    """Return, per example, m(y | x, right cell) minus the mean over its prompt's other cells."""
+    config = TuneConfig(
+        counterfactual="observed", n_counterfactuals=3, auto_rate=0.0, steps=1, batch_size=24
+    )
+    plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)
+    batch = collate([plan[i] for i in range(len(plan))])
+    assert batch.exists.all()
+    with torch.no_grad():
+        m = mean_of(*branch_log_likelihoods(model, batch))  # (24, 4)
+    return m[:, 0] - m[:, 1:].mean(dim=1)
