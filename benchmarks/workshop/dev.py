@@ -3,8 +3,9 @@
     python -m benchmarks.workshop.dev NAME [KEY=VALUE ...]     # e.g. rlhf tune.rlhf.beta=0.05
 
 NAME is an objective of ``benchmarks.paper.points``. Seed 0's reference run must have been made
-(``python -m benchmarks.workshop.run --only seeds``). A row is added to ``dev.json``; its test
-prompts are never read.
+(``python -m benchmarks.workshop.run --only seeds``). Dev prompts are of the training split, so the
+reward models are trained anew without the pairs that share a prompt with them. A row is added to
+``dev.json``; test prompts are never read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE
+from benchmarks.paper.points import FULL, OBJECTIVES, REFERENCE
 from benchmarks.paper.runs import execute, read_report, row_lengths, steps_for, summary
 
 from equipoise.evaluate.report import plain
@@ -32,9 +33,10 @@ def main() -> None:
         **steps_for(name, tokens, row_lengths(reference), FULL),
         **dict(change.split("=", 1) for change in changes),
         "evaluate.split": "dev",
+        **{f"fit_reward.{name}.leave_out_test": "true" for name in ("helpfulness", "safety")},
     }
     label = " ".join(["dev", name, *(change.replace("=", "-") for change in changes)])
-    report = read_report(execute(FULL, 0, label, overrides, POOL))
+    report = read_report(execute(FULL, 0, label, overrides, ("prompts", "generate")))
     found = summary(report, "tuned")
     row = {
         "world": "care and help untied",
