@@ -1,11 +1,12 @@
-"""Kill a stage at its k-th flush or rename, run it again, and compare all hashes.
+"""Kill stages at their k-th flush or rename, run them again, and compare all hashes.
 
 A program of its own, so that every process it forks has torch imported but never used: the parent
 computes nothing. The product has no hook for this: the child wraps ``os.fsync`` and ``os.replace``.
 
-    python crash_driver.py RUN_DIR WORK_DIR STAGE POINTS
+    python crash_driver.py RUN_DIR WORK_DIR STAGE=POINTS...
 
-RUN_DIR holds all earlier stages, complete. Prints one JSON object.
+RUN_DIR holds the stages, or at least all that come before them, complete. Prints one JSON object,
+stage to what was found. One process for all stages: importing torch takes longer than their work.
 """
 
 from __future__ import annotations
@@ -102,9 +103,18 @@ def outputs(run_dir: Path, stage: str) -> Any:
     return json.loads((run_dir / stage / "stage.json").read_text())["outputs"]
 
 
-def main(base: Path, work: Path, stage: str, points: int) -> dict[str, Any]:
+def up_to(stage: str, source: Path, target: Path) -> Path:
+    """Copy a run directory without a stage and all that come after it."""
+    from equipoise.store.fingerprint import STAGES
+
+    shutil.copytree(source, target)
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(target / later, ignore_errors=True)
+    return target
+
+
+def check(base: Path, work: Path, stage: str, points: int) -> dict[str, Any]:
     """Return the number of calls, the points killed at, and what went wrong."""
-    import_everything()
     reference, counter = work / "reference", work / "calls"
     shutil.copytree(base, reference)
 
@@ -146,5 +156,10 @@ def main(base: Path, work: Path, stage: str, points: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    import_everything()
+    whole, work = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {}
+    for stage, points in (item.split("=") for item in sys.argv[3:]):
+        base = up_to(stage, whole, work / stage / "base")
+        found[stage] = check(base, work / stage, stage, int(points))
     print(json.dumps(found))
