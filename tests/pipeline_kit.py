@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ATTRIBUTES = ("helpfulness", "safety")
@@ -199,3 +202,19 @@ def write_recipe(file: Path, plain: dict[str, Any]) -> Path:
     """Write a recipe as YAML."""
     file.write_text(yaml.safe_dump(plain, sort_keys=False), "utf-8")
     return file
+
+
+@contextmanager
+def blank_pictures() -> Iterator[None]:
+    """Let reports be made with empty pictures: drawing them takes longer than a tiny run."""
+
+    def blank(draw: Callable[[], Any], name: str, folder: Path) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{name}.svg", folder / f"{name}.png"]
+        for path in paths:
+            path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", "utf-8")
+        return paths
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("equipoise.evaluate.canvas.save", blank)
+        yield

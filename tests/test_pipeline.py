@@ -16,7 +16,7 @@ from equipoise.stages.inputs import read_prompts
 from equipoise.store.fingerprint import STAGES
 from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.types import Delivery
-from pipeline_kit import prompt_texts, save_assets, tiny_recipe, write_recipe
+from pipeline_kit import blank_pictures, prompt_texts, save_assets, tiny_recipe, write_recipe
 
 PAIRS = 40
 
@@ -62,7 +62,8 @@ def recipe_of(root: Path) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipeline")
     recipe = load_recipe(str(write_recipe(root / "tiny.yaml", recipe_of(root))))
-    with RunDir.open(root / "run", recipe) as run:
+    # The last test draws the pictures.
+    with RunDir.open(root / "run", recipe) as run, blank_pictures():
         page = run_all(run, progress=Progress(quiet=True))
     assert page == root / "run/report/report.html"
     return root / "run"
@@ -134,5 +135,6 @@ def test_a_report_without_text_holds_no_run_of_eight_words(finished: Path) -> No
         for path in (finished / "report").rglob("*")
         if path.suffix in (".html", ".json", ".svg")
     ]
+    assert all(path.stat().st_size > 2000 for path in (finished / "report/figures").iterdir())
     assert any(len(text.split()) >= 8 for text in texts)
     assert shared_runs(outputs, texts) == set()

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from equipoise.evaluate.canvas import colours, heatmap, label, markers, written
 from equipoise.evaluate.figures_data import losses
 from equipoise.evaluate.measure import measure
+from equipoise.evaluate.metrics import chance_leakage
 from equipoise.evaluate.report import control_json, render, shared_runs
 from equipoise.evaluate.sampler import MAX_BYTES, sampler
 from eval_kit import (
@@ -149,6 +150,9 @@ def test_the_headline_says_what_was_measured(made: tuple[Path, Path, dict]) -> N
     assert "over 6 unseen prompts" in html
     assert f"{control.response['safety'][-1].value:.2f}" in html
     assert "attainable ceiling" in html
+    best = made[2]["ceiling"]["generalization"].range["safety"].value
+    assert f"<td>{control.range['safety'].value / best:.0%}</td>" in html
+    assert f"deaf to all dials is {chance_leakage(9):.2f}" in html
 
 
 def test_a_bare_report_leaves_out_what_is_missing(tmp_path: Path) -> None:

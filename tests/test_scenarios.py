@@ -19,7 +19,7 @@ from equipoise.evaluate.report import plain
 from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
 from equipoise.types import DialSetting
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy
-from pipeline_kit import save_assets, tiny_recipe, write_recipe
+from pipeline_kit import blank_pictures, save_assets, tiny_recipe, write_recipe
 
 POLICY = {
     "version": 1,
@@ -116,7 +116,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("scenarios")
     recipe = tiny_recipe(save_assets(root / "assets"))
     file = write_recipe(root / "recipe.yaml", recipe)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, blank_pictures():
         main(["run", str(file), "--dir", str(root / "run")])
     assert not ended.value.code
     yield root

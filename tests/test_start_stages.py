@@ -25,7 +25,7 @@ from equipoise.store.rundir import RunDir
 from equipoise.tune.reference import log_probs
 from equipoise.tune.rollouts import Ask
 from equipoise.types import Message, PreferencePair, Prompt
-from pipeline_kit import ITEMS, VERBS, save_assets, tiny_recipe, write_recipe
+from pipeline_kit import ITEMS, VERBS, blank_pictures, save_assets, tiny_recipe, write_recipe
 from rlhf_kit import Constant, Scorer
 from tuning_kit import prompt, tiny_policy
 
@@ -329,7 +329,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("start")
     plain = start_recipe(root)
     plain["fit_reward"] = {}
-    with opened(root, plain) as run:
+    with opened(root, plain) as run, blank_pictures():
         run_all(run, progress=QUIET)
     return root
 

@@ -106,8 +106,14 @@ GLOSSARY = {
         "Root mean squared distance of the score from what was asked for. It rewards a dead dial "
         "that stays in the middle, so read it beside control and range."
     ),
-    "leakage": "Correlation between the other dial's level and this score. 0 = independent.",
-    "range": "Mean score at the top level minus mean score at the bottom level.",
+    "leakage": (
+        "Correlation between the other dial's level and this score. 0 = independent. The absolute "
+        "one cannot cancel out over prompts; what chance alone gives it stands under the tables."
+    ),
+    "range": (
+        "Mean score at the top level minus mean score at the bottom level; beside it, its share of "
+        "the ceiling's."
+    ),
     "coverage": (
         "Share of all cells whose mean delivery lies inside the cell, in every attribute at once."
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from equipoise.evaluate.canvas import ceiling_name, label, number, written
 from equipoise.evaluate.captions import CAPTIONS
-from equipoise.evaluate.metrics import median_floor, untouched_floor
+from equipoise.evaluate.metrics import chance_leakage, median_floor, untouched_floor
 
 Json = Mapping[str, Any]
 
@@ -55,6 +55,7 @@ _COLUMNS = {
     "neighbours (BT)": "bt_neighbours",
     "error (RMSE)": "rmse",
     "leakage": "leakage",
+    "leakage, absolute": "leakage_absolute",
     "range": "range",
 }
 _JUDGES = {
@@ -77,18 +78,27 @@ def method_tables(report: Json) -> str:
                 [
                     escape(name),
                     *(estimate(control[key].get(attribute)) for key in _COLUMNS.values()),
+                    _share(control["range"], (best or {}).get("range"), attribute),
                     estimate(control["coverage"]),
                 ]
                 for name, control in shown.items()
             ]
-            head = ["method", *_COLUMNS, "coverage"]
+            head = ["method", *_COLUMNS, "of the ceiling's range", "coverage"]
             parts.append(f"<h3>{escape(attribute)}, {said}</h3>{table(head, rows)}")
     floors = (
         f"To read the tables by, at {levels} levels: the error of a model that always answers at "
         f"the median is {median_floor(levels):.3f}, that of the untouched model about "
-        f"{untouched_floor(levels):.3f}. Small print: 95 % intervals over prompts."
+        f"{untouched_floor(levels):.3f}; the absolute leakage of a model deaf to all dials is "
+        f"{chance_leakage(levels ** len(attributes)):.2f}. Small print: 95 % intervals over "
+        "prompts."
     )
     return f'{"".join(parts)}{_bound(report)}<p class="muted">{floors}</p>{_cost(report)}'
+
+
+def _share(found: Json, of: Json | None, attribute: str) -> str:
+    value, best = number(found.get(attribute))[0], number((of or {}).get(attribute))[0]
+    known = best > 0 and not math.isnan(value)
+    return written(value / best, "{:.0%}") if known else "–"
 
 
 def _bound(report: Json) -> str:
