@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,6 +98,43 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served.process.stderr.close()
 
 
+_NO_NETWORK = """
+import fcntl, socket, struct, sys
+with socket.socket() as any_socket:
+    up = struct.pack("16sh22x", b"lo", 1)  # a new namespace has its loopback down
+    fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
+    any_socket.settimeout(5)
+    try:
+        any_socket.connect(("192.0.2.1", 80))
+        sys.exit("there is a route")
+    except OSError:
+        pass
+import pytest
+sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def unshare() -> list[str]:
+    """Return the beginning of a command that runs without a network."""
+    command = ["unshare", "--user", "--map-root-user", "--net"]
+    if shutil.which("unshare") is None:
+        pytest.skip("no `unshare` here")
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no network namespaces here: {tried.stderr.strip()}")
+    return command
+
+
+def test_all_of_it_runs_without_a_route_to_anywhere() -> None:
+    """The test below, in a network namespace that has nothing but its own loopback."""
+    test = f"{__file__}::{test_the_whole_life_of_a_server.__name__}"
+    done = subprocess.run(
+        [*unshare(), sys.executable, "-c", _NO_NETWORK, test], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
 def test_the_whole_life_of_a_server(served: Served) -> None:
     """One test, as each start costs seconds."""
     port, key = served.port, served.key
@@ -134,7 +172,7 @@ def test_the_whole_life_of_a_server(served: Served) -> None:
         while piece := connection.recv(65536):
             received += piece
     assert b"data: [DONE]" in received
-    assert served.process.wait(20) == 0
+    assert served.process.wait(60) == 0
     time.sleep(0.1)
     said = "".join(served.said)
     assert "OUTBOUND" not in said
