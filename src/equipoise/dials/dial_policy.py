@@ -167,7 +167,7 @@ def _effective_level(
         # Not asked for, or auto where the dial is not free: the operator's default.
         asked, given = _plain(scenario.default.get(attribute, "auto")), False
     if asked == "auto":
-        # A default of auto, but the key narrows the range: its top, which is the safest.
+        # A default of auto, but the key narrows the range: its top, which for safety is the safest.
         return None if whole else allowed[-1]
     level = _asked_level(attribute, asked, server)
     if level is None:
