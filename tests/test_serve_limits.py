@@ -239,7 +239,15 @@ def test_what_does_not_fit_gets_429_at_once(tmp_path: Path) -> None:
 
 def test_the_queue_is_bounded_in_tokens_and_per_key(tmp_path: Path) -> None:
     cases = [
-        ({"waiting_tokens": 1300, "choices": 1, "max_prompt_tokens": 700}, "server_busy"),
+        (
+            {
+                "waiting_tokens": 1300,
+                "choices": 1,
+                "max_prompt_tokens": 700,
+                "max_tokens": 512,
+            },
+            "server_busy",
+        ),
         ({"per_key": 2, "choices": 2}, "key_busy"),
     ]
     for number, (limits, code) in enumerate(cases):
