@@ -104,6 +104,17 @@ def test_contradictions_between_fields_are_errors_with_lines(tmp_path: Path) -> 
         assert line in message
 
 
+def test_a_policy_is_no_judge_and_a_stock_holds_every_sample(tmp_path: Path) -> None:
+    text = GOOD.replace(
+        "judges:\n  helpfulness: {model: h}", "judges:\n  helpfulness: {model: 'made://align'}"
+    )
+    message = why(
+        tmp_path, text + "evaluate: {responders: [rerank8, rerank16], rerank_stock: 12}\n"
+    )
+    assert "recipe.yaml:13: `made://align` is a policy" in message
+    assert "`evaluate.rerank_stock` is less than the 16 samples of rerank16" in message
+
+
 def test_overrides_are_typed_by_yaml_and_checked_like_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, GOOD)
     recipe = load_recipe(

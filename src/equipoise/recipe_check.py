@@ -79,6 +79,9 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
             for name in sorted(given - set(names))
         ]
         for name, config in getattr(recipe, part).items():
+            if config.model.startswith("made://"):
+                text = f"`{config.model}` is a policy; a reward model is trained by `fit_reward`"
+                found.append(((part, name, "model"), text))
             fitted = config.model.removeprefix("fitted://")
             if fitted != config.model and fitted not in recipe.fit_reward:
                 known = ", ".join(recipe.fit_reward) or "nothing"
