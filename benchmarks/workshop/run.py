@@ -93,7 +93,7 @@ def _folder(seed: int, name: str) -> Path:
     return FULL.runs / f"seed{seed}-{slug(name)}"
 
 
-def collect(seconds_demo: float | None) -> dict[str, Any]:
+def collect(demo: Path | None) -> dict[str, Any]:
     """Gather all finished runs into one result."""
     headline: dict[str, float] = {}
 
@@ -141,8 +141,11 @@ def collect(seconds_demo: float | None) -> dict[str, Any]:
             )
     for attribute, values in _nearest_copies().items():
         put(f"nearest_copy.mp.{attribute}", values)
-    if seconds_demo is not None:
-        headline["seconds.demo"] = round(seconds_demo, 1)
+    if demo is not None:
+        found = read_report(demo)
+        headline["seconds.demo"] = round(60 * sum(found["stages"].values()), 1)
+        for attribute, mp in found["methods"]["tuned"]["generalization"]["mp"].items():
+            headline[f"demo.generalization.mp.{attribute}"] = round(mp["value"], 4)
     return {
         "made_by": "python -m benchmarks.workshop.run",
         "machine": {"processor": platform.processor(), "system": platform.system()},
@@ -224,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("seeds", "curves", "collect"))
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
-    parser.add_argument("--demo-seconds", type=float, help="measured time of ./demo after set-up")
+    parser.add_argument("--demo", type=Path, help="run directory that ./demo made after set-up")
     arguments = parser.parse_args()
     if arguments.only in (None, "seeds"):
         for seed in arguments.seeds:
@@ -232,7 +235,7 @@ def main() -> None:
     if arguments.only in (None, "curves"):
         run_curves()
     if arguments.only in (None, "collect"):
-        result = collect(arguments.demo_seconds)
+        result = collect(arguments.demo)
         (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {HERE / 'results.json'}")
 
