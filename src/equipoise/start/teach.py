@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
@@ -16,7 +15,14 @@ from equipoise.config import AlignConfig, PretrainConfig, SftConfig
 from equipoise.dials.encode import Encoder
 from equipoise.errors import DataError, TrainingError
 from equipoise.start.rows import Dialogue
-from equipoise.tune.checkpoints import Checkpoints, Curve, OnStep, curve_of, newest_complete
+from equipoise.tune.checkpoints import (
+    Checkpoints,
+    Curve,
+    OnStep,
+    curve_of,
+    newest_complete,
+    trainer_settings,
+)
 
 Budget = PretrainConfig | SftConfig | AlignConfig
 Ids = tuple[list[int], list[int]]
@@ -122,28 +128,20 @@ def drive(
     resume = newest_complete(checkpoints)
     trainer = build(
         {
-            "output_dir": str(checkpoints),
-            "max_steps": config.steps,
-            "per_device_train_batch_size": config.batch_size,
-            "learning_rate": config.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, config.steps // 20),
-            "adam_beta2": 0.98,
+            **trainer_settings(
+                checkpoints,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                checkpoint_every=config.checkpoint_every,
+                dtype=dtype,
+                seed=seed % 2**31,
+            ),
             "max_grad_norm": 1.0,
             "activation_checkpointing": False,
-            "bf16": dtype == "bfloat16",
-            "use_cpu": not torch.cuda.is_available(),
             "logging_strategy": "steps",
             "logging_steps": 1,
             "logging_nan_inf_filter": False,
-            "save_strategy": "steps",
-            "save_steps": config.checkpoint_every,
-            "save_total_limit": 2,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-            "report_to": [],
-            "seed": seed % 2**31,
-            "data_seed": seed % 2**31,
         }
     )
     # The run directory has its own records, so no card per checkpoint.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from equipoise.models.load import Dtype, torch_dtype
@@ -16,6 +17,38 @@ from equipoise.models.load import Dtype, torch_dtype
 _MARKER = "equipoise.json"
 OnStep = Callable[[int, int], None]
 Curve = list[dict[str, float]]
+
+
+def trainer_settings(
+    folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    checkpoint_every: int,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what every trainer of ours is told alike: schedule, checkpoints, silence, seeds."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, steps // 20),
+        "adam_beta2": 0.98,
+        "bf16": dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "steps",
+        "save_steps": checkpoint_every,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "report_to": [],
+        "seed": seed,
+        "data_seed": seed,
+    }
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]

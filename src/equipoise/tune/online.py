@@ -21,7 +21,14 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from equipoise.errors import TrainingError
-from equipoise.tune.checkpoints import Checkpoints, Curve, OnStep, curve_of, newest_complete
+from equipoise.tune.checkpoints import (
+    Checkpoints,
+    Curve,
+    OnStep,
+    curve_of,
+    newest_complete,
+    trainer_settings,
+)
 from equipoise.tune.guards import Guards
 from equipoise.tune.reference import StartReference, log_probs
 from equipoise.tune.rollouts import OnlineConfig, Rollouts, earned
@@ -174,32 +181,24 @@ class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 def _arguments(config: OnlineConfig, folder: Path, *, seed: int) -> GRPOConfig:
     return GRPOConfig(
-        output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        **trainer_settings(
+            folder,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            checkpoint_every=config.checkpoint_every,
+            dtype=config.dtype,
+            seed=seed,
+        ),
         num_generations=config.group,
         steps_per_generation=1,
         max_completion_length=config.sampling.max_tokens,
         temperature=config.sampling.temperature,
         beta=0.0,
         shuffle_dataset=False,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, config.steps // 20),
         weight_decay=0.0,
-        adam_beta2=0.98,
         max_grad_norm=config.max_grad_norm,
         activation_checkpointing=False,
-        bf16=config.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
         logging_strategy="no",
-        save_strategy="steps",
-        save_steps=config.checkpoint_every,
-        save_total_limit=2,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to=[],
-        seed=seed,
-        data_seed=seed,
     )

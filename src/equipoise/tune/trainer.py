@@ -30,6 +30,7 @@ from equipoise.tune.checkpoints import (
     curve_of,
     newest_complete,
     settled_dtype,
+    trainer_settings,
 )
 from equipoise.tune.lora import add_lora
 from equipoise.tune.objectives import (
@@ -240,25 +241,17 @@ def weight_at(step: int, config: TuneConfig) -> float:
 
 def _arguments(config: TuneConfig, folder: Path, *, dtype: str, seed: int) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, config.steps // 20),
+        **trainer_settings(
+            folder,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            checkpoint_every=config.checkpoint_every,
+            dtype=dtype,
+            seed=seed,
+        ),
         weight_decay=0.0,
-        adam_beta2=0.98,
         max_grad_norm=1.0,
-        bf16=dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
         logging_strategy="no",
-        save_strategy="steps",
-        save_steps=config.checkpoint_every,
-        save_total_limit=2,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to=[],
-        seed=seed,
-        data_seed=seed,
     )
