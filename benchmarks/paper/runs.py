@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rundirs
 from benchmarks.paper.points import (
     OBJECTIVES,
     POOL,
@@ -20,9 +19,9 @@ from benchmarks.paper.points import (
     Scale,
     slug,
 )
+from benchmarks.rundirs import read_report
 
 from equipoise.config import Recipe
-from equipoise.pipeline import run_all
 from equipoise.recipe_io import load_recipe
 from equipoise.store.rundir import RunDir
 
@@ -51,27 +50,12 @@ def execute(
     scale: Scale, seed: int, name: str, overrides: Overrides, shares: tuple[str, ...]
 ) -> Path:
     """Run a point in its own directory, resuming there; return the directory."""
-    folder = scale.runs / f"seed{seed}-{slug(name)}"
-    made = make_recipe(scale, seed, overrides)
-    if shares and not folder.exists():
-        _copy_upstream(scale.runs / f"seed{seed}-{REFERENCE}", folder, shares)
-    print(f"== {folder.name}", file=sys.stderr, flush=True)
-    stored = folder / "recipe.json"
-    same = not stored.exists() or json.loads(stored.read_text()) == made.model_dump(mode="json")
-    with RunDir.open(folder, made, fresh=not same) as opened:
-        run_all(opened)
-    return folder
-
-
-def _copy_upstream(source: Path, folder: Path, shares: tuple[str, ...]) -> None:
-    partial = folder.with_name(f".{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for stage in shares:
-        if (source / stage).is_dir():
-            shutil.copytree(source / stage, partial / stage)
-    # No recipe.json: each stage's own fingerprint says whether the copy may be used.
-    partial.rename(folder)
+    return rundirs.execute(
+        make_recipe(scale, seed, overrides),
+        scale.runs / f"seed{seed}-{slug(name)}",
+        source=scale.runs / f"seed{seed}-{REFERENCE}",
+        shares=shares,
+    )
 
 
 def run_methods(scale: Scale, seed: int) -> dict[str, Any]:
@@ -163,12 +147,6 @@ def steps_for(
     if OBJECTIVES[name].get("tune.objective") == "clm":
         return {"tune.steps": str(max(1, round(tokens / (32 * row))))}
     return {"tune.steps": str(scale.steps)}
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """Return ``report.json`` of a run."""
-    found: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
-    return found
 
 
 def upstream(folder: Path) -> dict[str, Any]:

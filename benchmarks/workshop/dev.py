@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.paper.points import FULL, OBJECTIVES, REFERENCE
-from benchmarks.paper.runs import execute, read_report, row_lengths, steps_for, summary
+from benchmarks.paper.runs import execute, row_lengths, steps_for, summary
+from benchmarks.rundirs import read_report
 
 from equipoise.evaluate.report import plain
 

@@ -21,13 +21,8 @@ from typing import Any
 
 import numpy as np
 from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE, TRAINING_FREE, slug
-from benchmarks.paper.runs import (
-    execute,
-    read_report,
-    row_lengths,
-    steps_for,
-    summary,
-)
+from benchmarks.paper.runs import execute, row_lengths, steps_for, summary
+from benchmarks.rundirs import read_report
 
 from equipoise.config import Recipe
 from equipoise.evaluate.intervals import over_seeds

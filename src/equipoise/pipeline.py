@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from equipoise.progress import Progress
-from equipoise.stages import distilling, measuring, pool, start, steering, tuning
+from equipoise.stages import bench, distilling, measuring, pool, start, steering, tuning
 from equipoise.stages.inputs import MADE, Job
 from equipoise.store.rundir import RunDir
 
@@ -22,6 +22,7 @@ STAGES: Mapping[str, StageFunction] = {
     "regenerate": steering.regenerate,
     "distil": distilling.distil,
     "tune": tuning.tune,
+    "judge": bench.judge,
     "evaluate": measuring.evaluate,
     "report": measuring.report,
 }

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 from equipoise.config import RewardModelConfig, TuneConfig
 from equipoise.stages.inputs import Job, read_prompts
 from equipoise.store.fingerprint import OPTIONAL
+from equipoise.store.publish import json_bytes, publish_bytes, read_json_or_none
 from equipoise.types import Branch, GenerationRequest, Sampling
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
 
-PLANNED = ("fit-reward", "generate", "score", "steer", "regenerate", "tune", "evaluate")
+PLAN = "plan.json"
+"""Of a run directory: stage to the minutes that were first planned for it."""
+PLANNED = ("fit-reward", "generate", "score", "steer", "regenerate", "tune", "judge", "evaluate")
 PROBE_TOKENS = 12
 PROBE_LENGTH = 160
 
@@ -42,7 +45,7 @@ class Speed:
 
 
 def print_plan(job: Job) -> None:
-    """Print the estimated minutes of every stage that is still to be done."""
+    """Print, and keep, the estimated minutes of every stage that is still to be done."""
     asked = {name for name, field in OPTIONAL.items() if getattr(job.recipe, field)}
     todo = [
         name
@@ -57,6 +60,15 @@ def print_plan(job: Job) -> None:
     for name in todo:
         job.progress.say(f"  {name:<10} {minutes[name]:6.1f}")
     job.progress.say(f"  {'in all':<10} {sum(minutes[name] for name in todo):6.1f}")
+    # What was planned first is what the report compares with: a resumed run plans the rest only.
+    plan = {name: minutes[name] for name in todo} | read_plan(job.run.path)
+    with job.run.writing():
+        publish_bytes(job.run.path / PLAN, json_bytes(plan))
+
+
+def read_plan(run: Path) -> dict[str, float]:
+    """Return stage to planned minutes; empty where no plan was made (single stages make none)."""
+    return read_json_or_none(run / PLAN) or {}
 
 
 def probe(job: Job) -> Speed:
@@ -127,7 +139,8 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         "generate": pool * length / speed.sampled,
         "score": 2 * pool * (speed.prompt_tokens + length) * rewards / speed.flops,
         "tune": _tuning_seconds(tune, speed, row, rewards),
-        "evaluate": sampling / speed.sampled + (scoring + 2 * pool * text * judged) / speed.flops,
+        "judge": 2 * pool * text * judged / speed.flops,
+        "evaluate": sampling / speed.sampled + scoring / speed.flops,
     }
     return {name: value / 60 for name, value in seconds.items()}
 

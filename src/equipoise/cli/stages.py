@@ -26,6 +26,7 @@ COMMANDS = {
     "regenerate": "Sample a second pool under steering, for the cells that are rare.",
     "distil": "Distil the scored pool (MOEC).",
     "tune": "Tune the dials (CLM, ExMATE or RLHF).",
+    "judge": "Let the judges read the pool: the scale of what they will say.",
     "evaluate": "Turn every dial on unseen prompts and measure.",
     "report": "Write the report: HTML, JSON and figures.",
 }

@@ -76,6 +76,10 @@ CAPTIONS = {
         "How often each reward model and judge is right on held-out rows, beside two baselines "
         "that know no language model. A judge that barely beats them can not show fine control."
     ),
+    "minutes": (
+        "How long each stage took, beside the estimate that was printed before the run (none where "
+        "a stage was run by itself)."
+    ),
     "scale": (
         "The pool that every score is a rank in. A high share between prompts means that the "
         "score tells prompts apart more than completions; a large tie at the top makes the "

@@ -72,6 +72,11 @@ def _kept(report: Json) -> str:
 
 
 def _minutes(report: Json) -> str:
-    found = report.get("stages") or {}
-    rows = [[escape(k), f"{v:.1f}"] for k, v in found.items() if v is not None]
-    return _said("How long each stage took.", table(["stage", "minutes"], rows)) if rows else ""
+    found, planned = report.get("stages") or {}, report.get("planned") or {}
+    rows = [
+        [escape(k), f"{planned[k]:.1f}" if k in planned else "–", f"{v:.1f}"]
+        for k, v in found.items()
+        if v is not None
+    ]
+    heads = ["stage", "planned minutes", "minutes"]
+    return _said(CAPTIONS["minutes"], table(heads, rows)) if rows else ""

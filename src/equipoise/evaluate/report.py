@@ -25,7 +25,8 @@ is :func:`control_json` of a :class:`~equipoise.evaluate.measure.ControlReport`:
      "losses": {RUN: {"step": […], "loss": […], "asked": […], "counterfactual": […], "pull": […]}},
      "differences": {"tuned − rerank16": {ATTRIBUTE: E}},  # measure.compare_mp
      "reward_models": {NAME: {…}},              # kept, not drawn
-     "stages": {STAGE: minutes}}
+     "stages": {STAGE: minutes},
+     "planned": {STAGE: minutes}}               # by plan.py, before the run
 
 Figures are drawn from this JSON alone; the sampler of completions needs the deliveries.
 """

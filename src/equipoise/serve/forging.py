@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from equipoise.dials.dial_policy import DialPolicy, Key, Server, allowed_levels
 from equipoise.dials.policy_file import find_policy, load_policy
 from equipoise.errors import ServingError
+from equipoise.stages.bench import read_bench
 from equipoise.stages.inputs import Job
 from equipoise.stages.measuring import evaluated_prompts
-from equipoise.stages.scenarios import FOLDER, judges_of
+from equipoise.stages.scenarios import FOLDER
 from equipoise.stages.tuning import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
 from equipoise.types import DialSetting, Sampling
@@ -54,7 +55,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
     scenario, setting = widest(policy, tuple(recipe.attributes), recipe.levels)
     job.settle_threads()
     loaded = load_causal(str(job.run.done("tune").directory(MODEL)))
-    judges, calibrations = judges_of(job)
+    bench = read_bench(job)
     sampling = Sampling(**config.sampling.model_dump())
     with served(loaded, file, policy) as (url, key):
         measured = measure_forge(
@@ -72,8 +73,8 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
             ),
             evaluated_prompts(job),
             setting,
-            judges,
-            calibrations,
+            bench.judges,
+            bench.calibrations,
             attributes=recipe.attributes,
             levels=recipe.levels,
             repeats=repeats,

@@ -12,14 +12,15 @@ from equipoise.stages.inputs import (
     read_calibration,
     read_prompts,
     read_scored,
+    reward_hashes,
 )
-from equipoise.store.stagedir import Stage
 from equipoise.types import JudgeKind, RewardModel, ScoredCompletion
 
 if TYPE_CHECKING:
     from equipoise.pool.calibrate import Calibration
 
-JUDGE_CALIBRATION = "judge-calibration.json"
+SCALE = "calibration.json"
+FACTS = "pool.json"
 
 
 @dataclass(frozen=True)
@@ -30,31 +31,48 @@ class Bench:
     calibrations: Mapping[JudgeKind, Calibration]
 
 
-def judged_bench(job: Job, stage: Stage) -> Bench:
-    """Load both kinds of judges and calibrate them on the start model's pool; by shard."""
+def judge(job: Job) -> None:
+    """Let the judges read the start model's pool, which gives them their scale; by shard."""
+    recipe = job.recipe
+    stage = job.begin("judge", reward_hashes(recipe.judges, job))
+    if stage is None:
+        return
     from equipoise.evaluate.report import plain
     from equipoise.pool.calibrate import calibrate, calibration_report, own_pool
     from equipoise.pool.score import score
 
-    recipe = job.recipe
-    judges: dict[JudgeKind, Mapping[str, RewardModel]] = {
-        "optimization": load_reward_models(recipe.reward_models, job),
-        "generalization": load_reward_models(recipe.judges, job),
-    }
+    judges = load_reward_models(recipe.judges, job)
     source, by_id = job.run.done("score"), {p.id: p for p in read_prompts(job.run)}
     shards = [name for name in source.shards if name.startswith("shard-")]
     with job.progress.task("judge the pool", len(shards)) as advance:
         for name in shards:
-            if not stage.has(f"pool/{name}"):
+            if not stage.has(name):
                 rows = source.read_shard(name, ScoredCompletion)
-                chunks = score([row.completion for row in rows], by_id, judges["generalization"])
+                chunks = score([row.completion for row in rows], by_id, judges)
                 judged = [row for chunk in chunks for row in chunk]
-                stage.publish_rows(f"pool/{name}", judged, ScoredCompletion)
+                stage.publish_rows(name, judged, ScoredCompletion)
             advance(1)
-    pool = [row for rows in stage.read_rows(ScoredCompletion, prefix="pool/") for row in rows]
-    calibration = calibrate(own_pool(pool), mode="pooled")
-    stage.publish_bytes(JUDGE_CALIBRATION, calibration.to_json().encode())
-    trained = read_calibration(job.run)
-    facts = calibration_report(own_pool(read_scored(job.run)), trained, judged=own_pool(pool))
-    stage.publish_json("pool.json", plain(facts))
-    return Bench(judges, {"optimization": trained, "generalization": calibration})
+    pool = own_pool([row for rows in stage.read_rows(ScoredCompletion) for row in rows])
+    stage.publish_bytes(SCALE, calibrate(pool, mode="pooled").to_json().encode())
+    scored = own_pool(read_scored(job.run))
+    facts = calibration_report(scored, read_calibration(job.run), judged=pool)
+    stage.publish_json(FACTS, plain(facts))
+    stage.finish(judged=len(pool))
+
+
+def read_bench(job: Job) -> Bench:
+    """Load both kinds of judges, each with its scale."""
+    from equipoise.pool.calibrate import Calibration
+
+    recipe = job.recipe
+    scale = job.run.done("judge").read_bytes(SCALE).decode()
+    return Bench(
+        {
+            "optimization": load_reward_models(recipe.reward_models, job),
+            "generalization": load_reward_models(recipe.judges, job),
+        },
+        {
+            "optimization": read_calibration(job.run),
+            "generalization": Calibration.from_json(scale),
+        },
+    )

@@ -77,7 +77,7 @@ def measures_of(
     return {
         "methods": methods,
         "differences": paired,
-        "ceiling": _ceiling(job, stage, bench, prompts),
+        "ceiling": _ceiling(job, bench, prompts),
         "n": {f"evaluated prompts ({config.split})": len(prompts), "repeats": config.repeats},
     }
 
@@ -116,7 +116,7 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
     return cost
 
 
-def _ceiling(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _ceiling(job: Job, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Measure a policy that picks, per prompt and cell, the completion nearest both targets.
 
     In the Workshop it picks among all that the grammar can write, for the evaluated prompts. On
@@ -136,17 +136,17 @@ def _ceiling(job: Job, stage: Stage, bench: Bench, prompts: Sequence[Prompt]) ->
         name = "attainable ceiling"
         candidates = ceiling_candidates(prompts, calibration, seed=recipe.seed)
     else:
-        name, candidates = "best of pool by judge", _pool_candidates(job, stage, calibration)
+        name, candidates = "best of pool by judge", _pool_candidates(job, calibration)
     grid = ceiling_grid(candidates, attributes=recipe.attributes, levels=recipe.levels)
     measured = measure_grid(grid, draws=recipe.evaluate.bootstrap, seed=recipe.seed)
     return {"name": name, "generalization": to_plain(measured)}
 
 
-def _pool_candidates(job: Job, stage: Stage, calibration: Calibration) -> list[Any]:
+def _pool_candidates(job: Job, calibration: Calibration) -> list[Any]:
     import numpy as np
 
     units: dict[str, list[list[float]]] = defaultdict(list)
-    for rows in stage.read_rows(ScoredCompletion, prefix="pool/"):
+    for rows in job.run.done("judge").read_rows(ScoredCompletion):
         for row in rows:
             scores = [calibration.unit(name, row.raw[name]) for name in job.recipe.attributes]
             units[row.completion.prompt_id].append(scores)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from equipoise.stages.bench import Bench, judged_bench
+from equipoise.stages.bench import Bench, read_bench
 from equipoise.stages.inputs import (
     Job,
     policy_hash,
@@ -55,7 +55,7 @@ def evaluate(job: Job) -> None:
 
     prompts = evaluated_prompts(job)
     intersections = check_unseen(job, prompts)
-    bench = judged_bench(job, stage)
+    bench = read_bench(job)
     n_attributes = len(recipe.attributes)
     for responder in responders(job, bench, untouched):
         tuned = responder.name == "tuned"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from equipoise.plan import read_plan
+from equipoise.stages.bench import FACTS
 from equipoise.stages.inputs import CALIBRATION, Job, read_prompts
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery
@@ -56,7 +58,7 @@ def gather(job: Job) -> dict[str, Any]:
             **measures["n"],
         },
         "pool": {
-            **run.done("evaluate").read_json("pool.json"),
+            **run.done("judge").read_json(FACTS),
             "no_finished_sentence": scored.facts()["no_finished_sentence"],
         },
         "moec": distilled.read_json("moec.json"),
@@ -64,6 +66,7 @@ def gather(job: Job) -> dict[str, Any]:
         "losses": {"tuned": {key: [row[key] for row in curve] for key in (curve or [{}])[0]}},
         "reward_models": _cards(job),
         "stages": run.minutes(),
+        "planned": read_plan(run.path),
         "calibration_file": f"score/{CALIBRATION}",
     }
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from equipoise.dials.policy_file import find_policy, load_policy
-from equipoise.stages.bench import JUDGE_CALIBRATION
-from equipoise.stages.inputs import Job, load_reward_models, read_calibration
+from equipoise.stages.bench import read_bench
+from equipoise.stages.inputs import Job
 from equipoise.stages.measuring import CHUNK, evaluated_prompts
 from equipoise.stages.tuning import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
-from equipoise.types import Delivery, DialSetting, JudgeKind, RewardModel
-
-if TYPE_CHECKING:
-    from equipoise.pool.calibrate import Calibration
+from equipoise.types import Delivery, DialSetting
 
 FOLDER = "scenarios"
 RESULT = "scenarios.json"
@@ -78,26 +74,6 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
     return place
 
 
-def judges_of(
-    job: Job,
-) -> tuple[dict[JudgeKind, dict[str, RewardModel]], dict[JudgeKind, Calibration]]:
-    """Return both kinds of judges, and their scales as the evaluate stage made them."""
-    from equipoise.pool.calibrate import Calibration
-
-    recipe = job.recipe
-    scale = job.run.done("evaluate").read_bytes(JUDGE_CALIBRATION).decode()
-    return (
-        {
-            "optimization": load_reward_models(recipe.reward_models, job),
-            "generalization": load_reward_models(recipe.judges, job),
-        },
-        {
-            "optimization": read_calibration(job.run),
-            "generalization": Calibration.from_json(scale),
-        },
-    )
-
-
 def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:
     """Return the deliveries of the wanted settings; what the run lacks is sampled."""
     evaluated = job.run.done("evaluate")
@@ -127,14 +103,14 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
     engine = TransformersEngine(
         policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
     )
-    judges, calibrations = judges_of(job)
+    bench = read_bench(job)
     prompts = evaluated_prompts(job)
     chunks = sweep(
         Tuned(engine, policy.encoder, sampling=Sampling(**config.sampling.model_dump())),
         prompts,
         settings,
-        judges,
-        calibrations,
+        bench.judges,
+        bench.calibrations,
         seed=derive_seed(recipe.seed, "evaluate"),
         repeats=config.repeats,
         chunk=CHUNK,

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from equipoise.config import Recipe
 
 STAGES = (
-    "prompts", "fit-reward", "generate", "score", "steer", "regenerate", "distil", "tune",
+    "prompts", "fit-reward", "generate", "score", "steer", "regenerate", "distil", "tune", "judge",
     "evaluate", "report",
 )  # fmt: skip
 """In the order of the run. ``prompts`` has no command of its own: every stage makes it first."""
@@ -53,11 +53,12 @@ SPECS: Mapping[str, StageSpec] = {
         ("seed", "attributes", "levels", "distil"), ("prompts", "score", "steer", "regenerate")
     ),
     "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("distil",)),
+    "judge": StageSpec(("attributes", "judges"), ("prompts", "fit-reward", "score")),
     "evaluate": StageSpec(
         ("seed", "model", "attributes", "levels", "judges", "refusal_judge", "evaluate"),
-        ("prompts", "fit-reward", "score", "steer", "tune"),
+        ("prompts", "fit-reward", "score", "steer", "tune", "judge"),
     ),
-    "report": StageSpec(("name", "description"), ("score", "distil", "tune", "evaluate")),
+    "report": StageSpec(("name", "description"), ("score", "distil", "tune", "judge", "evaluate")),
 }
 
 

@@ -1,0 +1,216 @@
+"""Dials on a real model: every method on SmolLM2-135M-Instruct, with plan, cost and curves.
+
+    equipoise fetch smollm2
+    python -m benchmarks.smollm2.run --data DIR              # all of it; resumes where it stopped
+    python -m benchmarks.smollm2.run --data DIR --only clm   # one point of points.py, or: collect
+
+DIR is the folder of ``docs/real-models.md``. One seed, one pool for all points; what was chosen was
+chosen on dev prompts (``dev.py``), the test prompts are read here. Run directories lie in
+``runs/smollm2``; ``results.json`` holds no text of any prompt or completion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.runs import row_lengths
+from benchmarks.rundirs import execute, read_report
+from benchmarks.smollm2.points import (
+    ATTRIBUTES,
+    POINTS,
+    POOL,
+    REFERENCE,
+    RUNS,
+    TRAINING_FREE,
+    make_recipe,
+)
+
+from equipoise.evaluate.report import plain
+
+HERE = Path(__file__).parent
+JUDGES = ("optimization", "generalization")
+METRICS = ("mp", "bt", "bt_neighbours", "leakage", "rmse", "range")
+WINDOW = 200
+"""Fresh examples per point of the curve."""
+
+Json = Mapping[str, Any]
+
+
+def run_point(name: str, data: str | None) -> Path:
+    """Run one point on the reference's pool, at the reference's tokens."""
+    point, reference = POINTS[name], RUNS / REFERENCE
+    overrides = dict(point.overrides)
+    if name != REFERENCE and "tune.steps" not in overrides and point.branches == 1:
+        overrides["tune.steps"] = str(_steps_for(reference))
+    shares = POOL[:-1] if overrides.get("regenerate") == "null" else POOL
+    return execute(
+        make_recipe(overrides, data),
+        RUNS / name,
+        source=reference if name != REFERENCE else None,
+        shares=shares,
+        text=False,
+    )
+
+
+def _steps_for(reference: Path) -> int:
+    """Steps of one branch an example that pass as many tokens as the reference's tuning."""
+    tokens = _cost(read_report(reference), "tuned")["tuning_tokens"]
+    batch = read_report(reference)["recipe"]["tune"]["batch_size"]
+    return max(1, round(tokens / (batch * sum(row_lengths(reference).values()))))
+
+
+def collect() -> dict[str, Any]:
+    """Gather the finished points into one result; a point that is not there is left out."""
+    reports = {
+        name: read_report(RUNS / name)
+        for name in POINTS
+        if (RUNS / name / "report" / "report.json").exists()
+    }
+    best = reports[REFERENCE]
+    found = dict(_methods(reports))
+    headline: dict[str, float] = {}
+    for key, estimate in _estimates(found):
+        headline |= _flat(key, estimate)
+    own = found["start"]["quality"]["fluency_mean"]["value"]
+    for name, method in found.items():
+        headline |= _fluency(name, method["quality"], own, best["recipe"]["levels"])
+    quality = best["methods"]
+    headline["best.perplexity_ratio"] = (
+        quality["tuned"]["quality"]["perplexity"]["value"]
+        / quality["start"]["quality"]["perplexity"]["value"]
+    )
+    for attribute in ATTRIBUTES:
+        bound = best["pool"][attribute]["within_prompt_judge_correlation"]
+        headline[f"bound.{attribute}"] = bound
+    return plain(
+        {
+            "made_by": "python -m benchmarks.smollm2.run --data DIR",
+            "machine": {"processor": platform.processor(), "system": platform.system()},
+            "interval": "95 %, bootstrap over prompts; one seed",
+            "n": best["n"],
+            "intersections": best["intersections"],
+            "headline": {key: _rounded(value) for key, value in headline.items()},
+            "bound": "mean over prompts of the correlation between training reward and judge on "
+            "the untouched model's own completions: what generalization can show",
+            "pool": best["pool"],
+            "moec": {name: report["moec"] for name, report in reports.items()},
+            "backdoor": {name: report["backdoor"] for name, report in reports.items()},
+            "reward_models": {
+                name: card.get("held_out") for name, card in best["reward_models"].items()
+            },
+            "steering": _steering(),
+            "minutes": {
+                name: {"planned": report.get("planned"), "spent": report["stages"]}
+                for name, report in reports.items()
+            },
+            "tuning": {
+                name: {"recipe": report["recipe"]["tune"], "cost": _cost(report, "tuned")}
+                for name, report in reports.items()
+                if "tuned" in report["methods"]
+            },
+            "refusals": {name: method.get("refusals") for name, method in found.items()},
+            "fluency": {name: method["quality"]["fluency"] for name, method in found.items()},
+            "drift": quality["tuned"]["quality"].get("drift"),
+            "auto_mp": {j: quality["tuned"][j]["auto_mp"] for j in JUDGES},
+            "curves": {
+                name: list(listening(report["losses"]["tuned"], report["recipe"]["tune"]))
+                for name, report in reports.items()
+                if "tuned" in report["methods"]
+            },
+            "differences": {name: report["differences"] for name, report in reports.items()},
+        }
+    )
+
+
+def _methods(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
+    """Yield every method of the bench; the tuned ones under their point's name."""
+    yield "start", reports[REFERENCE]["methods"]["start"]
+    for name in TRAINING_FREE:
+        if "training-free" in reports:
+            yield name, reports["training-free"]["methods"][name]
+    for name, report in reports.items():
+        if "tuned" in report["methods"]:
+            yield name, report["methods"]["tuned"]
+
+
+def _estimates(found: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
+    for name, method in found.items():
+        for judge in JUDGES:
+            for metric in METRICS:
+                for attribute in ATTRIBUTES:
+                    yield f"{name}.{judge}.{metric}.{attribute}", method[judge][metric][attribute]
+            yield f"{name}.{judge}.coverage", method[judge]["coverage"]
+        yield f"{name}.degenerate", method["quality"]["degenerate"]
+
+
+def _fluency(name: str, quality: Json, own: float, levels: int) -> dict[str, float]:
+    """Return how far outputs fall below the untouched model's own, in nats per token."""
+    cells = [cell["value"] for cell in quality["fluency"]]
+    corners = [cells[a * levels + b] for a in (0, levels - 1) for b in (0, levels - 1)]
+    return {
+        f"{name}.fluency_drop.mean": own - quality["fluency_mean"]["value"],
+        f"{name}.fluency_drop.worst_corner": own - min(corners),
+    }
+
+
+def listening(losses: Json, tune: Json) -> Iterator[dict[str, float]]:
+    """Yield, per window of fresh examples, how often the asked cell was preferred; ½ is deaf."""
+    batch = int(tune["batch_size"])
+    rows = [
+        (step * batch, right)
+        for step, right, epoch in zip(
+            losses["step"], losses["preferred"], losses["epoch"], strict=True
+        )
+        if right is not None and right == right and epoch <= 1
+    ]
+    last = int(rows[-1][0]) if rows else 0
+    for start in range(0, last, WINDOW):
+        window = [right for seen, right in rows if start < seen <= start + WINDOW]
+        if window:
+            yield {
+                "examples": start + WINDOW,
+                "preferred": sum(window) / len(window),
+                "looked_at": len(window) * batch,
+            }
+
+
+def _steering() -> dict[str, Any]:
+    stage = RUNS / REFERENCE / "steer"
+    facts = json.loads((stage / "directions" / "directions.json").read_text())
+    return {**facts, **json.loads((stage / "strengths.json").read_text())}
+
+
+def _cost(report: Json, method: str) -> Json:
+    cost: Json = report["methods"][method]["cost"]
+    return cost
+
+
+def _flat(key: str, estimate: Json) -> dict[str, float]:
+    return {key: estimate["value"], f"{key}.low": estimate["low"], f"{key}.high": estimate["high"]}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def main() -> None:
+    """Run what is missing, then write ``results.json``."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="folder of the sources")
+    parser.add_argument("--only", choices=(*POINTS, "collect"))
+    arguments = parser.parse_args()
+    for name in POINTS:
+        if arguments.only in (None, name):
+            run_point(name, arguments.data)
+    if arguments.only in (None, "collect"):
+        (HERE / "results.json").write_text(json.dumps(collect(), indent=1) + "\n")
+        print(f"wrote {HERE / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()
