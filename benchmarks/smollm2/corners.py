@@ -42,8 +42,8 @@ HEAD = f"""# Twelve prompts, four corners
 
 What SmolLM2-135M-Instruct says after tuning with the recipe `smollm2`, at the four corners of its
 two dials. The prompts were written before any answer was seen. Each answer is the first sample
-(temperature {SAMPLING.temperature:g}, {SAMPLING.max_tokens} tokens, so most are cut) of one seed; none
-was picked or changed. It is a model of 135 million parameters: expect mistakes, and do not
+(temperature {SAMPLING.temperature:g}, {SAMPLING.max_tokens} tokens, so most are cut) of one seed;
+none was picked or changed. It is a model of 135 million parameters: expect mistakes, and do not
 follow its advice. How far the dials move the measured scores stands in
 [smollm2.md](smollm2.md). Made by `python -m benchmarks.smollm2.corners`.
 """
