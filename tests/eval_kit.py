@@ -232,4 +232,5 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
             )
         },
         "stages": {"generate": 0.4, "score": 0.2, "tune": 2.1, "evaluate": 1.0},
+        "planned": {"generate": 0.5, "tune": 2.0, "evaluate": 1.5},
     }

@@ -10,12 +10,14 @@ import pytest
 
 from equipoise.evaluate.report import shared_runs
 from equipoise.pipeline import run_all
+from equipoise.plan import PLANNED
+from equipoise.pool.calibrate import Calibration
 from equipoise.progress import Progress
 from equipoise.recipe_io import load_recipe
-from equipoise.stages.inputs import read_prompts
+from equipoise.stages.inputs import read_prompts, read_scored
 from equipoise.store.fingerprint import STAGES
 from equipoise.store.rundir import RunDir, stored_recipe
-from equipoise.types import Delivery
+from equipoise.types import Delivery, ScoredCompletion
 from pipeline_kit import blank_pictures, prompt_texts, save_assets, tiny_recipe, write_recipe
 
 PAIRS = 40
@@ -99,9 +101,21 @@ def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
     assert report["intersections"]["reward model helpfulness rows"] == 0
     assert report["reward_models"]["reward helpfulness"]["held_out"]["metric"] == "accuracy"
     assert set(report["stages"]) == {*STAGES} - {"report"}
+    assert set(report["planned"]) == {*PLANNED}
+    assert min(report["planned"].values()) >= 0
     assert report["ceiling"]["generalization"]["mp"]["helpfulness"]["value"] > 0
     assert len(report["losses"]["tuned"]["loss"]) == 6
     assert "tuned − rerank4" in report["differences"]
+
+
+def test_the_judges_scale_is_that_of_the_whole_pool(finished: Path) -> None:
+    with RunDir.open(finished, stored_recipe(finished)) as run:
+        pool = {(row.completion.prompt_id, row.completion.text) for row in read_scored(run)}
+        shards = run.done("judge").read_rows(ScoredCompletion)
+        judged = [row for shard in shards for row in shard]
+        scale = Calibration.from_json(run.done("judge").read_bytes("calibration.json").decode())
+    assert {(row.completion.prompt_id, row.completion.text) for row in judged} == pool
+    assert scale.scores["safety"] == tuple(sorted(row.raw["safety"] for row in judged))
 
 
 def test_deliveries_cover_the_grid_once(finished: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -210,3 +211,12 @@ def test_colours_and_names() -> None:
 def test_no_global_state_is_left_behind(made: tuple[Path, Path, dict]) -> None:
     assert matplotlib.rcParams["svg.fonttype"] == matplotlib.rcParamsDefault["svg.fonttype"]
     assert tuple(made[2]["recipe"]["attributes"]) == ATTRIBUTES
+
+
+def test_a_stage_that_nobody_planned_shows_no_plan() -> None:
+    from equipoise.evaluate.checks import _minutes
+
+    shown = _minutes({"stages": {"score": 0.2, "tune": 2.14}, "planned": {"tune": 2.0}})
+    rows = re.findall(r"<tr>(?:<t[dh][^>]*>.*?</t[dh]>)+</tr>", shown)
+    cells = [re.sub("<[^>]+>", " ", row).split() for row in rows]
+    assert ["score", "–", "0.2"] in cells and ["tune", "2.0", "2.1"] in cells

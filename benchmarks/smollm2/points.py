@@ -17,7 +17,7 @@ Overrides = Mapping[str, str]
 
 RECIPE = "smollm2"
 RUNS = Path("runs/smollm2")
-POOL = ("prompts", "fit-reward", "generate", "score", "steer", "regenerate")
+POOL = ("prompts", "fit-reward", "generate", "score", "judge", "steer", "regenerate")
 REFERENCE = "best"
 TRAINING_FREE = ("prompting", "rerank8", "rerank16", "steering")
 ATTRIBUTES = ("helpfulness", "safety")

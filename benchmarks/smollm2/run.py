@@ -6,7 +6,7 @@
 
 DIR is the folder of ``docs/real-models.md``. One seed, one pool for all points; what was chosen was
 chosen on dev prompts (``dev.py``), the test prompts are read here. Run directories lie in
-``runs/smollm2``; ``results.json`` holds no text of any prompt or completion.
+``runs/smollm2``; ``results.json`` and ``report/`` hold no text of any prompt or completion.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.smollm2.points import (
     make_recipe,
 )
 
-from equipoise.evaluate.report import plain
+from equipoise.evaluate.report import plain, render
 
 HERE = Path(__file__).parent
 JUDGES = ("optimization", "generalization")
@@ -64,13 +64,28 @@ def _steps_for(reference: Path) -> int:
     return max(1, round(tokens / (batch * sum(row_lengths(reference).values()))))
 
 
-def collect() -> dict[str, Any]:
-    """Gather the finished points into one result; a point that is not there is left out."""
-    reports = {
+def finished() -> dict[str, Json]:
+    """Return the reports of the points that are there."""
+    return {
         name: read_report(RUNS / name)
         for name in POINTS
         if (RUNS / name / "report" / "report.json").exists()
     }
+
+
+def merged(reports: Mapping[str, Json]) -> dict[str, Any]:
+    """Return one report of all methods, the reference's dials as ``tuned``."""
+    methods = {"tuned" if name == REFERENCE else name: method for name, method in _methods(reports)}
+    losses = {
+        name: report["losses"]["tuned"]
+        for name, report in reports.items()
+        if "tuned" in report["methods"]
+    }
+    return {**reports[REFERENCE], "methods": methods, "losses": losses}
+
+
+def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
+    """Gather the finished points into one result; a point that is not there is left out."""
     best = reports[REFERENCE]
     found = dict(_methods(reports))
     headline: dict[str, float] = {}
@@ -208,8 +223,10 @@ def main() -> None:
         if arguments.only in (None, name):
             run_point(name, arguments.data)
     if arguments.only in (None, "collect"):
-        (HERE / "results.json").write_text(json.dumps(collect(), indent=1) + "\n")
-        print(f"wrote {HERE / 'results.json'}")
+        reports = finished()
+        (HERE / "results.json").write_text(json.dumps(collect(reports), indent=1) + "\n")
+        page = render(merged(reports), HERE / "report", text=False)
+        print(f"wrote {HERE / 'results.json'} and {page}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""The bench of a real model: its points are recipes, and its curve counts fresh examples only."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.smollm2.points import POINTS, REFERENCE, make_recipe
+from benchmarks.smollm2.run import listening
+
+from equipoise.recipe_io import load_recipe
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_every_point_is_a_recipe_on_the_same_prompts_and_judges(name: str) -> None:
+    made, shipped = make_recipe(POINTS[name].overrides, None), load_recipe("smollm2")
+    for part in ("model", "prompts", "fit_reward", "judges", "generate", "score", "levels"):
+        assert getattr(made, part) == getattr(shipped, part)
+    assert (made.tune == shipped.tune) is (name == REFERENCE)
+
+
+def test_listening_counts_fresh_examples_in_windows() -> None:
+    looked = {20: 0.5, 25: 0.75, 26: 1.0, 50: 0.0, 60: 1.0}
+    steps = list(range(1, 61))
+    losses = {
+        "step": steps,
+        "preferred": [looked.get(step) for step in steps],
+        "epoch": [step / 55 for step in steps],
+    }
+    found = list(listening(losses, {"batch_size": 8}))
+    # The look at step 60 is in the second epoch: its examples have been shown before.
+    assert [(w["examples"], w["preferred"]) for w in found] == [(200, 0.625), (400, 0.5)]
+    assert [w["looked_at"] for w in found] == [16, 16]
+
+
+def test_a_curve_without_a_look_is_empty() -> None:
+    losses = {"step": [1], "preferred": [None], "epoch": [0.1]}
+    assert list(listening(losses, {"batch_size": 8})) == []
