@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.config import Recipe
-from equipoise.pipeline import run_all
+from equipoise.pipeline import run_all, run_stage
+from equipoise.store.fingerprint import STAGES
 from equipoise.store.rundir import RunDir
 
 
@@ -21,6 +22,7 @@ def execute(
     source: Path | None = None,
     shares: Sequence[str] = (),
     text: bool = True,
+    until: str | None = None,
 ) -> Path:
     """Run all stages of a recipe, resuming where it was stopped; return the directory.
 
@@ -30,6 +32,7 @@ def execute(
         source: A run directory whose stages are copied before the first start.
         shares: Which of them.
         text: Whether the report shows prompts and completions.
+        until: The last stage to run, if not all.
     """
     if source is not None and shares and not folder.exists():
         _copy(source, folder, shares)
@@ -37,7 +40,10 @@ def execute(
     stored = folder / "recipe.json"
     same = not stored.exists() or json.loads(stored.read_text()) == made.model_dump(mode="json")
     with RunDir.open(folder, made, fresh=not same) as opened:
-        run_all(opened, text=text)
+        if until is None:
+            run_all(opened, text=text)
+        for name in STAGES[: STAGES.index(until) + 1] if until else ():
+            run_stage(name, opened)
     return folder
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
-from benchmarks.smollm2.points import POINTS, REFERENCE, make_recipe
-from benchmarks.smollm2.run import listening
 
 from equipoise.recipe_io import load_recipe
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.smollm2.points import POINTS, REFERENCE, make_recipe
+from benchmarks.smollm2.run import listening
 
 
 @pytest.mark.parametrize("name", POINTS)

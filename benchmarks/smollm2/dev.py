@@ -12,13 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from benchmarks.rundirs import execute, read_report
 from benchmarks.smollm2.points import ATTRIBUTES, POOL, REFERENCE, RUNS, make_recipe
 from benchmarks.smollm2.run import JUDGES, listening
 
 from equipoise.evaluate.report import plain
 
+TAIL = 20
+"""Steps whose likelihood given the asked setting is averaged."""
 ROWS = Path(__file__).parent / "dev.json"
 DEV = {
     "evaluate.split": "dev",
@@ -33,26 +37,42 @@ def main() -> None:
     """Tune one candidate and add its row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="folder of the sources")
+    parser.add_argument("--look", action="store_true", help="tune only, and look at the curve")
     parser.add_argument("name")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     changes = dict(change.split("=", 1) for change in arguments.changes)
+    recipe = make_recipe({**DEV, **changes}, arguments.data)
     folder = execute(
-        make_recipe({**DEV, **changes}, arguments.data),
+        recipe,
         RUNS / f"dev-{arguments.name}",
         source=RUNS / REFERENCE,
         shares=POOL,
         text=False,
+        until="tune" if arguments.look else None,
     )
-    report = read_report(folder)
-    tuned = report["methods"]["tuned"]
+    rows = json.loads((folder / "tune" / "curve.json").read_text())
+    curve = {key: [row[key] for row in rows] for key in rows[0]}
     row = {
         "name": arguments.name,
         "overrides": changes,
+        "examples": recipe.tune.steps * recipe.tune.batch_size,
+        "listening": list(listening(curve, recipe.tune.model_dump())),
+        "asked": float(np.mean(curve["asked"][-TAIL:])),
+    }
+    print("listening", [round(window["preferred"], 2) for window in row["listening"]])
+    if not arguments.look:
+        row |= measured(read_report(folder))
+    stored = json.loads(ROWS.read_text()) if ROWS.exists() else []
+    ROWS.write_text(json.dumps(plain([*stored, row]), indent=1) + "\n")
+
+
+def measured(report: dict[str, Any]) -> dict[str, Any]:
+    """Print and return what a candidate does on dev prompts."""
+    tuned = report["methods"]["tuned"]
+    found = {
         "n_prompts": tuned["generalization"]["n_prompts"],
-        "examples": report["recipe"]["tune"]["steps"] * report["recipe"]["tune"]["batch_size"],
         "kept": report["moec"]["n_kept"],
-        "listening": list(listening(report["losses"]["tuned"], report["recipe"]["tune"])),
         "fluency": tuned["quality"]["fluency"],
         "fluency_mean": tuned["quality"]["fluency_mean"],
         "degenerate": tuned["quality"]["degenerate"],
@@ -62,13 +82,11 @@ def main() -> None:
         },
         "minutes": report["stages"],
     }
-    stored = json.loads(ROWS.read_text()) if ROWS.exists() else []
-    ROWS.write_text(json.dumps(plain([*stored, row]), indent=1) + "\n")
-    print("listening", [round(window["preferred"], 2) for window in row["listening"]])
     for judge in JUDGES:
-        for metric, values in row[judge].items():
+        for metric, values in found[judge].items():
             print(judge, metric, {name: _written(values[name]) for name in ATTRIBUTES})
-    print("degenerate", row["degenerate"]["value"], "fluency", row["fluency_mean"]["value"])
+    print("degenerate", found["degenerate"]["value"], "fluency", found["fluency_mean"]["value"])
+    return found
 
 
 def _written(estimate: dict[str, float]) -> str:
