@@ -184,6 +184,25 @@ class ContrastConfig(Config):
     """``objective: margin``: the lead that the asked branch should have, in units of the above."""
 
 
+class SteeredStartConfig(Config):
+    """Teach the control tokens the steering directions before the objective begins."""
+
+    steps: Positive = 160
+    batch_size: Positive = 8
+    strength: Annotated[float, Field(gt=0.0)] = 2.0
+    """Of the top level, in units of the direction's own length; the bottom level gets the
+    negative, the levels between lie on a straight line, auto gets 0."""
+    max_shift: Annotated[float, Field(gt=0.0)] = 2.0
+    """A setting whose directions add up to more than this (in mean lengths of a direction) is
+    pushed by so much only: directions that agree would push it out of the language."""
+    tokens: Positive = 32
+    """Of a completion; the rest teaches nothing new."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    rows_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    """Of the control tokens' rows."""
+    checkpoint_every: Positive = 40
+
+
 class TuneConfig(Config):
     """CLM, ExMATE, a variant of it, or RLHF; full weights or LoRA."""
 
@@ -208,6 +227,8 @@ class TuneConfig(Config):
     """Probability, per attribute, that its level is dropped to auto."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """0 = full weights."""
+    steered_start: SteeredStartConfig | None = None
+    """LoRA, in a recipe that steers: start from control tokens that already move the model."""
     dtype: Literal["probe", "float32", "bfloat16"] = "probe"
     checkpoint_every: Positive = 100
     rlhf: RlhfConfig = RlhfConfig()

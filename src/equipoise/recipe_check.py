@@ -116,10 +116,20 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
 
 def _optional_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
     found: list[tuple[Place, str]] = []
+    place: Place
     if recipe.regenerate is not None and recipe.steer is None:
         found.append((("regenerate",), "`regenerate` needs the directions of `steer`: {}"))
+    if recipe.tune.steered_start is not None:
+        place = ("tune", "steered_start")
+        if recipe.steer is None:
+            found.append((place, "`tune.steered_start` needs the directions of `steer`: {}"))
+        if recipe.tune.lora_rank == 0 or recipe.tune.objective == "rlhf":
+            found.append(
+                (place, "`tune.steered_start` teaches a LoRA before CLM, ExMATE or a variant of "
+                 "it: set `tune.lora_rank`")
+            )  # fmt: skip
     if "steering" in recipe.evaluate.responders:
-        place: Place = ("evaluate", "responders", recipe.evaluate.responders.index("steering"))
+        place = ("evaluate", "responders", recipe.evaluate.responders.index("steering"))
         if recipe.steer is None:
             found.append((place, "the responder `steering` needs `steer`: {}"))
         elif recipe.prompts.n_dev == 0:

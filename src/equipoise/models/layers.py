@@ -83,6 +83,31 @@ def shifted(
         handle.remove()
 
 
+class _Reached(Exception):  # noqa: N818 - it is no error
+    """The layer whose output was wanted has been computed."""
+
+
+def states_behind(model: PreTrainedModel, layer: int, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the output (R, T, D) of one layer; the layers above it and the head are not computed.
+
+    Rows may be padded on the right: in a causal model no real token looks at what follows it.
+    """
+    seen: list[torch.Tensor] = []
+
+    def hook(_module: Any, _arguments: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = decoder_layers(model)[layer].register_forward_hook(hook)
+    try:
+        model(input_ids=input_ids, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 @contextmanager
 def watched(model: PreTrainedModel, layer: int) -> Iterator[list[torch.Tensor]]:
     """Yield a list to which every forward pass adds the output (R, T, D) of one layer."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from equipoise.stages.distilling import read_examples
 from equipoise.stages.inputs import Job, policy_hash, read_calibration, reward_hashes
 from equipoise.stages.rlhf import tune_by_rlhf
+
+if TYPE_CHECKING:
+    from equipoise.steer.directions import Directions
 
 MODEL = "model"
 
@@ -41,6 +45,7 @@ def tune(job: Job) -> None:
                 seed=recipe.seed,
                 checkpoints=checkpoints,
                 base_model=job.run.recipe.model,
+                directions=_directions(job),
                 on_step=on_step,
             )
     manifest = tuned.manifest.model_copy(
@@ -55,4 +60,14 @@ def tune(job: Job) -> None:
 
     stage.publish_directory(MODEL, build)
     stage.publish_json("curve.json", tuned.curve)
+    if tuned.start_curve:
+        stage.publish_json("start.json", tuned.start_curve)
     stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)
+
+
+def _directions(job: Job) -> Directions | None:
+    if job.recipe.tune.steered_start is None:
+        return None
+    from equipoise.stages.steering import read_directions
+
+    return read_directions(job.run.done("steer"))

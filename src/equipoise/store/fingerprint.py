@@ -52,7 +52,7 @@ SPECS: Mapping[str, StageSpec] = {
     "distil": StageSpec(
         ("seed", "attributes", "levels", "distil"), ("prompts", "score", "steer", "regenerate")
     ),
-    "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("distil",)),
+    "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("steer", "distil")),
     "judge": StageSpec(("attributes", "judges"), ("prompts", "fit-reward", "score")),
     "evaluate": StageSpec(
         ("seed", "model", "attributes", "levels", "judges", "refusal_judge", "evaluate"),

@@ -137,6 +137,7 @@ def tune_by_rlhf(
         tokenizer=policy.tokenizer,
         manifest=manifest,
         curve=_joined(warmed, curve, deaf_floor(levels)),
+        start_curve=[],
         dtype=dtype,
         seconds=time.monotonic() - started,
     )

@@ -26,6 +26,7 @@ from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
 from equipoise.tune.checkpoints import (
     Checkpoints,
+    Curve,
     OnStep,
     curve_of,
     newest_complete,
@@ -44,10 +45,13 @@ from equipoise.tune.objectives import (
     running_mean,
 )
 from equipoise.tune.prefix import branch_log_likelihoods
+from equipoise.tune.steered_start import steered_start
 from equipoise.types import ControlledExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from equipoise.steer.directions import Directions
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Tuned:
     """Per step: loss, m of the asked and the counterfactual setting, pull, running mean of exp(m')
     (``usual``), share of branches whose asked cell is preferred (nan where none was looked at;
     fresh examples while ``epoch`` <= 1), epochs and tokens so far."""
+    start_curve: Curve
+    """Of a steered start, see :func:`equipoise.tune.steered_start.steered_start`; else empty."""
     dtype: str
     seconds: float
     """Of this process; a resumed run counts its last part only."""
@@ -77,6 +83,7 @@ def tune(
     seed: int,
     checkpoints: Path,
     base_model: str = "",
+    directions: Directions | None = None,
     on_step: OnStep | None = None,
 ) -> Tuned:
     """Tune a policy on distilled examples; resumes from the newest complete checkpoint.
@@ -90,7 +97,8 @@ def tune(
         seed: Everything random derives from it.
         checkpoints: Folder of the checkpoints; created if missing.
         base_model: Name of the untouched model, for the manifest.
-        on_step: Called with (steps done, steps in all).
+        directions: For ``config.steered_start``.
+        on_step: Called with (steps done, steps in all), those of a steered start included.
 
     Raises:
         TrainingError: If the loss is not finite; the last good checkpoint is kept.
@@ -112,6 +120,22 @@ def tune(
     dtype = settled_dtype(checkpoints, config.dtype)
     resume = newest_complete(checkpoints)
     started = time.monotonic()
+    first: Curve = []
+    if config.steered_start is not None and directions is not None:
+        first = steered_start(
+            model,
+            examples,
+            encoder,
+            directions,
+            config.steered_start,
+            levels=levels,
+            auto_rate=config.auto_rate,
+            seed=seed,
+            checkpoints=checkpoints / "start",
+            dtype=dtype,
+            on_step=shown(on_step, 0, config.steps),
+        )
+        on_step = shown(on_step, config.steered_start.steps, 0)
     trainer = DialTrainer(
         model=model,
         args=_arguments(config, checkpoints, dtype=dtype, seed=seed),
@@ -129,9 +153,17 @@ def tune(
         tokenizer=policy.tokenizer,
         manifest=manifest,
         curve=trainer.curve,
+        start_curve=first,
         dtype=dtype,
         seconds=time.monotonic() - started,
     )
+
+
+def shown(on_step: OnStep | None, before: int, after: int) -> OnStep | None:
+    """Return a progress callback of one part, which reports the steps of all."""
+    if on_step is None:
+        return None
+    return lambda done, total: on_step(before + done, before + total + after)
 
 
 class DialTrainer(Trainer):

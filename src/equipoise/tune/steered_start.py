@@ -1,0 +1,280 @@
+"""Control tokens that already move the model: the steering directions, taught before tuning.
+
+A difference-of-means direction steers the untouched model well, but needs a vector added at every
+step. Here the adapter and the control rows learn to put it there themselves: behind one layer, the
+states of a completion read under a setting shall be those of the untouched model plus the setting's
+share of the directions. Every position is a target of D numbers, where likelihood gives one bit of
+label for a whole completion; and only the layers up to that one are computed.
+
+The settings are drawn at random and have nothing to do with the text, so the text gives no hint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from equipoise.config import SteeredStartConfig
+from equipoise.dials.attributes import cells
+from equipoise.dials.encode import Encoder
+from equipoise.errors import TrainingError
+from equipoise.models.layers import states_behind
+from equipoise.seeds import derive_seed
+from equipoise.tune.checkpoints import (
+    Checkpoints,
+    Curve,
+    OnStep,
+    curve_of,
+    newest_complete,
+    trainer_settings,
+)
+from equipoise.tune.counterfactual import drop_to_auto
+from equipoise.types import ControlledExample, DialSetting
+
+if TYPE_CHECKING:
+    from equipoise.steer.directions import Directions
+
+
+@dataclass(frozen=True)
+class ShiftBatch:
+    """Texts without controls (what the untouched model reads) and with them."""
+
+    plain_ids: Tensor
+    """(B, T): prompt and completion, padded on the right."""
+    dialled_ids: Tensor
+    """(B, T + A): controls between them."""
+    plain_at: Tensor
+    """(B, T): true where the next token is one of the completion's."""
+    dialled_at: Tensor
+    """(B, T + A): the same; as many per row as in ``plain_at``."""
+    shifts: Tensor
+    """(B, D): what shall be added to the states."""
+
+
+def shift_of(
+    setting: DialSetting, vectors: Tensor, config: SteeredStartConfig, levels: int
+) -> Tensor:
+    """Return what a setting adds to the states: its share of each direction, (A, D) to (D,).
+
+    Level ``l`` of L gets ``strength·(2l/(L-1) - 1)`` of its direction, auto nothing. The sum is
+    scaled down to ``max_shift`` mean lengths where it is longer.
+    """
+    leans = [
+        0.0 if level is None else config.strength * (2 * level / (levels - 1) - 1)
+        for level in setting.levels
+    ]
+    shift = torch.tensor(leans) @ vectors.float()
+    longest = config.max_shift * vectors.norm(dim=1).mean()
+    return shift * min(1.0, float(longest / shift.norm().clamp(min=1e-12)))
+
+
+class ShiftPlan(Dataset[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Tensor]]):
+    """Text i of ``steps * batch_size`` under a random setting, a function of (seed, i) only."""
+
+    def __init__(
+        self,
+        examples: Sequence[ControlledExample],
+        encoder: Encoder,
+        directions: Directions,
+        config: SteeredStartConfig,
+        *,
+        levels: int,
+        auto_rate: float,
+        seed: int,
+    ) -> None:
+        self._examples, self._encoder, self._config = examples, encoder, config
+        self._vectors, self._levels, self._auto_rate = directions.vectors, levels, auto_rate
+        self._seed = seed
+        self._cells = cells(len(directions.attributes), levels)
+        needed = config.steps * config.batch_size
+        rng = np.random.default_rng(derive_seed(seed, "steered start order"))
+        epochs = [rng.permutation(len(examples)) for _ in range(-(-needed // len(examples)))]
+        self._order = np.concatenate(epochs)[:needed]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(
+        self, index: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Tensor]:
+        rng = np.random.default_rng(derive_seed(self._seed, "steered start", index))
+        example = self._examples[int(self._order[index])]
+        cell = self._cells[int(rng.integers(len(self._cells)))]
+        setting = drop_to_auto(cell, self._auto_rate, rng)
+        completion = self._encoder.completion_ids(example.text, finished=example.finished)
+        return (
+            tuple(self._encoder.prompt_ids(example.prompt.messages)),
+            tuple(self._encoder.control_ids(setting)),
+            tuple(completion[: self._config.tokens]),
+            shift_of(setting, self._vectors, self._config, self._levels),
+        )
+
+
+def collate(
+    rows: Sequence[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Tensor]],
+) -> ShiftBatch:
+    """Lay texts out as two rectangles; see :class:`ShiftBatch`."""
+    plain = [(prompt, completion) for prompt, _, completion, _ in rows]
+    dialled = [((*prompt, *controls), completion) for prompt, controls, completion, _ in rows]
+    plain_ids, plain_at = _rectangle(plain)
+    dialled_ids, dialled_at = _rectangle(dialled)
+    shifts = torch.stack([shift for *_, shift in rows])
+    return ShiftBatch(plain_ids, dialled_ids, plain_at, dialled_at, shifts)
+
+
+def _rectangle(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Tensor, Tensor]:
+    width = max(len(before) + len(completion) for before, completion in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    at = torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, (before, completion) in enumerate(rows):
+        ids[b, : len(before) + len(completion)] = torch.tensor((*before, *completion))
+        at[b, len(before) - 1 : len(before) - 1 + len(completion)] = True
+    return ids, at
+
+
+def unexplained(model: Any, batch: ShiftBatch, layer: int) -> tuple[Tensor, Tensor]:
+    """Return how far the states are from where they shall be, and how far they shall move.
+
+    Both are sums of squares over all positions: their ratio is 1 for a model that is deaf and
+    undisturbed by the control tokens, and 0 at the aim.
+
+    Args:
+        model: A peft model; without its adapter it is the untouched one.
+        batch: See :class:`ShiftBatch`.
+        layer: Behind which the directions are added.
+    """
+    with torch.no_grad(), model.disable_adapter():
+        aim = states_behind(model, layer, batch.plain_ids)[batch.plain_at].float()  # (n, D)
+    states = states_behind(model, layer, batch.dialled_ids)[batch.dialled_at].float()
+    counts = batch.plain_at.sum(dim=1)
+    shifts = batch.shifts.repeat_interleave(counts, dim=0)  # (n, D)
+    return (states - aim - shifts).square().sum(), shifts.square().sum()
+
+
+def steered_start(
+    model: Any,
+    examples: Sequence[ControlledExample],
+    encoder: Encoder,
+    directions: Directions,
+    config: SteeredStartConfig,
+    *,
+    levels: int,
+    auto_rate: float,
+    seed: int,
+    checkpoints: Path,
+    dtype: str,
+    on_step: OnStep | None = None,
+) -> Curve:
+    """Teach the adapter and the control rows of a peft model the directions, in place.
+
+    Args:
+        model: With dials installed and LoRA added.
+        examples: Their texts are read; their settings are not.
+        encoder: Of the model with dials.
+        directions: Of the untouched model.
+        config: Budget and strength.
+        levels: L.
+        auto_rate: Probability, per attribute, of auto, which is taught to add nothing.
+        seed: Everything random derives from it.
+        checkpoints: Folder of the checkpoints; resumes from the newest complete one.
+        dtype: ``float32`` or ``bfloat16``.
+        on_step: Called with (steps done, steps in all).
+
+    Returns:
+        Per step ``unexplained`` (share of the squared shift; 1 = deaf) and ``tokens`` so far.
+
+    Raises:
+        TrainingError: The states are not finite.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    resume = newest_complete(checkpoints)
+    trainer = ShiftTrainer(
+        model=model,
+        args=TrainingArguments(
+            **trainer_settings(
+                checkpoints,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                checkpoint_every=config.checkpoint_every,
+                dtype=dtype,
+                seed=seed,
+            ),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_strategy="no",
+            remove_unused_columns=False,
+        ),
+        train_dataset=ShiftPlan(
+            examples, encoder, directions, config, levels=levels, auto_rate=auto_rate, seed=seed
+        ),
+        data_collator=lambda rows: vars(collate(rows)),
+        layer=directions.layer,
+        rows_learning_rate=config.rows_learning_rate,
+        on_step=on_step,
+    )
+    if resume is not None:
+        trainer.curve[:] = curve_of(resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer.curve
+
+
+class ShiftTrainer(Trainer):
+    """``transformers.Trainer`` on :class:`ShiftBatch`."""
+
+    def __init__(
+        self, *, layer: int, rows_learning_rate: float, on_step: OnStep | None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.layer, self.rows_learning_rate = layer, rows_learning_rate
+        self.curve: Curve = []
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Checkpoints(self.curve, on_step))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        plan: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(plan)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Give the control rows a rate of their own: one row is seen once in L examples."""
+        if self.optimizer is None:
+            learner: Any = self.model
+            learnt = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
+            rows = [p for n, p in learnt if "token" in n]
+            others = [p for n, p in learnt if "token" not in n]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = [{"params": others}, {"params": rows, "lr": self.rows_learning_rate}]
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the share of the squared shift that is not there yet, and note it."""
+        step = self.state.global_step + 1
+        missing, wanted = unexplained(model, ShiftBatch(**inputs), self.layer)
+        loss = missing / wanted.clamp(min=1e-12)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The steered start stopped at step {step}: the states are not finite",
+                why="the adapter overflowed, most often from a learning rate that is too high",
+                fix="lower tune.steered_start.learning_rate and run again with --fresh",
+            )
+        last = self.curve[-1] if self.curve else {"tokens": 0}
+        read = int(inputs["plain_ids"].numel() + inputs["dialled_ids"].numel())
+        row = {"step": step, "unexplained": loss.item(), "tokens": last["tokens"] + read}
+        self.curve.append(row)
+        return (loss, None) if return_outputs else loss
