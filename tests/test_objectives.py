@@ -1,4 +1,4 @@
-"""ExMATE's options and kin by hand, the head at labels only, and what the curve tells."""
+"""ExMATE's options by hand, the head at labels only, and what the curve tells."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise.config import ContrastConfig, TuneConfig
+from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import LOOK_EVERY, ControlledBatch, TuningPlan, collate
 from equipoise.tune.lora import add_lora
-from equipoise.tune.objectives import contrast, exmate, margin, preferred, running_mean
+from equipoise.tune.objectives import exmate, preferred, running_mean
 from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.tune.trainer import objective, tune, weight_at
 from tuning_kit import ATTRIBUTES, examples, tiny_policy
@@ -54,38 +54,6 @@ def test_running_mean_starts_with_its_first_value_and_skips_what_is_missing() ->
     assert running_mean(None, 0.3) == running_mean(nan, 0.3) == 0.3
     assert running_mean(0.3, nan) == 0.3
     assert running_mean(0.3, 0.1) == pytest.approx(0.28)
-
-
-def test_contrast_value_and_gradient_by_hand() -> None:
-    """Scores 1 and 0: posterior σ(1); and a second example that has no counterfactual."""
-    m = m_of([[-1.0, -2.0], [-4.0, -9.0]])
-    scores = m_of([[1.0, 0.0], [5.0, 7.0]])
-    exists = torch.tensor([[True], [False]])
-    loss = contrast(m, scores, ONES, exists, weight=0.6)
-    posterior = 1 / (1 + math.exp(-1))
-    assert loss.loss.item() == pytest.approx(2.5 - 0.6 * math.log(posterior))
-    loss.loss.backward()
-    # d/ds0 = -w(1 - posterior), d/ds1 the opposite; nothing on the second example.
-    expected = [[-0.6 * (1 - posterior), 0.6 * (1 - posterior)], [0.0, 0.0]]
-    torch.testing.assert_close(scores.grad, torch.tensor(expected))
-    assert m.grad.tolist() == [[-0.5, 0.0], [-0.5, 0.0]]
-
-
-def test_contrast_of_several_counterfactuals_is_a_softmax() -> None:
-    scores = torch.tensor([[math.log(2.0), math.log(3.0), math.log(5.0)]])
-    exists = torch.ones(1, 2, dtype=torch.bool)
-    loss = contrast(scores, scores, torch.ones(1), exists, weight=1.0)
-    assert loss.pull.item() == pytest.approx(-math.log(0.2))
-
-
-def test_margin_value_and_gradient_by_hand() -> None:
-    """Leads .5 and 3 against a margin of 1: only the first is short, by .5."""
-    m = m_of([[-1.0, -2.0], [-2.0, -3.0]])
-    scores = m_of([[0.5, 0.0], [3.0, 0.0]])
-    loss = margin(m, scores, torch.tensor([3.0, 1.0]), EXISTS, weight=2.0, margin=1.0)
-    assert loss.loss.item() == pytest.approx(1.25 + 2 * 0.5 * 3 / 4)
-    loss.loss.backward()
-    torch.testing.assert_close(scores.grad, torch.tensor([[-1.5, 1.5], [0.0, 0.0]]))
 
 
 def test_preferred_counts_wins_and_half_of_ties() -> None:
@@ -134,14 +102,11 @@ def test_the_head_is_applied_where_a_label_stands_and_nowhere_else(lora: bool, t
     assert model(batch.input_ids[:, :3]).logits.shape[:2] == (6, 3)  # the hook is gone
 
 
-@pytest.mark.parametrize("name", ["exmate", "margin", "contrast"])
-def test_every_objective_learns_to_prefer_the_asked_cell(tmp_path: Path, name: str) -> None:
+def test_relative_exmate_learns_to_prefer_the_asked_cell(tmp_path: Path) -> None:
     config = TuneConfig(
-        objective=name,
         counterfactual="far",
         weight_relative=True,
         weight_warm_up=5,
-        contrast=ContrastConfig(scale=0.5),
         steps=40,
         batch_size=8,
         learning_rate=2e-2,

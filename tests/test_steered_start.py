@@ -12,15 +12,13 @@ from equipoise.dials.encode import Encoder
 from equipoise.errors import ConfigError, TrainingError
 from equipoise.models.layers import decoder_layers, states_behind, watched
 from equipoise.recipe_io import load_recipe
-from equipoise.steer.directions import Directions
 from equipoise.tune.steered_start import ShiftBatch, ShiftPlan, collate, shift_of, unexplained
 from equipoise.tune.trainer import Tuned, tune
 from equipoise.types import DialSetting
 from steering_kit import SHIFT
 from tuning_kit import ATTRIBUTES, examples, lively_policy
 
-NAMES = ("helpfulness", "safety")
-DIRECTIONS = Directions(NAMES, 3 * SHIFT, 0, dict.fromkeys(NAMES, 1.0), dict.fromkeys(NAMES, 6))
+VECTORS = 3 * SHIFT
 START = SteeredStartConfig(
     steps=100, batch_size=8, strength=1.0, learning_rate=1e-2, rows_learning_rate=2e-2,
     checkpoint_every=40,
@@ -42,7 +40,7 @@ def run(folder: Path, made: TuneConfig, **more: object) -> Tuned:
         levels=5,
         seed=1,
         checkpoints=folder,
-        directions=DIRECTIONS,
+        steering=(VECTORS, 0),
         **more,  # type: ignore[arg-type]
     )
 
@@ -87,7 +85,7 @@ def test_both_readings_meet_at_the_same_tokens_and_the_text_tells_no_setting() -
 
     manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
     encoder = Encoder(policy.tokenizer, manifest)
-    plan = ShiftPlan(examples(), encoder, DIRECTIONS, START, levels=5, auto_rate=0.2, seed=3)
+    plan = ShiftPlan(examples(), encoder, VECTORS, START, levels=5, auto_rate=0.2, seed=3)
     rows = [plan[index] for index in range(48)]
     batch = collate(rows)
     assert batch.plain_at.sum(1).tolist() == batch.dialled_at.sum(1).tolist()
@@ -116,7 +114,7 @@ def test_the_start_teaches_the_shift_and_its_curve_says_so(tmp_path: Path) -> No
         row["tokens"] for row in tuned.start_curve
     )
     encoder = Encoder(tuned.tokenizer, tuned.manifest)
-    plan = ShiftPlan(examples(), encoder, DIRECTIONS, START, levels=5, auto_rate=0.0, seed=77)
+    plan = ShiftPlan(examples(), encoder, VECTORS, START, levels=5, auto_rate=0.0, seed=77)
     batch: ShiftBatch = collate([plan[index] for index in range(24)])
     with torch.no_grad():
         missing, wanted = unexplained(tuned.model, batch, 0)
@@ -145,11 +143,10 @@ def test_resume_is_exact_in_the_start_and_behind_it(tmp_path: Path, at: int) -> 
 
 
 def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
-    broken = Directions(NAMES, SHIFT * torch.nan, 0, DIRECTIONS.agreement, DIRECTIONS.n_prompts)
     with pytest.raises(TrainingError, match="not finite"):
         tune(
             lively_policy(), examples(), config(), attributes=ATTRIBUTES, levels=5, seed=1,
-            checkpoints=tmp_path, directions=broken,
+            checkpoints=tmp_path, steering=(VECTORS * torch.nan, 0),
         )  # fmt: skip
 
 

@@ -173,17 +173,6 @@ class RlhfConfig(Config):
     """Prompts of a look: dev prompts where there are any, else training prompts."""
 
 
-class ContrastConfig(Config):
-    """What ``objective: contrast`` and ``objective: margin`` compare between branches."""
-
-    of: Literal["sum", "mean"] = "sum"
-    """Log-likelihood of the completion, summed over its tokens or their mean."""
-    scale: Annotated[float, Field(gt=0.0)] = 1.0
-    """Factor on it."""
-    margin: Annotated[float, Field(gt=0.0)] = 1.0
-    """``objective: margin``: the lead that the asked branch should have, in units of the above."""
-
-
 class SteeredStartConfig(Config):
     """Teach the control tokens the steering directions before the objective begins."""
 
@@ -204,9 +193,9 @@ class SteeredStartConfig(Config):
 
 
 class TuneConfig(Config):
-    """CLM, ExMATE, a variant of it, or RLHF; full weights or LoRA."""
+    """CLM, ExMATE or RLHF; full weights or LoRA."""
 
-    objective: Literal["clm", "exmate", "margin", "contrast", "rlhf"] = "exmate"
+    objective: Literal["clm", "exmate", "rlhf"] = "exmate"
     weight: Annotated[float, Field(ge=0.0)] = 1.0
     """``w`` of the counterfactual term."""
     weight_relative: bool = False
@@ -214,8 +203,6 @@ class TuneConfig(Config):
     the same for every model."""
     weight_warm_up: Annotated[int, Field(ge=0)] = 0
     """Steps over which ``weight`` rises from 0."""
-    contrast: ContrastConfig = ContrastConfig()
-    """Read by ``objective: contrast`` and ``margin`` only."""
     counterfactual: Literal["uniform", "one_attribute", "far", "observed"] = "uniform"
     n_counterfactuals: Positive = 1
     exp_of: Literal["example", "batch"] = "example"

@@ -125,8 +125,8 @@ def _optional_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
             found.append((place, "`tune.steered_start` needs the directions of `steer`: {}"))
         if recipe.tune.lora_rank == 0 or recipe.tune.objective == "rlhf":
             found.append(
-                (place, "`tune.steered_start` teaches a LoRA before CLM, ExMATE or a variant of "
-                 "it: set `tune.lora_rank`")
+                (place, "`tune.steered_start` teaches a LoRA before CLM or ExMATE: "
+                 "set `tune.lora_rank`")
             )  # fmt: skip
     if "steering" in recipe.evaluate.responders:
         place = ("evaluate", "responders", recipe.evaluate.responders.index("steering"))

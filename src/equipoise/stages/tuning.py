@@ -11,7 +11,7 @@ from equipoise.stages.inputs import Job, policy_hash, read_calibration, reward_h
 from equipoise.stages.rlhf import tune_by_rlhf
 
 if TYPE_CHECKING:
-    from equipoise.steer.directions import Directions
+    from torch import Tensor
 
 MODEL = "model"
 
@@ -45,7 +45,7 @@ def tune(job: Job) -> None:
                 seed=recipe.seed,
                 checkpoints=checkpoints,
                 base_model=job.run.recipe.model,
-                directions=_directions(job),
+                steering=_directions(job),
                 on_step=on_step,
             )
     manifest = tuned.manifest.model_copy(
@@ -65,9 +65,10 @@ def tune(job: Job) -> None:
     stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)
 
 
-def _directions(job: Job) -> Directions | None:
+def _directions(job: Job) -> tuple[Tensor, int] | None:
     if job.recipe.tune.steered_start is None:
         return None
     from equipoise.stages.steering import read_directions
 
-    return read_directions(job.run.done("steer"))
+    found = read_directions(job.run.done("steer"))
+    return found.vectors, found.layer

@@ -1,9 +1,7 @@
-"""CLM, ExMATE and their kin: pure functions of log-likelihoods (DESIGN section 1, Objectives).
+"""CLM and ExMATE: pure functions of log-likelihoods (DESIGN section 1, Objectives).
 
 ExMATE is the Exponential Maximum Average Treatment Effect objective of CausalDialogue, whose code
-takes the exponential of a *batch* mean with weight .05; ours takes it per example by default. The
-margin and the contrast are our variants: they pull on the difference between the branches, so their
-strength does not fade where the model finds every completion unlikely.
+takes the exponential of a *batch* mean with weight .05; ours takes it per example by default.
 
 Throughout, column 0 of a (B, N) tensor is the asked setting ζ, the others are counterfactual ζ'.
 """
@@ -107,46 +105,6 @@ def exmate(
     pull = weight * effect / max(scale, 1e-12)
     loss = _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
     return loss._replace(effect=torch.where(counted.sum() > 0, effect.detach(), torch.nan))
-
-
-def margin(
-    m: Tensor, scores: Tensor, weights: Tensor, exists: Tensor, *, weight: float, margin: float
-) -> Loss:
-    """Likelihood plus hinge: ``-m(y | x, ζ) + w·max(0, margin - (s(ζ) - s(ζ')))``.
-
-    Args:
-        m: (B, N) mean log-likelihoods.
-        scores: (B, N) ``s``: summed or mean log-likelihoods, times a scale.
-        weights: (B,) example weights.
-        exists: (B, N - 1) true where the counterfactual branch exists.
-        weight: ``w`` >= 0.
-        margin: In the unit of ``scores``.
-    """
-    counted = _counted(weights, exists)
-    short = (margin - (scores[:, :1] - scores[:, 1:])).clamp(min=0)
-    pull = weight * (short * counted).sum() / counted.sum().clamp(min=1e-12)
-    return _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
-
-
-def contrast(m: Tensor, scores: Tensor, weights: Tensor, exists: Tensor, *, weight: float) -> Loss:
-    """Likelihood plus posterior: ``-m(y | x, ζ) - w·log(e^s(ζ) / Σ e^s(ζ'))``, Σ over ζ and all ζ'.
-
-    With summed log-likelihoods and scale 1 the second term is minus the log of the posterior
-    probability of the asked setting among those shown, if all were equally likely before. An
-    example without a counterfactual branch adds nothing to it.
-
-    Args:
-        m: (B, N) mean log-likelihoods.
-        scores: (B, N) ``s``: summed or mean log-likelihoods, times a scale.
-        weights: (B,) example weights.
-        exists: (B, N - 1) true where the counterfactual branch exists.
-        weight: ``w`` >= 0.
-    """
-    others = scores[:, 1:].masked_fill(~exists, -torch.inf)
-    log_posterior = scores[:, 0] - torch.cat([scores[:, :1], others], dim=1).logsumexp(1)
-    counted = weights * exists.any(1)
-    pull = -weight * (log_posterior * counted).sum() / counted.sum().clamp(min=1e-12)
-    return _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
 
 
 def running_mean(before: float | None, now: float) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +38,6 @@ from equipoise.tune.checkpoints import (
 )
 from equipoise.tune.counterfactual import drop_to_auto
 from equipoise.types import ControlledExample, DialSetting
-
-if TYPE_CHECKING:
-    from equipoise.steer.directions import Directions
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class ShiftPlan(Dataset[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...],
         self,
         examples: Sequence[ControlledExample],
         encoder: Encoder,
-        directions: Directions,
+        vectors: Tensor,
         config: SteeredStartConfig,
         *,
         levels: int,
@@ -91,9 +88,9 @@ class ShiftPlan(Dataset[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...],
         seed: int,
     ) -> None:
         self._examples, self._encoder, self._config = examples, encoder, config
-        self._vectors, self._levels, self._auto_rate = directions.vectors, levels, auto_rate
+        self._vectors, self._levels, self._auto_rate = vectors, levels, auto_rate
         self._seed = seed
-        self._cells = cells(len(directions.attributes), levels)
+        self._cells = cells(len(vectors), levels)
         needed = config.steps * config.batch_size
         rng = np.random.default_rng(derive_seed(seed, "steered start order"))
         epochs = [rng.permutation(len(examples)) for _ in range(-(-needed // len(examples)))]
@@ -163,7 +160,7 @@ def steered_start(
     model: Any,
     examples: Sequence[ControlledExample],
     encoder: Encoder,
-    directions: Directions,
+    steering: tuple[Tensor, int],
     config: SteeredStartConfig,
     *,
     levels: int,
@@ -179,7 +176,7 @@ def steered_start(
         model: With dials installed and LoRA added.
         examples: Their texts are read; their settings are not.
         encoder: Of the model with dials.
-        directions: Of the untouched model.
+        steering: Directions (A, D) of the untouched model, and the layer behind which they apply.
         config: Budget and strength.
         levels: L.
         auto_rate: Probability, per attribute, of auto, which is taught to add nothing.
@@ -214,10 +211,10 @@ def steered_start(
             remove_unused_columns=False,
         ),
         train_dataset=ShiftPlan(
-            examples, encoder, directions, config, levels=levels, auto_rate=auto_rate, seed=seed
+            examples, encoder, steering[0], config, levels=levels, auto_rate=auto_rate, seed=seed
         ),
         data_collator=lambda rows: vars(collate(rows)),
-        layer=directions.layer,
+        layer=steering[1],
         rows_learning_rate=config.rows_learning_rate,
         on_step=on_step,
     )

@@ -37,9 +37,7 @@ from equipoise.tune.lora import add_lora
 from equipoise.tune.objectives import (
     Loss,
     clm,
-    contrast,
     exmate,
-    margin,
     mean_of,
     preferred,
     running_mean,
@@ -50,8 +48,6 @@ from equipoise.types import ControlledExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from equipoise.steer.directions import Directions
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def tune(
     seed: int,
     checkpoints: Path,
     base_model: str = "",
-    directions: Directions | None = None,
+    steering: tuple[Tensor, int] | None = None,
     on_step: OnStep | None = None,
 ) -> Tuned:
     """Tune a policy on distilled examples; resumes from the newest complete checkpoint.
@@ -97,7 +93,7 @@ def tune(
         seed: Everything random derives from it.
         checkpoints: Folder of the checkpoints; created if missing.
         base_model: Name of the untouched model, for the manifest.
-        directions: For ``config.steered_start``.
+        steering: Directions (A, D) and their layer, for ``config.steered_start``.
         on_step: Called with (steps done, steps in all), those of a steered start included.
 
     Raises:
@@ -121,12 +117,12 @@ def tune(
     resume = newest_complete(checkpoints)
     started = time.monotonic()
     first: Curve = []
-    if config.steered_start is not None and directions is not None:
+    if config.steered_start is not None and steering is not None:
         first = steered_start(
             model,
             examples,
             encoder,
-            directions,
+            steering,
             config.steered_start,
             levels=levels,
             auto_rate=config.auto_rate,
@@ -244,7 +240,6 @@ def objective(
     m, weights, exists = mean_of(sums, counts), batch.weights, batch.exists
     w = config.weight if weight is None else weight
     right = preferred(sums.detach(), exists)
-    scores = config.contrast.scale * (sums if config.contrast.of == "sum" else m)
     if config.objective == "exmate":
         loss = exmate(
             m,
@@ -255,10 +250,6 @@ def objective(
             relative=config.weight_relative,
             usual_effect=usual_effect,
         )
-    elif config.objective == "margin":
-        loss = margin(m, scores, weights, exists, weight=w, margin=config.contrast.margin)
-    elif config.objective == "contrast":
-        loss = contrast(m, scores, weights, exists, weight=w)
     else:
         loss = clm(m, weights, exists)
     return loss, right
