@@ -17,7 +17,7 @@ from benchmarks.smollm2.run import listening
 
 @pytest.mark.parametrize("name", POINTS)
 def test_every_point_is_a_recipe_on_the_same_prompts_and_judges(name: str) -> None:
-    made, shipped = make_recipe(POINTS[name].overrides, None), load_recipe("smollm2")
+    made, shipped = make_recipe(POINTS[name], None), load_recipe("smollm2")
     for part in ("model", "prompts", "fit_reward", "judges", "generate", "score", "levels"):
         assert getattr(made, part) == getattr(shipped, part)
     assert (made.tune == shipped.tune) is (name == REFERENCE)

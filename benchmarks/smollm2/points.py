@@ -1,13 +1,11 @@
 """What the study of a real model runs: each a set of overrides of the recipe ``smollm2``.
 
-The paper's methods learn from the model's own pool, the winner also from the steered one. All four
-see as many tokens in tuning.
+The paper's methods learn from the model's own pool, the winner also from the steered one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.config import Recipe
@@ -23,7 +21,11 @@ TRAINING_FREE = ("prompting", "rerank8", "rerank16", "steering")
 ATTRIBUTES = ("helpfulness", "safety")
 
 OWN_POOL: Overrides = {"regenerate": "null", "distil.max_fluency_drop": "null"}
+STOPPED = 125
+"""Steps of 8 examples after which the paper's methods, still at chance, were stopped."""
 PLAIN: Overrides = {
+    "tune.steps": str(STOPPED),
+    "tune.steered_start": "null",
     "tune.weight_relative": "false",
     "tune.weight_warm_up": "0",
     "evaluate.auto_sweep": "false",
@@ -31,25 +33,17 @@ PLAIN: Overrides = {
 }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run: overrides of the recipe, and how many branches of an example pass the model."""
-
-    overrides: Overrides
-    branches: int = 1
-
-
-POINTS: Mapping[str, Point] = {
+POINTS: Mapping[str, Overrides] = {
     # The recipe itself. The untouched model is here, as perplexity and drift compare with it.
-    REFERENCE: Point({"evaluate.responders": "[start, tuned]"}, branches=2),
-    "training-free": Point(
-        {"tune.steps": "1", "evaluate.responders": f"[{', '.join(TRAINING_FREE)}]"}
-    ),
-    "exmate": Point(
-        {**OWN_POOL, **PLAIN, "tune.objective": "exmate", "tune.weight": "1.0"}, branches=2
-    ),
-    "clm": Point({**OWN_POOL, **PLAIN, "tune.objective": "clm"}),
-    "raw-clm": Point({**OWN_POOL, **PLAIN, "tune.objective": "clm", "distil.data": "raw"}),
+    REFERENCE: {"evaluate.responders": "[start, tuned]"},
+    "training-free": {
+        "tune.steps": "1",
+        "tune.steered_start": "null",
+        "evaluate.responders": f"[{', '.join(TRAINING_FREE)}]",
+    },
+    "exmate": {**OWN_POOL, **PLAIN, "tune.objective": "exmate", "tune.weight": "1.0"},
+    "clm": {**OWN_POOL, **PLAIN, "tune.objective": "clm"},
+    "raw-clm": {**OWN_POOL, **PLAIN, "tune.objective": "clm", "distil.data": "raw"},
 }
 
 

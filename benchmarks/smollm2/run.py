@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.runs import row_lengths
 from benchmarks.rundirs import execute, read_report
 from benchmarks.smollm2.points import (
     ATTRIBUTES,
@@ -42,26 +41,16 @@ Json = Mapping[str, Any]
 
 
 def run_point(name: str, data: str | None) -> Path:
-    """Run one point on the reference's pool, at the reference's tokens."""
-    point, reference = POINTS[name], RUNS / REFERENCE
-    overrides = dict(point.overrides)
-    if name != REFERENCE and "tune.steps" not in overrides and point.branches == 1:
-        overrides["tune.steps"] = str(_steps_for(reference))
+    """Run one point, on the reference's pool; the reference comes first."""
+    overrides = POINTS[name]
     shares = POOL[:-1] if overrides.get("regenerate") == "null" else POOL
     return execute(
         make_recipe(overrides, data),
         RUNS / name,
-        source=reference if name != REFERENCE else None,
+        source=RUNS / REFERENCE if name != REFERENCE else None,
         shares=shares,
         text=False,
     )
-
-
-def _steps_for(reference: Path) -> int:
-    """Steps of one branch an example that pass as many tokens as the reference's tuning."""
-    tokens = _cost(read_report(reference), "tuned")["tuning_tokens"]
-    batch = read_report(reference)["recipe"]["tune"]["batch_size"]
-    return max(1, round(tokens / (batch * sum(row_lengths(reference).values()))))
 
 
 def finished() -> dict[str, Json]:
