@@ -142,6 +142,12 @@ def test_resume_is_exact_in_the_start_and_behind_it(tmp_path: Path, at: int) -> 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_the_start_can_stand_alone(tmp_path: Path) -> None:
+    tuned = run(tmp_path, config(steps=0))
+    assert len(tuned.start_curve) == 100 and tuned.curve == []
+    assert tuned.start_curve[-1]["unexplained"] < 0.5
+
+
 def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite"):
         tune(
@@ -156,6 +162,7 @@ def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
         (["steer=null", "regenerate=null"], "needs the directions of `steer`"),
         (["tune.lora_rank=0"], "set `tune.lora_rank`"),
         (["tune.objective=rlhf"], "set `tune.lora_rank`"),
+        (["tune.steered_start=null", "tune.steps=0"], "nothing would be tuned"),
     ],
 )
 def test_a_recipe_without_what_the_start_needs_is_refused(changes: list[str], said: str) -> None:

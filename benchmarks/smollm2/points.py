@@ -21,13 +21,11 @@ TRAINING_FREE = ("prompting", "rerank8", "rerank16", "steering")
 ATTRIBUTES = ("helpfulness", "safety")
 
 OWN_POOL: Overrides = {"regenerate": "null", "distil.max_fluency_drop": "null"}
-STOPPED = 125
-"""Steps of 8 examples after which the paper's methods, still at chance, were stopped."""
 PLAIN: Overrides = {
-    "tune.steps": str(STOPPED),
+    # At chance after 500 examples is at chance: 600, and the 40 test prompts of XSTest.
+    "tune.steps": "75",
+    "evaluate.max_prompts": "40",
     "tune.steered_start": "null",
-    "tune.weight_relative": "false",
-    "tune.weight_warm_up": "0",
     "evaluate.auto_sweep": "false",
     "evaluate.responders": "[tuned]",
 }

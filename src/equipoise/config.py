@@ -207,7 +207,8 @@ class TuneConfig(Config):
     n_counterfactuals: Positive = 1
     exp_of: Literal["example", "batch"] = "example"
     """exp of each example's mean log-likelihood, or of the batch mean."""
-    steps: Positive = 400
+    steps: Annotated[int, Field(ge=0)] = 400
+    """0 = the steered start alone."""
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     auto_rate: Fraction = 0.15

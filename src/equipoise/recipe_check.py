@@ -128,6 +128,8 @@ def _optional_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
                 (place, "`tune.steered_start` teaches a LoRA before CLM or ExMATE: "
                  "set `tune.lora_rank`")
             )  # fmt: skip
+    elif recipe.tune.steps == 0:
+        found.append((("tune", "steps"), "`tune.steps` is 0: nothing would be tuned"))
     if "steering" in recipe.evaluate.responders:
         place = ("evaluate", "responders", recipe.evaluate.responders.index("steering"))
         if recipe.steer is None:

@@ -143,7 +143,8 @@ def tune(
     )
     if resume is not None:
         trainer.curve[:] = curve_of(resume)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if config.steps:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return Tuned(
         model=model.eval(),
         tokenizer=policy.tokenizer,
