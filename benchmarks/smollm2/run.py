@@ -65,11 +65,7 @@ def finished() -> dict[str, Json]:
 def merged(reports: Mapping[str, Json]) -> dict[str, Any]:
     """Return one report of all methods, the reference's dials as ``tuned``."""
     methods = {"tuned" if name == REFERENCE else name: method for name, method in _methods(reports)}
-    losses = {
-        name: report["losses"]["tuned"]
-        for name, report in reports.items()
-        if "tuned" in report["methods"]
-    }
+    losses = dict(_curves(reports))
     return {**reports[REFERENCE], "methods": methods, "losses": losses}
 
 
@@ -121,14 +117,23 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
             "fluency": {name: method["quality"]["fluency"] for name, method in found.items()},
             "drift": quality["tuned"]["quality"].get("drift"),
             "auto_mp": {j: quality["tuned"][j]["auto_mp"] for j in JUDGES},
-            "curves": {
-                name: list(listening(report["losses"]["tuned"], report["recipe"]["tune"]))
-                for name, report in reports.items()
-                if "tuned" in report["methods"]
+            "listening": {
+                name: list(listening(curve, reports[name]["recipe"]["tune"]))
+                for name, curve in _curves(reports)
+                if "preferred" in curve
             },
+            "steered_start": best["losses"].get("steered start"),
             "differences": {name: report["differences"] for name, report in reports.items()},
         }
     )
+
+
+def _curves(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
+    """Yield the tuning curves: of the steered start under its own name, else by point."""
+    for point, report in reports.items():
+        for name, curve in report["losses"].items():
+            if "tuned" in report["methods"]:
+                yield point if name == "tuned" else name, curve
 
 
 def _methods(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:

@@ -63,6 +63,7 @@ def _estimate(found: Any) -> dict[str, Any] | None:
 
 
 _CURVES = {
+    "unexplained": ("share of the shift that is missing", {"unexplained": "unexplained"}),
     "loss": ("what is minimised", {"loss": "loss"}),
     "asked": (
         "log-likelihood per token",

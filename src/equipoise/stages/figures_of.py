@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.stages.inputs import Job, workshop_parser
+from equipoise.stages.tuning import START_CURVE
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery, JudgeKind, Prompt, ScoredCompletion
@@ -111,8 +112,9 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
         tuned = job.run.done("tune")
         cost["steps"] = float(tuned.facts()["steps"])
         cost["tuning_seconds"] = 60 * tuned.minutes
-        curve = tuned.read_json("curve.json")
-        cost["tuning_tokens"] = curve[-1]["tokens"] if curve else 0.0
+        names = [name for name in ("curve.json", START_CURVE) if name in tuned.outputs]
+        curves = [tuned.read_json(name) for name in names]
+        cost["tuning_tokens"] = sum(curve[-1]["tokens"] for curve in curves if curve)
     return cost
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from equipoise.plan import read_plan
 from equipoise.stages.bench import FACTS
 from equipoise.stages.inputs import CALIBRATION, Job, read_prompts
+from equipoise.stages.tuning import START_CURVE
 from equipoise.store.stagedir import Stage
+from equipoise.store.stagefiles import StageFiles
 from equipoise.types import Delivery
 
 
@@ -41,7 +43,6 @@ def gather(job: Job) -> dict[str, Any]:
     run = job.run
     scored, distilled, tuned = run.done("score"), run.done("distil"), run.done("tune")
     measures = run.done("evaluate").read_json("measures.json")
-    curve = tuned.read_json("curve.json")
     counts = run.done("prompts").facts()["counts"]
     recipe = run.recipe.model_dump(mode="json")
     # The folder of the data is the user's own affair: reports are passed on.
@@ -63,11 +64,23 @@ def gather(job: Job) -> dict[str, Any]:
         },
         "moec": distilled.read_json("moec.json"),
         "backdoor": distilled.read_json("backdoor.json"),
-        "losses": {"tuned": {key: [row[key] for row in curve] for key in (curve or [{}])[0]}},
+        "losses": _losses(tuned),
         "reward_models": _cards(job),
         "stages": run.minutes(),
         "planned": read_plan(run.path),
         "calibration_file": f"score/{CALIBRATION}",
+    }
+
+
+def _losses(tuned: StageFiles) -> dict[str, dict[str, list[float]]]:
+    """Return the curves of a tuning, by column; those without a step are left out."""
+    curves = {"tuned": tuned.read_json("curve.json")}
+    if START_CURVE in tuned.outputs:
+        curves["steered start"] = tuned.read_json(START_CURVE)
+    return {
+        name: {key: [row[key] for row in rows] for key in rows[0]}
+        for name, rows in curves.items()
+        if rows
     }
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL = "model"
+START_CURVE = "start.json"
+"""Of a steered start, if there was one."""
 
 
 def tune(job: Job) -> None:
@@ -61,7 +63,7 @@ def tune(job: Job) -> None:
     stage.publish_directory(MODEL, build)
     stage.publish_json("curve.json", tuned.curve)
     if tuned.start_curve:
-        stage.publish_json("start.json", tuned.start_curve)
+        stage.publish_json(START_CURVE, tuned.start_curve)
     stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)
 
 

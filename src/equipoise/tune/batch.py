@@ -111,7 +111,7 @@ class TuningPlan(Dataset[Presentation]):
         lengths = np.array(
             [len(p) + len(c) for p, c in zip(self._prompt_ids, self._completion_ids, strict=True)]
         )
-        n_epochs = -(-needed // len(lengths))
+        n_epochs = max(1, -(-needed // len(lengths)))
         order = np.concatenate([rng.permutation(len(lengths)) for _ in range(n_epochs)])[:needed]
         size, step = self._config.batch_size * _BUCKET, self._config.batch_size
         for start in range(0, needed, size):
