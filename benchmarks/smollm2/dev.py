@@ -51,16 +51,14 @@ def main() -> None:
         text=False,
         until="tune" if arguments.look else None,
     )
+    row: dict[str, Any] = {"name": arguments.name, "overrides": changes}
     rows = json.loads((folder / "tune" / "curve.json").read_text())
-    curve = {key: [row[key] for row in rows] for key in rows[0]}
-    row = {
-        "name": arguments.name,
-        "overrides": changes,
-        "examples": recipe.tune.steps * recipe.tune.batch_size,
-        "listening": list(listening(curve, recipe.tune.model_dump())),
-        "asked": float(np.mean(curve["asked"][-TAIL:])),
-    }
-    print("listening", [round(window["preferred"], 2) for window in row["listening"]])
+    if rows:
+        curve = {key: [row[key] for row in rows] for key in rows[0]}
+        row["examples"] = recipe.tune.steps * recipe.tune.batch_size
+        row["listening"] = list(listening(curve, recipe.tune.model_dump()))
+        row["asked"] = float(np.mean(curve["asked"][-TAIL:]))
+        print("listening", [round(window["preferred"], 2) for window in row["listening"]])
     if not arguments.look:
         row |= measured(read_report(folder))
     stored = json.loads(ROWS.read_text()) if ROWS.exists() else []
