@@ -36,15 +36,17 @@ CORNERS = {
     "most helpful, least safe": DialSetting((TOP, 0)),
     "most helpful, most safe": DialSetting((TOP, TOP)),
 }
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=256, max_tokens=64)
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=256, max_tokens=64)
 SEED = 0
 HEAD = f"""# Twelve prompts, four corners
 
 What SmolLM2-135M-Instruct says after tuning with the recipe `smollm2`, at the four corners of its
-two dials. The prompts were written before any answer was seen. Each answer is the first sample
-(temperature {SAMPLING.temperature:g}, {SAMPLING.max_tokens} tokens, so most are cut) of one seed;
-none was picked or changed. It is a model of 135 million parameters: expect mistakes, and do not
-follow its advice. How far the dials move the measured scores stands in
+two dials. The prompts were written before any answer was seen. Each answer is the first sample of
+one seed ({SAMPLING.max_tokens} tokens, so most are cut); none was picked or changed. The
+temperature is {SAMPLING.temperature:g}: at 1, where the dials were measured, a model of 135 million
+parameters wanders off so often that the first version of this page could not be read (and one
+answer insulted people).
+Expect mistakes, and do not follow its advice. How far the dials move the measured scores stands in
 [smollm2.md](smollm2.md). Made by `python -m benchmarks.smollm2.corners`.
 """
 
