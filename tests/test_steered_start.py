@@ -98,8 +98,8 @@ def test_both_readings_meet_at_the_same_tokens_and_the_text_tells_no_setting() -
     ]  # fmt: skip
     assert torch.equal(*follow)
     by_text: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-    for _, controls, completion, _ in (plan[index] for index in range(len(plan))):
-        by_text.setdefault(completion, set()).add(controls)
+    for row in (plan[index] for index in range(len(plan))):
+        by_text.setdefault(row.completion_ids, set()).add(row.control_ids)
     assert min(map(len, by_text.values())) > 10
 
 

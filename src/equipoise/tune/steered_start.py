@@ -41,6 +41,17 @@ from equipoise.types import ControlledExample, DialSetting
 
 
 @dataclass(frozen=True)
+class ShiftRow:
+    """One text under one setting."""
+
+    prompt_ids: tuple[int, ...]
+    control_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    shift: Tensor
+    """(D,): what the setting shall add to the states."""
+
+
+@dataclass(frozen=True)
 class ShiftBatch:
     """Texts without controls (what the untouched model reads) and with them."""
 
@@ -73,7 +84,7 @@ def shift_of(
     return shift * min(1.0, float(longest / shift.norm().clamp(min=1e-12)))
 
 
-class ShiftPlan(Dataset[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Tensor]]):
+class ShiftPlan(Dataset[ShiftRow]):
     """Text i of ``steps * batch_size`` under a random setting, a function of (seed, i) only."""
 
     def __init__(
@@ -99,15 +110,13 @@ class ShiftPlan(Dataset[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...],
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(
-        self, index: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Tensor]:
+    def __getitem__(self, index: int) -> ShiftRow:
         rng = np.random.default_rng(derive_seed(self._seed, "steered start", index))
         example = self._examples[int(self._order[index])]
         cell = self._cells[int(rng.integers(len(self._cells)))]
         setting = drop_to_auto(cell, self._auto_rate, rng)
         completion = self._encoder.completion_ids(example.text, finished=example.finished)
-        return (
+        return ShiftRow(
             tuple(self._encoder.prompt_ids(example.prompt.messages)),
             tuple(self._encoder.control_ids(setting)),
             tuple(completion[: self._config.tokens]),
@@ -115,15 +124,13 @@ class ShiftPlan(Dataset[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...],
         )
 
 
-def collate(
-    rows: Sequence[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Tensor]],
-) -> ShiftBatch:
+def collate(rows: Sequence[ShiftRow]) -> ShiftBatch:
     """Lay texts out as two rectangles; see :class:`ShiftBatch`."""
-    plain = [(prompt, completion) for prompt, _, completion, _ in rows]
-    dialled = [((*prompt, *controls), completion) for prompt, controls, completion, _ in rows]
-    plain_ids, plain_at = _rectangle(plain)
-    dialled_ids, dialled_at = _rectangle(dialled)
-    shifts = torch.stack([shift for *_, shift in rows])
+    plain_ids, plain_at = _rectangle([(row.prompt_ids, row.completion_ids) for row in rows])
+    dialled_ids, dialled_at = _rectangle(
+        [((*row.prompt_ids, *row.control_ids), row.completion_ids) for row in rows]
+    )
+    shifts = torch.stack([row.shift for row in rows])
     return ShiftBatch(plain_ids, dialled_ids, plain_at, dialled_at, shifts)
 
 
