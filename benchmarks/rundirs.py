@@ -11,7 +11,7 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.pipeline import run_all, run_stage
-from equipoise.store.fingerprint import STAGES
+from equipoise.store.fingerprint import STAGES, with_new_defaults
 from equipoise.store.rundir import RunDir
 
 
@@ -38,7 +38,10 @@ def execute(
         _copy(source, folder, shares)
     print(f"== {folder.name}", file=sys.stderr, flush=True)
     stored = folder / "recipe.json"
-    same = not stored.exists() or json.loads(stored.read_text()) == made.model_dump(mode="json")
+    # As the run directory compares: a stored recipe lacks options that came later.
+    same = not stored.exists() or (
+        with_new_defaults(json.loads(stored.read_text()), made) == made.model_dump(mode="json")
+    )
     with RunDir.open(folder, made, fresh=not same) as opened:
         if until is None:
             run_all(opened, text=text)

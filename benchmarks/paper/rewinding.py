@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from benchmarks.paper.points import Scale
+from benchmarks.rundirs import execute
 
 from equipoise.config import Recipe
 from equipoise.evaluate.rewind import Pool, chance_coverage, rewind
 from equipoise.models.load import load_causal
 from equipoise.models.sampling import TransformersEngine
-from equipoise.pipeline import run_all
 from equipoise.recipe_io import load_recipe
 from equipoise.seeds import derive_seed
 from equipoise.stages.inputs import read_prompts
@@ -74,19 +73,7 @@ def run_rewind(scale: Scale, seed: int) -> dict[str, Any]:
 def _run(scale: Scale, name: str, overrides: dict[str, str], shares_with: Path | None) -> Path:
     folder = scale.runs / name
     made = load_recipe("workshop-start", overrides=[f"{k}={v}" for k, v in overrides.items()])
-    if shares_with is not None and not folder.exists():
-        partial = folder.with_name(f".{name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for stage in SHARED:
-            if (shares_with / stage).is_dir():
-                shutil.copytree(shares_with / stage, partial / stage)
-        partial.rename(folder)
-    stored = folder / "recipe.json"
-    same = not stored.exists() or Recipe.model_validate_json(stored.read_text()) == made
-    with RunDir.open(folder, made, fresh=not same) as opened:
-        run_all(opened)
-    return folder
+    return execute(made, folder, source=shares_with, shares=SHARED)
 
 
 def _answers(place: Path, prompts: list[Prompt], recipe: Recipe) -> list[list[Completion]]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from equipoise.config import SteeredStartConfig
 from equipoise.dials.attributes import cells
@@ -33,8 +33,8 @@ from equipoise.tune.checkpoints import (
     Curve,
     OnStep,
     curve_of,
+    in_order,
     newest_complete,
-    trainer_settings,
 )
 from equipoise.tune.counterfactual import drop_to_auto
 from equipoise.types import ControlledExample, DialSetting
@@ -202,21 +202,7 @@ def steered_start(
     resume = newest_complete(checkpoints)
     trainer = ShiftTrainer(
         model=model,
-        args=TrainingArguments(
-            **trainer_settings(
-                checkpoints,
-                steps=config.steps,
-                batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                checkpoint_every=config.checkpoint_every,
-                dtype=dtype,
-                seed=seed,
-            ),
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            logging_strategy="no",
-            remove_unused_columns=False,
-        ),
+        args=in_order(config, checkpoints, dtype=dtype, seed=seed),
         train_dataset=ShiftPlan(
             examples, encoder, steering[0], config, levels=levels, auto_rate=auto_rate, seed=seed
         ),

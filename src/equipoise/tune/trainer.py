@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
@@ -29,9 +29,9 @@ from equipoise.tune.checkpoints import (
     Curve,
     OnStep,
     curve_of,
+    in_order,
     newest_complete,
     settled_dtype,
-    trainer_settings,
 )
 from equipoise.tune.lora import add_lora
 from equipoise.tune.objectives import (
@@ -134,7 +134,7 @@ def tune(
         on_step = shown(on_step, config.steered_start.steps, 0)
     trainer = DialTrainer(
         model=model,
-        args=_arguments(config, checkpoints, dtype=dtype, seed=seed),
+        args=in_order(config, checkpoints, dtype=dtype, seed=seed),
         train_dataset=plan,
         data_collator=lambda rows: vars(collate(rows)),
         tune_config=config,
@@ -261,21 +261,3 @@ def weight_at(step: int, config: TuneConfig) -> float:
     if not config.weight_warm_up:
         return config.weight
     return config.weight * min(1.0, step / config.weight_warm_up)
-
-
-def _arguments(config: TuneConfig, folder: Path, *, dtype: str, seed: int) -> TrainingArguments:
-    return TrainingArguments(
-        **trainer_settings(
-            folder,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            checkpoint_every=config.checkpoint_every,
-            dtype=dtype,
-            seed=seed,
-        ),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_strategy="no",
-        remove_unused_columns=False,
-    )
