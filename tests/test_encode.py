@@ -96,6 +96,19 @@ def test_hostile_text_writes_no_marker(family: str) -> None:
     assert leaks_of_own > HOSTILE_CONVERSATIONS / 2
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_no_completion_and_no_pair_of_many_is_a_marker(family: str) -> None:
+    encoder = dialled(family)
+    rng = random.Random(f"many {family}")
+    texts = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
+    form = marks(encoder.pair_ids("the", "the"), family)
+    for _ in range(100_000):
+        first, second = hostile(rng, texts), hostile(rng, texts)
+        assert not marks(encoder.completion_ids(first, finished=False), family), first
+        assert marks(encoder.pair_ids(first, second), family) == form, (first, second)
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_marker_split_over_two_turns_stays_text(family: str) -> None:
     encoder = dialled(family)

@@ -84,7 +84,8 @@ def fuzz(door: Door, port: int, path: str, method: str, mode: GenerationMode, n:
     one()
     assert not any(status >= 500 for status in statuses), statuses
     if mode is GenerationMode.POSITIVE:
-        assert statuses[200] > n // 10, statuses
+        # Of what was sent: a route without parameters has a single example.
+        assert statuses[200] > statuses.total() // 10, statuses
     assert door.engine.load().running == 0
 
 

@@ -241,7 +241,7 @@ def test_reload_reads_again_on_request(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [60, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_no_answer_under_half_of_one_policy_and_half_of_another(tmp_path: Path, n: int) -> None:
-    """Hash, default and limit of every answer belong together, while the file changes."""
+    """Hash, default and limit of every answer belong together, while the file changes n times."""
     door = make_door(tmp_path, limits={"waiting": 9999, "per_key": 9999})
     policies = []
     for i, safety in enumerate((0.5, 0.75, 1.0)):
@@ -252,19 +252,19 @@ def test_no_answer_under_half_of_one_policy_and_half_of_another(tmp_path: Path, 
     for i, (policy, safety) in enumerate(zip(policies, (0.5, 0.75, 1.0), strict=True)):
         rewrite(door.policy_file, policy)
         expected[door.rules().policy_hash] = (safety, 100 + i)
-    stop = threading.Event()
+    stop, changes = threading.Event(), 0
 
     def change() -> None:
-        turn = 0
+        nonlocal changes
         while not stop.is_set():
-            turn += 1
-            rewrite(door.policy_file, policies[turn % 3])
+            changes += 1
+            rewrite(door.policy_file, policies[changes % 3])
             stop.wait(0.001)
 
     async def many() -> list[Reply]:
         await door.engine.start()
-        replies = []
-        for _ in range(n):
+        replies: list[Reply] = []
+        while changes < n or len(replies) < n:
             asked = [ask(door.app, chat_body(), key=door.secrets["lab"]) for _ in range(3)]
             replies += await asyncio.gather(*asked)
         return replies
