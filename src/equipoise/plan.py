@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.config import RewardModelConfig, TuneConfig
+from equipoise.config import RewardModelConfig, SourceConfig, TuneConfig
 from equipoise.stages.inputs import Job, read_prompts
 from equipoise.store.fingerprint import OPTIONAL
 from equipoise.store.publish import json_bytes, publish_bytes, read_json_or_none
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PLAN = "plan.json"
 """Of a run directory: stage to the minutes that were first planned for it."""
 PLANNED = ("fit-reward", "generate", "score", "steer", "regenerate", "tune", "judge", "evaluate")
+ROWS_UNKNOWN = 5000
+"""Taken for a source without a limit whose rows are not on this disk."""
 PROBE_TOKENS = 12
 PROBE_LENGTH = 160
 
@@ -183,14 +185,17 @@ def _steering_seconds(
 
 
 def parameters_of(directory: Path) -> int:
-    """Count a model's parameters from the headers of its safetensors files."""
+    """Count the parameters that a token passes, from the headers of the safetensors files.
+
+    A table of embeddings is looked up, not multiplied; it is half of a small reward model.
+    """
     count = 0
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
         for name, tensor in header.items():
-            if name != "__metadata__":
+            if name != "__metadata__" and "embed" not in name:
                 elements = 1
                 for extent in tensor["shape"]:
                     elements *= extent
@@ -228,12 +233,22 @@ def _best_of(step: Callable[[], object], *, tries: int = 4, budget: float = 8.0)
 def _fitting_flops(job: Job) -> float:
     total = 0.0
     for config in job.recipe.fit_reward.values():
-        rows = sum(source.limit or 5000 for source in config.sources)
+        rows = sum(rows_of(source, job.data) for source in config.sources)
         sides = 2 if config.kind == "pairs" else 1
         per_token = 2 if config.head_only else 6 * config.epochs
         # Most rows are shorter than the limit.
         total += rows * sides * 0.7 * config.max_length * per_token * _size_of(config.backbone, job)
     return total
+
+
+def rows_of(source: SourceConfig, data: Path | None) -> int:
+    """Return how many rows a source will give; a guess where only the hub knows."""
+    from equipoise.pool.rows import find_file, read_rows
+
+    if find_file(source.source, data) is None:
+        return source.limit or ROWS_UNKNOWN
+    rows = len(read_rows(source, data=data))
+    return min(rows, source.limit or rows)
 
 
 def _pass_size(configs: Mapping[str, RewardModelConfig], job: Job) -> float:

@@ -29,7 +29,7 @@ def read_rows(source: SourceConfig, *, data: Path | None) -> list[Row]:
     Raises:
         DataError: No such file or data set, a damaged line, or no row left.
     """
-    path = _find_file(source.source, data)
+    path = find_file(source.source, data)
     rows = _read_file(path) if path is not None else _read_dataset(source)
     if not rows:
         raise DataError(
@@ -71,7 +71,8 @@ def numbered(rows: Iterable[Row], source: SourceConfig) -> Iterable[tuple[str, R
     return ((f"{source.source}, row {n}", row) for n, row in enumerate(rows, start=1))
 
 
-def _find_file(name: str, data: Path | None) -> Path | None:
+def find_file(name: str, data: Path | None) -> Path | None:
+    """Return the file that a source names, or nothing for a ``datasets`` name."""
     path = Path(name).expanduser()
     places = [path] if path.is_absolute() or data is None else [data / path, path]
     for place in places:

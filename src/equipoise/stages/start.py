@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from equipoise.stages.inputs import Job, policy_hash, reward_hashes
 from equipoise.store.stagedir import Stage
 
 if TYPE_CHECKING:
+    from equipoise.config import AlignConfig
     from equipoise.models.load import LoadedPolicy
     from equipoise.tune.checkpoints import Curve, OnStep
 
@@ -102,68 +104,51 @@ def align(job: Job) -> None:
     if stage is None:
         return
     from equipoise.models.load import load_causal
+    from equipoise.seeds import derive_seed
 
     policy, before = load_causal(config.model), load_causal(config.model)
-    train = _dpo(job, policy, before) if config.method == "dpo" else _rlhf(job, policy, before)
-    _train_and_publish(job, stage, policy, train, method=config.method)
-
-
-def _dpo(job: Job, policy: LoadedPolicy, before: LoadedPolicy) -> Callable[[OnStep, Path], Curve]:
-    from equipoise.pool.preferences import load_pairs
-    from equipoise.seeds import derive_seed
-    from equipoise.start.align import align_by_dpo
-
-    recipe, config = job.recipe, job.recipe.align
-    assert config is not None  # checked by the caller
-    pairs = load_pairs(config.sources, data=job.data, seed=derive_seed(recipe.seed, "align"))
+    learn = (_by_dpo if config.method == "dpo" else _by_rlhf)(job, config, policy, before)
 
     def train(on_step: OnStep, checkpoints: Path) -> Curve:
-        return align_by_dpo(
-            policy,
-            before,
-            pairs,
-            config,
-            seed=derive_seed(recipe.seed, "align"),
+        return learn(
+            seed=derive_seed(job.recipe.seed, "align"),
             checkpoints=checkpoints,
             dtype="float32",
             on_step=on_step,
         )
 
-    return train
+    _train_and_publish(job, stage, policy, train, method=config.method)
 
 
-def _rlhf(job: Job, policy: LoadedPolicy, before: LoadedPolicy) -> Callable[[OnStep, Path], Curve]:
+def _by_dpo(
+    job: Job, config: AlignConfig, policy: LoadedPolicy, before: LoadedPolicy
+) -> Callable[..., Curve]:
+    from equipoise.pool.preferences import load_pairs
+    from equipoise.seeds import derive_seed
+    from equipoise.start.align import align_by_dpo
+
+    seed = derive_seed(job.recipe.seed, "align")
+    pairs = load_pairs(config.sources, data=job.data, seed=seed)
+    return partial(align_by_dpo, policy, before, pairs, config)
+
+
+def _by_rlhf(
+    job: Job, config: AlignConfig, policy: LoadedPolicy, before: LoadedPolicy
+) -> Callable[..., Curve]:
     from equipoise.config import PromptsConfig
     from equipoise.models.reward import load_reward_model
     from equipoise.pool.prompts import load_prompts
-    from equipoise.seeds import derive_seed
     from equipoise.start.align import align_by_rlhf
 
-    recipe, config = job.recipe, job.recipe.align
-    assert config is not None  # checked by the caller
     # Read like training prompts, so that no test prompt is among them.
-    asked = PromptsConfig(train=config.sources, test=recipe.prompts.test)
-    loaded = load_prompts(asked, data=job.data, seed=recipe.seed)
+    asked = PromptsConfig(train=config.sources, test=job.recipe.prompts.test)
+    loaded = load_prompts(asked, data=job.data, seed=job.recipe.seed)
     prompts = [prompt for prompt in loaded if prompt.split == "train"]
     rewards = {
         name: load_reward_model(reward, attribute=name, fitted_root=None)
         for name, reward in config.rewards.items()
     }
-
-    def train(on_step: OnStep, checkpoints: Path) -> Curve:
-        return align_by_rlhf(
-            policy,
-            before,
-            prompts,
-            rewards,
-            config,
-            seed=derive_seed(recipe.seed, "align"),
-            checkpoints=checkpoints,
-            dtype="float32",
-            on_step=on_step,
-        )
-
-    return train
+    return partial(align_by_rlhf, policy, before, prompts, rewards, config)
 
 
 def _begin(job: Job, name: str, model: str, models: dict[str, str] | None = None) -> Stage | None:

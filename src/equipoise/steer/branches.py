@@ -22,52 +22,54 @@ def setting_key(setting: DialSetting) -> str:
     return ",".join("auto" if level is None else str(level) for level in setting.levels)
 
 
-def sample_branches(
-    engine: Engine,
-    encoder: Encoder,
-    sampling: Sampling,
-    prompts: Sequence[Prompt],
-    settings: Sequence[DialSetting],
-    control_ids: Sequence[tuple[int, ...]],
-    *,
-    seed: int,
-) -> tuple[list[list[Completion]], int]:
-    """Sample one completion per prompt and setting with one prefill per prompt.
+class BranchSampler:
+    """A responder whose settings are branches of one prefilled prompt, one completion each.
 
     Args:
-        engine: Samples the branches.
-        encoder: Turns messages into ids.
+        engine: Samples from the policy.
+        encoder: The policy's encoder.
         sampling: How to sample.
-        prompts: P prompts.
-        settings: C settings.
-        control_ids: Per setting the ids at the head of the assistant's turn; empty for none.
-        seed: Every (prompt, setting) derives its own seed from it.
-
-    Returns:
-        Completions shaped (P, C), and the tokens that went through the model.
+        name: Row name in the report.
     """
-    requests = [
-        GenerationRequest(
-            prompt_ids=tuple(encoder.prompt_ids(prompt.messages)),
-            branches=tuple(
-                Branch(ids, derive_seed(seed, prompt.id, setting_key(setting)))
-                for setting, ids in zip(settings, control_ids, strict=True)
-            ),
-        )
-        for prompt in prompts
-    ]
-    sampled = engine.generate(requests, sampling)
-    completions = [
-        [
-            item.as_completion(prompt.id, c, model_hash=engine.model_hash, setting=setting)
-            for c, (setting, item) in enumerate(zip(settings, items, strict=True))
+
+    def __init__(self, engine: Engine, encoder: Encoder, *, sampling: Sampling, name: str) -> None:
+        self.name = name
+        self.tokens_through_model = 0
+        self._engine, self._encoder, self._sampling = engine, encoder, sampling
+
+    def head_of(self, setting: DialSetting) -> tuple[int, ...]:
+        """Return the ids that stand at the head of the assistant's turn under a setting."""
+        raise NotImplementedError
+
+    def respond(
+        self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
+    ) -> list[list[Completion]]:
+        """Return completions shaped (P, C); each prompt is prefilled once for its C settings."""
+        heads = [self.head_of(setting) for setting in settings]
+        requests = [
+            GenerationRequest(
+                prompt_ids=tuple(self._encoder.prompt_ids(prompt.messages)),
+                branches=tuple(
+                    Branch(head, derive_seed(seed, prompt.id, setting_key(setting)))
+                    for setting, head in zip(settings, heads, strict=True)
+                ),
+            )
+            for prompt in prompts
         ]
-        for prompt, items in zip(prompts, sampled, strict=True)
-    ]
-    tokens = sum(len(request.prompt_ids) for request in requests)
-    tokens += len(prompts) * sum(map(len, control_ids))
-    tokens += sum(completion.n_tokens for row in completions for completion in row)
-    return completions, tokens
+        sampled = self._engine.generate(requests, self._sampling)
+        completions = [
+            [
+                item.as_completion(
+                    prompt.id, c, model_hash=self._engine.model_hash, setting=setting
+                )
+                for c, (setting, item) in enumerate(zip(settings, items, strict=True))
+            ]
+            for prompt, items in zip(prompts, sampled, strict=True)
+        ]
+        self.tokens_through_model += sum(len(request.prompt_ids) for request in requests)
+        self.tokens_through_model += len(prompts) * sum(map(len, heads))
+        self.tokens_through_model += sum(c.n_tokens for row in completions for c in row)
+        return completions
 
 
 def steered_request(

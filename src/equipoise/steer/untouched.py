@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from equipoise.dials.encode import Encoder
-from equipoise.steer.branches import sample_branches
-from equipoise.types import Completion, DialSetting, Engine, Prompt, Sampling
+from equipoise.steer.branches import BranchSampler
+from equipoise.types import DialSetting, Engine, Sampling
 
 
-class Untouched:
-    """Samples a fresh completion per prompt and setting and ignores the setting.
-
-    Args:
-        engine: Samples from the untouched model.
-        encoder: The untouched model's encoder.
-        sampling: How to sample.
-        name: Row name in the report.
-    """
+class Untouched(BranchSampler):
+    """Samples a fresh completion per prompt and setting and ignores the setting."""
 
     def __init__(
         self, engine: Engine, encoder: Encoder, *, sampling: Sampling, name: str = "start"
     ) -> None:
-        self.name = name
-        self.tokens_through_model = 0
-        self._engine, self._encoder, self._sampling = engine, encoder, sampling
+        super().__init__(engine, encoder, sampling=sampling, name=name)
 
-    def respond(
-        self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
-    ) -> list[list[Completion]]:
-        """Return completions shaped (P, C); each prompt is prefilled once."""
-        completions, tokens = sample_branches(
-            self._engine,
-            self._encoder,
-            self._sampling,
-            prompts,
-            settings,
-            [()] * len(settings),
-            seed=seed,
-        )
-        self.tokens_through_model += tokens
-        return completions
+    def head_of(self, setting: DialSetting) -> tuple[int, ...]:
+        """Return no ids, whatever the setting."""
+        return ()

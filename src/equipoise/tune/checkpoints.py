@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from equipoise.config import SteeredStartConfig, TuneConfig
 from equipoise.models.load import Dtype, torch_dtype
 
 _MARKER = "equipoise.json"
@@ -50,27 +49,6 @@ def trainer_settings(
         "seed": seed,
         "data_seed": seed,
     }
-
-
-def in_order(
-    config: TuneConfig | SteeredStartConfig, folder: Path, *, dtype: str, seed: int
-) -> TrainingArguments:
-    """Return the arguments of a trainer that shows our own batches, in their order."""
-    return TrainingArguments(
-        **trainer_settings(
-            folder,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            checkpoint_every=config.checkpoint_every,
-            dtype=dtype,
-            seed=seed,
-        ),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_strategy="no",
-        remove_unused_columns=False,
-    )
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -14,16 +14,15 @@ from typing import Any
 
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
-from equipoise.dials.tokens import DialManifest, install
+from equipoise.dials.tokens import DialManifest
 from equipoise.models.load import LoadedPolicy
 from equipoise.models.sampling import TransformersEngine
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
 from equipoise.tune.closeness import AskPlan, control_reward, deaf_floor
-from equipoise.tune.lora import add_lora
 from equipoise.tune.online import train_online
 from equipoise.tune.reference import StartReference
 from equipoise.tune.rollouts import OnlineConfig, Rollouts
-from equipoise.tune.trainer import Tuned
+from equipoise.tune.trainer import Tuned, with_dials
 from equipoise.tune.trainer import tune as tune_offline
 from equipoise.types import ControlledExample, Prompt, RewardModel, Sampling, UnitScale
 
@@ -170,17 +169,14 @@ def _begun(
             on_step=on_step,
         )
         return tuned.model, tuned.manifest, tuned.curve
-    manifest = install(
-        policy.model,
-        policy.tokenizer,
+    model, manifest = with_dials(
+        policy,
         attributes=attributes,
         levels=levels,
+        lora_rank=config.lora_rank,
         base_model=base_model,
-        base_model_hash=policy.hash,
+        seed=seed,
     )
-    model: Any = policy.model
-    if config.lora_rank:
-        model = add_lora(model, manifest, rank=config.lora_rank, seed=seed)
     return model, manifest, []
 
 

@@ -19,24 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer
+from torch.utils.data import Dataset
 
 from equipoise.config import SteeredStartConfig
 from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
-from equipoise.errors import TrainingError
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed
-from equipoise.tune.checkpoints import (
-    Checkpoints,
-    Curve,
-    OnStep,
-    curve_of,
-    in_order,
-    newest_complete,
-)
+from equipoise.tune.checkpoints import Curve, OnStep
 from equipoise.tune.counterfactual import drop_to_auto
+from equipoise.tune.ordered import OrderedTrainer
 from equipoise.types import ControlledExample, DialSetting
 
 
@@ -199,40 +191,28 @@ def steered_start(
         TrainingError: The states are not finite.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    resume = newest_complete(checkpoints)
     trainer = ShiftTrainer(
+        layer=steering[1],
+        config=config,
+        checkpoints=checkpoints,
+        dtype=dtype,
+        seed=seed,
+        on_step=on_step,
         model=model,
-        args=in_order(config, checkpoints, dtype=dtype, seed=seed),
         train_dataset=ShiftPlan(
             examples, encoder, steering[0], config, levels=levels, auto_rate=auto_rate, seed=seed
         ),
         data_collator=lambda rows: vars(collate(rows)),
-        layer=steering[1],
-        rows_learning_rate=config.rows_learning_rate,
-        on_step=on_step,
     )
-    if resume is not None:
-        trainer.curve[:] = curve_of(resume)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return trainer.curve
+    return trainer.run()
 
 
-class ShiftTrainer(Trainer):
-    """``transformers.Trainer`` on :class:`ShiftBatch`."""
+class ShiftTrainer(OrderedTrainer):
+    """The shift that is still missing, on :class:`ShiftBatch`."""
 
-    def __init__(
-        self, *, layer: int, rows_learning_rate: float, on_step: OnStep | None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.layer, self.rows_learning_rate = layer, rows_learning_rate
-        self.curve: Curve = []
-        self.model_accepts_loss_kwargs = False
-        self.remove_callback(PrinterCallback)
-        self.add_callback(Checkpoints(self.curve, on_step))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        plan: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return SequentialSampler(plan)
+    def __init__(self, *, layer: int, config: SteeredStartConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.layer, self.rows_learning_rate = layer, config.rows_learning_rate
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Give the control rows a rate of their own: one row is seen once in L examples."""
@@ -257,12 +237,11 @@ class ShiftTrainer(Trainer):
         step = self.state.global_step + 1
         missing, wanted = unexplained(model, ShiftBatch(**inputs), self.layer)
         loss = missing / wanted.clamp(min=1e-12)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"The steered start stopped at step {step}: the states are not finite",
-                why="the adapter overflowed, most often from a learning rate that is too high",
-                fix="lower tune.steered_start.learning_rate and run again with --fresh",
-            )
+        self.stop_unless_finite(
+            loss,
+            why="the adapter overflowed, most often from a learning rate that is too high",
+            fix="lower tune.steered_start.learning_rate",
+        )
         last = self.curve[-1] if self.curve else {"tokens": 0}
         read = int(inputs["plain_ids"].numel() + inputs["dialled_ids"].numel())
         row = {"step": step, "unexplained": loss.item(), "tokens": last["tokens"] + read}

@@ -1,9 +1,4 @@
-"""The thin driver: ``transformers.Trainer`` with our batches, our objective and exact resume.
-
-Differs from a plain Trainer run in three ways: the data order is a pure function of the index (see
-``batch.py``), so resuming replays nothing; a checkpoint counts only once its marker is written; and
-a loss that is not finite stops the run before it can reach the weights.
-"""
+"""The thin driver: our batches and our objective in a trainer that resumes exactly."""
 
 from __future__ import annotations
 
@@ -13,26 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer
 
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import DialManifest, install
-from equipoise.errors import TrainingError
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
-from equipoise.tune.checkpoints import (
-    Checkpoints,
-    Curve,
-    OnStep,
-    curve_of,
-    in_order,
-    newest_complete,
-    settled_dtype,
-)
+from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
 from equipoise.tune.lora import add_lora
 from equipoise.tune.objectives import (
     Loss,
@@ -42,6 +25,7 @@ from equipoise.tune.objectives import (
     preferred,
     running_mean,
 )
+from equipoise.tune.ordered import OrderedTrainer
 from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.tune.steered_start import steered_start
 from equipoise.types import ControlledExample
@@ -99,22 +83,18 @@ def tune(
     Raises:
         TrainingError: If the loss is not finite; the last good checkpoint is kept.
     """
-    manifest = install(
-        policy.model,
-        policy.tokenizer,
+    model, manifest = with_dials(
+        policy,
         attributes=attributes,
         levels=levels,
+        lora_rank=config.lora_rank,
         base_model=base_model,
-        base_model_hash=policy.hash,
+        seed=seed,
     )
     encoder = Encoder(policy.tokenizer, manifest)
     plan = TuningPlan(examples, encoder, config, levels=levels, seed=seed)
-    model: Any = policy.model
-    if config.lora_rank:
-        model = add_lora(model, manifest, rank=config.lora_rank, seed=seed)
     checkpoints.mkdir(parents=True, exist_ok=True)
     dtype = settled_dtype(checkpoints, config.dtype)
-    resume = newest_complete(checkpoints)
     started = time.monotonic()
     first: Curve = []
     if config.steered_start is not None and steering is not None:
@@ -133,27 +113,52 @@ def tune(
         )
         on_step = shown(on_step, config.steered_start.steps, 0)
     trainer = DialTrainer(
+        n_examples=len(examples),
+        config=config,
+        checkpoints=checkpoints,
+        dtype=dtype,
+        seed=seed,
+        on_step=on_step,
         model=model,
-        args=in_order(config, checkpoints, dtype=dtype, seed=seed),
         train_dataset=plan,
         data_collator=lambda rows: vars(collate(rows)),
-        tune_config=config,
-        n_examples=len(examples),
-        on_step=on_step,
     )
-    if resume is not None:
-        trainer.curve[:] = curve_of(resume)
-    if config.steps:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    curve = trainer.run()
     return Tuned(
         model=model.eval(),
         tokenizer=policy.tokenizer,
         manifest=manifest,
-        curve=trainer.curve,
+        curve=curve,
         start_curve=first,
         dtype=dtype,
         seconds=time.monotonic() - started,
     )
+
+
+def with_dials(
+    policy: LoadedPolicy,
+    *,
+    attributes: Sequence[str],
+    levels: int,
+    lora_rank: int,
+    base_model: str,
+    seed: int,
+) -> tuple[Any, DialManifest]:
+    """Return the policy ready to be tuned: control tokens installed, an adapter if there is a rank.
+
+    The policy is changed in place. With LoRA the model is the peft model.
+    """
+    manifest = install(
+        policy.model,
+        policy.tokenizer,
+        attributes=attributes,
+        levels=levels,
+        base_model=base_model,
+        base_model_hash=policy.hash,
+    )
+    if lora_rank:
+        return add_lora(policy.model, manifest, rank=lora_rank, seed=seed), manifest
+    return policy.model, manifest
 
 
 def shown(on_step: OnStep | None, before: int, after: int) -> OnStep | None:
@@ -163,24 +168,12 @@ def shown(on_step: OnStep | None, before: int, after: int) -> OnStep | None:
     return lambda done, total: on_step(before + done, before + total + after)
 
 
-class DialTrainer(Trainer):
-    """``transformers.Trainer`` on :class:`ControlledBatch` with one of our objectives."""
+class DialTrainer(OrderedTrainer):
+    """One of our objectives on :class:`ControlledBatch`."""
 
-    def __init__(
-        self, *, tune_config: TuneConfig, n_examples: int, on_step: OnStep | None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.tune_config = tune_config
-        self.n_examples = n_examples
-        self.curve: list[dict[str, float]] = []
-        self.model_accepts_loss_kwargs = False
-        self.remove_callback(PrinterCallback)
-        self.add_callback(Checkpoints(self.curve, on_step))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        # The plan is already in order; shuffling again would make resume inexact.
-        plan: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return SequentialSampler(plan)
+    def __init__(self, *, n_examples: int, config: TuneConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.tune_config, self.n_examples = config, n_examples
 
     def compute_loss(
         self,
@@ -196,14 +189,12 @@ class DialTrainer(Trainer):
         loss, right = objective(
             model, batch, config, weight=weight_at(step, config), usual_effect=last.get("usual")
         )
-        if not torch.isfinite(loss.loss):
-            raise TrainingError(
-                f"Tuning stopped at step {step}: the loss is not finite",
-                why="the model's log-likelihoods overflowed, most often from a learning rate or a "
-                "counterfactual weight that is too high",
-                fix="lower tune.learning_rate or tune.weight and run again with --fresh; the last "
-                "good checkpoint is kept",
-            )
+        self.stop_unless_finite(
+            loss.loss,
+            why="the model's log-likelihoods overflowed, most often from a learning rate or a "
+            "counterfactual weight that is too high",
+            fix="lower tune.learning_rate or tune.weight",
+        )
         self.curve.append(
             {
                 "step": step,
