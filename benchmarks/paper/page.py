@@ -32,8 +32,8 @@ CAPTIONS = {
     "cells were never delivered.",
     "rlhf": "RLHF of the first seed after its warm start. Reward up while the unseen judges' line "
     "falls would be reward hacking.",
-    "ablations": "ExMATE with one thing changed. Two seeds give wide intervals: read the large "
-    "gaps only.",
+    "ablations": "ExMATE with one thing changed, at half of the study's steps. Two seeds give "
+    "wide intervals: read the large gaps only.",
     "rewind": "Where the answers of four models fall, in per cent of each pool, on the scale of "
     "the base model's own pool.",
 }

@@ -74,6 +74,8 @@ QUICK = Scale(
     },
 )
 ABLATION_SEEDS = (0, 1)
+ABLATION_STEPS = 200
+"""Half of the study's: at the full budget the raw pool has caught up and little is left to tell."""
 REWIND_SEEDS = (0, 1)
 
 
@@ -88,10 +90,12 @@ class Point:
 
 
 POOL = ("prompts", "fit-reward", "generate", "score", "distil")
+DEFAULT = Point("default", {}, POOL)
+"""What an ablation changes one thing of."""
 
 
 def ablations() -> dict[str, list[Point]]:
-    """Return group to points; the reference run is a point of every group and is not repeated."""
+    """Return group to points; :data:`DEFAULT` belongs to every group and is run once."""
 
     def tuned(name: str, **overrides: str) -> Point:
         return Point(name, _dotted(overrides), POOL)

@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks import rundirs
 from benchmarks.paper.points import (
+    ABLATION_STEPS,
+    DEFAULT,
     OBJECTIVES,
     POOL,
     REFERENCE,
@@ -83,26 +85,24 @@ def run_methods(scale: Scale, seed: int) -> dict[str, Any]:
 
 
 def run_ablations(scale: Scale, seed: int, groups: Mapping[str, list[Point]]) -> dict[str, Any]:
-    """Run all ablations of a seed, ExMATE at its usual steps; the reference run must be there."""
-    reference = execute(scale, seed, REFERENCE, _reference_overrides(), ())
-    found: dict[str, Any] = {
+    """Run all ablations of a seed with ExMATE; the seed's reference run must be there."""
+    reference = scale.runs / f"seed{seed}-{REFERENCE}"
+    if not (reference / "report" / "report.json").is_file():
+        raise SystemExit(f"{reference} is not complete; run --only methods for seed {seed} first")
+
+    def run(point: Point) -> dict[str, Any]:
+        overrides = {"tune.steps": str(ABLATION_STEPS), **point.overrides}
+        folder = execute(scale, seed, f"ablation-{point.name}", overrides, point.shares)
+        return {**summary(read_report(folder), "tuned"), "upstream": upstream(folder)}
+
+    return {
         "seed": seed,
-        "reference": summary(read_report(reference), "tuned"),
-        "groups": {},
+        "steps": ABLATION_STEPS,
+        "reference": run(DEFAULT),
+        "groups": {
+            group: {point.name: run(point) for point in points} for group, points in groups.items()
+        },
     }
-    for group, points in groups.items():
-        found["groups"][group] = {}
-        for point in points:
-            folder = execute(scale, seed, point.name, point.overrides, point.shares)
-            found["groups"][group][point.name] = {
-                **summary(read_report(folder), "tuned"),
-                "upstream": upstream(folder),
-            }
-    return found
-
-
-def _reference_overrides() -> Overrides:
-    return {"evaluate.responders": f"[{', '.join(TRAINING_FREE)}, tuned]"}
 
 
 def row_lengths(folder: Path) -> dict[str, float]:
