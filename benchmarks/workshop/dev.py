@@ -4,8 +4,8 @@
 
 NAME is an objective of ``benchmarks.paper.points``. Seed 0's reference run must have been made
 (``python -m benchmarks.workshop.run --only seeds``). Dev prompts are of the training split, so the
-reward models are trained anew without the pairs that share a prompt with them. A row is added to
-``dev.json``; test prompts are never read.
+reward models are trained anew, once, without the pairs that share a prompt with them. A row is
+added to ``dev.json``; test prompts are never read.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.paper.points import FULL, OBJECTIVES, REFERENCE
-from benchmarks.paper.runs import execute, row_lengths, steps_for, summary
-from benchmarks.rundirs import read_report
+from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE, slug
+from benchmarks.paper.runs import make_recipe, row_lengths, steps_for, summary
+from benchmarks.rundirs import execute, read_report
 
 from equipoise.evaluate.report import plain
 
@@ -24,20 +24,32 @@ ROWS = Path(__file__).parent / "dev.json"
 METRICS = ("mp", "bt", "leakage", "range", "rmse")
 
 
+UNSEEN = {
+    "evaluate.split": "dev",
+    **{f"fit_reward.{name}.leave_out_test": "true" for name in ("helpfulness", "safety")},
+}
+
+
 def main() -> None:
     """Tune one candidate and add its row."""
     name, *changes = sys.argv[1:]
     reference = FULL.runs / f"seed0-{REFERENCE}"
     tokens = summary(read_report(reference), "tuned")["cost"]["tuning_tokens"]
+    begun = execute(
+        make_recipe(FULL, 0, UNSEEN),
+        FULL.runs / "seed0-dev",
+        source=reference,
+        shares=("prompts", "generate"),
+        until="distil",
+    )
     overrides = {
         **OBJECTIVES[name],
-        **steps_for(name, tokens, row_lengths(reference), FULL),
+        **steps_for(name, tokens, row_lengths(begun), FULL),
         **dict(change.split("=", 1) for change in changes),
-        "evaluate.split": "dev",
-        **{f"fit_reward.{name}.leave_out_test": "true" for name in ("helpfulness", "safety")},
     }
-    label = " ".join(["dev", name, *(change.replace("=", "-") for change in changes)])
-    report = read_report(execute(FULL, 0, label, overrides, ("prompts", "generate")))
+    label = slug(" ".join(["seed0 dev", name, *(change.replace("=", "-") for change in changes)]))
+    made = make_recipe(FULL, 0, {**UNSEEN, **overrides})
+    report = read_report(execute(made, FULL.runs / label, source=begun, shares=POOL))
     found = summary(report, "tuned")
     row = {
         "world": "care and help untied",
