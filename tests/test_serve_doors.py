@@ -475,10 +475,12 @@ def test_a_megabyte_is_refused_before_it_is_encoded(
 def test_the_context_is_never_overrun(tmp_path: Path) -> None:
     from serve_kit import served_model
 
-    door = make_door(tmp_path, model=served_model(context=64))
-    assert chat(door, chat_body("Hello")).status == 200
-    seen = door.engine.seen[-1]
-    total = len(seen.prompt_ids) + len(seen.control_ids) + seen.sampling.max_tokens
-    assert total == 64
-    error = assert_error(chat(door, chat_body("Hello", max_tokens=60)), 400)
+    door = make_door(tmp_path, model=served_model(context=64), endless=True)
+    for asked in ({}, {"max_tokens": 60}, {"max_completion_tokens": 1024}):
+        reply = chat(door, chat_body("Hello", **asked))
+        assert reply.json["choices"][0]["finish_reason"] == "length"
+        seen = door.engine.seen[-1]
+        total = len(seen.prompt_ids) + len(seen.control_ids) + seen.sampling.max_tokens
+        assert total == 64 == reply.json["usage"]["total_tokens"] + len(seen.control_ids)
+    error = assert_error(chat(door, chat_body("Hello " * 20)), 400)
     assert error["code"] == "context_length_exceeded"

@@ -196,14 +196,16 @@ def _sampling(request: ChatRequest, limits: Limits, room: int) -> Sampling:
     asked = request.max_completion_tokens or request.max_tokens
     if asked is not None and asked > limits.max_tokens:
         raise bad_request(f"max_tokens is at most {limits.max_tokens}", param="max_tokens")
-    if room < (asked or 1):
-        raise _too_long("with its completion it exceeds the model's context")
+    if room < 1:
+        raise _too_long("it leaves no room for a completion in the model's context")
     greedy = request.temperature < _GREEDY_BELOW
     return Sampling(
         temperature=1.0 if greedy else request.temperature,
         top_p=1.0 if greedy else request.top_p,
         top_k=1 if greedy else _TOP_K,
-        max_tokens=asked or min(limits.max_tokens, room),
+        # An upper bound that clients send without knowing the model: the context is another, and a
+        # completion that reaches either says `length`.
+        max_tokens=min(asked or limits.max_tokens, room),
     )
 
 
