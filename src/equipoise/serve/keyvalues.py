@@ -7,14 +7,15 @@ model's own mask still makes a sliding layer look at its window only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+Item = TypeVar("Item")
 KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
 """Per layer, each (R, heads, T, head width)."""
 
@@ -59,21 +60,58 @@ def stack(caches: Sequence[DynamicCache], lead: Sequence[int]) -> DynamicCache:
     """Lay the rows of several caches below each other, each behind ``lead`` empty positions."""
     merged = caches[0]
     for number, layer in enumerate(_layers(merged)):
-        parts = [
-            (_layers(cache)[number], (0, 0, n, 0)) for cache, n in zip(caches, lead, strict=True)
-        ]
-        layer.keys, layer.values = (
-            torch.cat([pad(part.keys, room) for part, room in parts]),
-            torch.cat([pad(part.values, room) for part, room in parts]),
-        )
+        parts = [_layers(cache)[number] for cache in caches]
+        layer.keys = _stacked([part.keys for part in parts], lead)
+        layer.values = _stacked([part.values for part in parts], lead)
     return merged
 
 
-def keep(cache: DynamicCache | None, rows: torch.Tensor, lead: int) -> None:
+def _stacked(parts: Sequence[torch.Tensor], lead: Sequence[int]) -> torch.Tensor:
+    _, heads, n, width = parts[0].shape
+    whole = parts[0].new_zeros(sum(map(len, parts)), heads, lead[0] + n, width)
+    at = 0
+    for part, empty in zip(parts, lead, strict=True):
+        whole[at : at + len(part), :, empty:] = part
+        at += len(part)
+    return whole
+
+
+@dataclass(frozen=True)
+class Move:
+    """Rows from the end take the places of those that leave: cheaper than copying all that stay."""
+
+    n: int
+    """Rows that stay."""
+    rows: tuple[int, ...]
+    """Those of them that stand behind the first n."""
+    places: tuple[int, ...]
+    """Where they go."""
+
+    @classmethod
+    def keeping(cls, kept: Sequence[int]) -> Move:
+        """Return the move after which the kept rows, in some order, are all there are."""
+        n = len(kept)
+        return cls(n, tuple(i for i in kept if i >= n), tuple(sorted({*range(n)} - {*kept})))
+
+    def of_list(self, items: Sequence[Item]) -> list[Item]:
+        """Return the items that stay, in their new order."""
+        moved = list(items)
+        for place, row in zip(self.places, self.rows, strict=True):
+            moved[place] = moved[row]
+        return moved[: self.n]
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows that stay; the tensor is overwritten."""
+        if self.places:
+            tensor[list(self.places)] = tensor[list(self.rows)]
+        return tensor[: self.n]
+
+
+def keep(cache: DynamicCache | None, move: Move, lead: int) -> None:
     """Keep some rows, and drop the first ``lead`` positions, which none of them uses."""
     for layer in _layers(cache):
-        layer.keys = layer.keys[rows, :, lead:]
-        layer.values = layer.values[rows, :, lead:]
+        layer.keys = move.of(layer.keys)[:, :, lead:]
+        layer.values = move.of(layer.values)[:, :, lead:]
 
 
 def _layers(cache: Any) -> list[Any]:

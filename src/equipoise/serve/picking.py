@@ -40,7 +40,7 @@ def pick(logits: torch.Tensor, rows: Sequence[Row], masked: torch.Tensor) -> lis
         rows: R rows.
         masked: Ids that must not be sampled.
     """
-    sound = torch.isfinite(logits).all(dim=1)  # (R,)
+    sound = torch.isfinite(logits.sum(dim=1))  # (R,); a sum is as finite as all of its terms
     if not bool(sound.all()):
         logits = torch.where(sound[:, None], logits, 0.0)
     for i, row in enumerate(rows):

@@ -69,17 +69,16 @@ class PrefixCache(Generic[State]):
         """Keep the state of a prompt; entries that it extends, and the oldest ones, make room."""
         if len(ids) > self.max_tokens or len(ids) < MIN_SHARED:
             return
-        new = np.asarray(ids, np.int64)
-        for key in [k for k in self._arrays if k[0] == salt]:
-            shared = _shared(self._arrays[key], new)
-            if shared == len(new):
+        for key in [k for k in self._entries if k[0] == salt]:
+            held = key[1]
+            if held[: len(ids)] == ids:
                 return  # an entry that is as long or longer holds it already
-            if shared == len(key[1]):
+            if held == ids[: len(held)]:
                 self._drop(key)
         while self.tokens + len(ids) > self.max_tokens:
             self._drop(next(iter(self._entries)))
         self._entries[salt, ids] = state
-        self._arrays[salt, ids] = new
+        self._arrays[salt, ids] = np.asarray(ids, np.int64)
         self.tokens += len(ids)
 
     def _longest(
@@ -88,7 +87,10 @@ class PrefixCache(Generic[State]):
         wanted = np.asarray(ids, np.int64)
         best, found = 0, None
         for key, held in self._arrays.items():
-            if key[0] == salt and (length := _shared(held, wanted)) > best:
+            # Only an entry that agrees where the best so far ends can be better: most are not.
+            if key[0] != salt or key[1][best : best + 1] != ids[best : best + 1]:
+                continue
+            if (length := _shared(held, wanted)) > best:
                 best, found = length, key
         return (best, found) if best >= MIN_SHARED else (0, None)
 

@@ -17,7 +17,7 @@ from equipoise.errors import ModelError, ServingError
 from equipoise.models.drawing import uniform_stream
 from equipoise.serve import keyvalues
 from equipoise.serve.engine import Generation, Token
-from equipoise.serve.keyvalues import KeysValues
+from equipoise.serve.keyvalues import KeysValues, Move
 from equipoise.serve.picking import Row, pick
 from equipoise.serve.prefix import PrefixCache
 
@@ -136,16 +136,16 @@ class LiveRows:
         kept = [i for i, row in enumerate(self.rows) if id(row) not in gone]
         if len(kept) == len(self.rows):
             return
-        self.rows = [self.rows[i] for i in kept]
-        if not self.rows:
+        if not kept:
             self.clear()
             return
-        at = torch.tensor(kept, device=self._mask.device)
+        move = Move.keeping(kept)
+        self.rows = move.of_list(self.rows)
         lead = self._mask.shape[1] - max(row.position for row in self.rows)
-        self._mask = self._mask[at, lead:]
+        self._mask = move.of(self._mask)[:, lead:]
         if self._logits is not None:
-            self._logits = self._logits[at]
-        keyvalues.keep(self._cache, at, lead)
+            self._logits = move.of(self._logits)
+        keyvalues.keep(self._cache, move, lead)
 
     def clear(self) -> None:
         """Drop all rows."""
