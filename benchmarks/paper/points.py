@@ -18,16 +18,16 @@ TUNED = ("exmate", "clm", "rlhf")
 RAW = ("raw-exmate", "raw-clm")
 REFERENCE = "exmate"
 
-RLHF_WARM_SHARE = 0.4
+RLHF_WARM_SHARE = 0.8
 """Share of RLHF's budget that goes into its warm start by CLM."""
 RLHF: Overrides = {
     "tune.objective": "rlhf",
     "tune.batch_size": "64",
     "tune.rlhf.group": "8",
-    "tune.rlhf.beta": "0.02",
-    "tune.rlhf.learning_rate": "3.0e-4",
+    "tune.rlhf.beta": "0.1",
+    "tune.rlhf.learning_rate": "5.0e-5",
     "tune.rlhf.sampling": "{temperature: 1.0, max_tokens: 80}",
-    "tune.rlhf.probe_every": "40",
+    "tune.rlhf.probe_every": "6",
 }
 CLM: Overrides = {"tune.objective": "clm", "tune.learning_rate": "1.0e-3"}
 """Each objective at the rate that was best on dev prompts; ExMATE's is the recipe's."""

@@ -156,11 +156,11 @@ class DistilConfig(Config):
 class RlhfConfig(Config):
     """RLHF with control: sample under a setting, reward closeness to it, stay near the start."""
 
-    beta: Annotated[float, Field(gt=0.0)] = 0.02
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
     """Weight of the KL per token to the start model."""
     group: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt and setting; their mean reward is the baseline."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     warm_start: Annotated[int, Field(ge=0)] = 0
     """Steps of CLM before: an untrained control token gives no signal to reinforce."""
     kl_limit: Annotated[float, Field(gt=0.0)] = 2.0
