@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batcher_kit import KINDS, alone, decode, dialled, fresh, generation
 from equipoise.errors import DataError, ModelError, ServingError
@@ -120,6 +122,42 @@ def test_a_nucleus_of_the_whole_vocabulary_takes_the_likeliest() -> None:
     grid = torch.linspace(0, 0.999, 50)
     drawn = draw(logits.repeat(50, 1), grid, temperature=1.0, top_p=0.7, top_k=0)
     assert sorted(set(drawn.tolist())) == [1, 3]
+
+
+@pytest.mark.parametrize("top_k", [0, 5, 256])
+@pytest.mark.parametrize("number", [1 - 2**-26, 1 - 2**-53, 1 - 2**-24])
+def test_a_number_that_rounds_to_one_draws_nothing_masked(number: float, top_k: int) -> None:
+    logits = torch.randn(4, 91, generator=torch.Generator().manual_seed(0))
+    logits[:, 3:] = -torch.inf
+    drawn = draw(logits, torch.tensor([number] * 4), temperature=1.0, top_p=1.0, top_k=top_k)
+    assert all(token < 3 for token in drawn.tolist())
+
+
+EXTREME = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.01, 1.0, 2.0, 1e3]),
+    top_p=st.sampled_from([1e-50, 1e-38, 1e-6, 0.5, 1 - 1e-9, 1.0]),
+    top_k=st.sampled_from([0, 1, 2, 256, 10**6]),
+    max_tokens=st.integers(1, 3),
+)
+BIASES = st.dictionaries(
+    st.integers(0, 300), st.sampled_from([-100.0, -1e-45, 0.0, 1e-45, 100.0]), max_size=301
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(EXTREME, BIASES), min_size=1, max_size=3))
+def test_no_sampling_however_extreme_touches_its_neighbour(
+    asked: list[tuple[Sampling, dict[int, float]]],
+) -> None:
+    odd = [
+        generation(i, sampling=sampling, logit_bias=tuple(biases.items()))
+        for i, (sampling, biases) in enumerate(asked)
+    ]
+    found = decode(fresh(), [(0, generation(9)), *((0, one) for one in odd)], cancel={})
+    assert found[0] == alone(9)
+    masked = set(dialled().encoder.masked_ids)
+    assert not masked & {token.id for tokens in found.values() for token in tokens}
 
 
 def test_a_model_with_other_memory_is_refused() -> None:

@@ -355,7 +355,7 @@ def bad_bodies(door: Door) -> list[tuple[str, object]]:
         ("bias list", chat_body(logit_bias=[1])),
         ("biases", chat_body(logit_bias={str(i): 0 for i in range(301)})),
         *((f"temperature {v}", chat_body(temperature=v)) for v in (-1, 2.1, "1", True, None, [])),
-        *((f"top_p {v}", chat_body(top_p=v)) for v in (0, -1, 1.1, "1", True)),
+        *((f"top_p {v}", chat_body(top_p=v)) for v in (0, 1e-50, -1, 1.1, "1", True)),
         *((f"n {v}", chat_body(n=v)) for v in (0, 5, 16384, 1.5, "1", True, None)),
         *((f"max {v}", chat_body(max_tokens=v)) for v in (0, -1, 1025, 10**18, 1.5, "5", True)),
         ("max differ", chat_body(max_tokens=5, max_completion_tokens=6)),

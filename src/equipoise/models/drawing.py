@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+_BELOW_ONE = 1 - 2**-24
+"""The largest float32 below 1."""
+
 
 def uniform_stream(seed: int, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return the row's own stream of n numbers in [0, 1)."""
@@ -25,7 +28,7 @@ def draw(
     top_p: float | torch.Tensor,
     top_k: int,
 ) -> torch.Tensor:
-    """Draw one token per row by inverse CDF.
+    """Draw one token per row by inverse CDF; one at minus infinity is never drawn.
 
     Args:
         logits: Shape (R, V), float32; ids that must not be drawn are at minus infinity.
@@ -49,7 +52,13 @@ def draw(
     kept = (cumulative - probabilities < top_p).sum(dim=1, keepdim=True)  # (R, 1)
     # The mass before the last candidates may round up to 1, and without a nucleus all stay.
     kept = torch.where(torch.as_tensor(top_p, device=kept.device) < 1.0, kept, scores.shape[1])
-    threshold = uniforms[:, None] * cumulative.gather(1, kept - 1)
+    kept = kept.clamp(min=1)  # top_p may round to 0
+    # A number just below 1 may round to 1, beyond the end of the distribution.
+    threshold = uniforms.clamp(max=_BELOW_ONE)[:, None] * cumulative.gather(1, kept - 1)
     index = torch.searchsorted(cumulative, threshold, right=True)
     index = torch.minimum(index, kept - 1)
+    # Whatever the sums have rounded to: what has no probability is not drawn.
+    index = torch.where(
+        probabilities.gather(1, index) > 0, index, scores.argmax(dim=1, keepdim=True)
+    )
     return (candidates.gather(1, index) if candidates is not None else index)[:, 0]

@@ -21,6 +21,8 @@ class Row:
     uniforms: np.ndarray[Any, np.dtype[np.float64]]  # (max_tokens,)
     position: int
     """Tokens of this row in the cache."""
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Ids and what is added to each; as tensors, since a step of all rows waits for the sum."""
     n_sampled: int = 0
     last_id: int = -1
     """The token drawn last, to be fed next."""
@@ -30,6 +32,18 @@ class Row:
         """Candidates per token; temperature 0 leaves one."""
         sampling = self.generation.sampling
         return sampling.top_k if sampling.temperature > 0 else 1
+
+
+def bias_of(
+    generation: Generation, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the biases of a generation as :class:`Row` keeps them."""
+    if not generation.logit_bias:
+        return None
+    ids, values = zip(*generation.logit_bias, strict=True)
+    return torch.tensor(ids, device=device), torch.tensor(
+        values, dtype=torch.float32, device=device
+    )
 
 
 def pick(logits: torch.Tensor, rows: Sequence[Row], masked: torch.Tensor) -> list[int]:
@@ -44,8 +58,8 @@ def pick(logits: torch.Tensor, rows: Sequence[Row], masked: torch.Tensor) -> lis
     if not bool(sound.all()):
         logits = torch.where(sound[:, None], logits, 0.0)
     for i, row in enumerate(rows):
-        for token_id, bias in row.generation.logit_bias:
-            logits[i, token_id] += bias
+        if row.bias is not None:
+            logits[i].index_add_(0, *row.bias)
     if len(masked):
         logits[:, masked] = -torch.inf  # after the biases, which cannot lift it
     counts = {row.top_k for row in rows}

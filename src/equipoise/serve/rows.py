@@ -18,7 +18,7 @@ from equipoise.models.drawing import uniform_stream
 from equipoise.serve import keyvalues
 from equipoise.serve.engine import Generation, Token
 from equipoise.serve.keyvalues import KeysValues, Move
-from equipoise.serve.picking import Row, pick
+from equipoise.serve.picking import Row, bias_of, pick
 from equipoise.serve.prefix import PrefixCache
 
 if TYPE_CHECKING:
@@ -204,7 +204,13 @@ class LiveRows:
             state = keyvalues.cut(cache, i, start, start + len(g.prompt_ids))
             self.prefixes.put(g.prefix_salt, g.prompt_ids, state)
         rows = [
-            Row(g, uniform_stream(g.seed, g.sampling.max_tokens), _n_ids(g)) for g in generations
+            Row(
+                g,
+                uniform_stream(g.seed, g.sampling.max_tokens),
+                _n_ids(g),
+                bias_of(g, device),
+            )
+            for g in generations
         ]
         self._merge(rows, cache, mask, output.logits[:, -1].float())
         return rows

@@ -71,7 +71,7 @@ class ChatRequest(_Wire):
     """Dial to a number in [0, 1], ``{"level": k}`` or ``"auto"``."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = 1.0
     """0 takes the likeliest token."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
