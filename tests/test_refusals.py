@@ -111,7 +111,8 @@ def test_the_page_shows_curves_bound_and_drift(tmp_path: Path) -> None:
     assert "benign prompts" in page and "+0.40" in page
 
 
-def test_rows_of_dev_and_test_prompts_can_be_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_rows_of_the_prompts_of_the_run_can_be_left_out(tmp_path: Path, split: str) -> None:
     plain = tiny_recipe(save_assets(tmp_path / "assets"))
     pairs = [
         {"prompt": text, "chosen": "carry the wheel .", "rejected": "use the piano ."}
@@ -127,14 +128,18 @@ def test_rows_of_dev_and_test_prompts_can_be_left_out(tmp_path: Path) -> None:
             "held_out": 3,
             "max_length": 64,
             "head_only": True,
-            "leave_out_test": True,
+            f"leave_out_{split}": True,
         }
     }
     plain["reward_models"]["helpfulness"] = {"model": "fitted://helpfulness"}
     recipe = load_recipe(str(write_recipe(tmp_path / "tiny.yaml", plain)))
     with RunDir.open(tmp_path / "run", recipe) as run:
         run_stage("fit-reward", run, progress=Progress(quiet=True))
-        kept = {prompt_key(p.messages) for p in read_prompts(run) if p.split == "train"}
+        kept = {
+            prompt_key(p.messages)
+            for p in read_prompts(run)
+            if (p.split == "train") != (split == "train")
+        }
     card = read_card(tmp_path / "run/fit-reward/fitted/helpfulness")
     assert card is not None
     assert {*card.train_prompts, *card.held_out_prompts} == kept

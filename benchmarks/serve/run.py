@@ -1,7 +1,7 @@
 """The serving bench: what the door adds, what it costs in throughput, and what it does under load.
 
-    python benchmarks/serve/run.py                    # about two minutes on two cores
-    python benchmarks/serve/run.py --only overhead    # or: engine, load; --dry keeps the result
+    python -m benchmarks.serve.run                    # about two minutes on two cores
+    python -m benchmarks.serve.run --only overhead    # or: engine, load; --dry keeps the result
 
 ``overhead``: requests at a fixed rate to a fake engine that computes nothing, so that all of the
 latency is the door's. ``engine``: tokens per second of the Workshop's model with ``generate`` of
@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -30,9 +28,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bare import bare_generate
-from openloop import Client
-from server import ANSWER, dialled
+from benchmarks.machine import machine
+from benchmarks.serve.bare import bare_generate
+from benchmarks.serve.openloop import Client
+from benchmarks.serve.server import ANSWER, dialled
 
 from equipoise.models.sampling import TransformersEngine
 from equipoise.serve.batcher import ContinuousBatcher
@@ -188,24 +187,6 @@ def engine() -> dict[str, Any]:
 
 
 PARTS = {"overhead": overhead, "engine": engine, "load": load}
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    import torch
-    import transformers
-
-    names = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    return {
-        "processor": next(line.split(": ")[1] for line in names if line.startswith("model name")),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-    }
 
 
 def main() -> None:

@@ -51,7 +51,11 @@ def main() -> None:
         text=False,
         until="tune" if arguments.look else None,
     )
-    row: dict[str, Any] = {"name": arguments.name, "overrides": changes}
+    row: dict[str, Any] = {
+        "name": arguments.name,
+        "overrides": changes,
+        "tune": recipe.tune.model_dump(mode="json"),
+    }
     rows = json.loads((folder / "tune" / "curve.json").read_text())
     if rows:
         curve = {key: [row[key] for row in rows] for key in rows[0]}

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import processor
 from benchmarks.rundirs import execute, read_report
 from benchmarks.smollm2.points import (
     ATTRIBUTES,
@@ -29,7 +30,12 @@ from benchmarks.smollm2.points import (
     make_recipe,
 )
 
+from equipoise.config import Recipe
 from equipoise.evaluate.report import plain, render
+from equipoise.models.reward_card import read_card
+from equipoise.overlap import prompt_key
+from equipoise.stages.inputs import read_prompts
+from equipoise.store.rundir import RunDir
 
 HERE = Path(__file__).parent
 JUDGES = ("optimization", "generalization")
@@ -90,10 +96,11 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
     return plain(
         {
             "made_by": "python -m benchmarks.smollm2.run --data DIR",
-            "machine": {"processor": platform.processor(), "system": platform.system()},
+            "machine": {"processor": processor(), "system": platform.system()},
             "interval": "95 %, bootstrap over prompts; one seed",
             "n": best["n"],
             "intersections": best["intersections"],
+            "training_prompts_in_rows": _training_overlap(),
             "headline": {key: _rounded(value) for key, value in headline.items()},
             "bound": "mean over prompts of the correlation between training reward and judge on "
             "the untouched model's own completions: what generalization can show",
@@ -158,12 +165,32 @@ def _estimates(found: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
 
 
 def _fluency(name: str, quality: Json, own: float, levels: int) -> dict[str, float]:
-    """Return how far outputs fall below the untouched model's own, in nats per token."""
-    cells = [cell["value"] for cell in quality["fluency"]]
+    """Return how far outputs fall below the untouched model's own, in nats per token.
+
+    The intervals are those of the outputs; the untouched model's own mean is held fixed.
+    """
+    cells = quality["fluency"]
     corners = [cells[a * levels + b] for a in (0, levels - 1) for b in (0, levels - 1)]
+    worst = min(corners, key=lambda cell: float(cell["value"]))
+    headline: dict[str, float] = {}
+    for place, found in (("mean", quality["fluency_mean"]), ("worst_corner", worst)):
+        drop = {"value": own - found["value"], "low": own - found["high"]}
+        headline |= _flat(f"{name}.fluency_drop.{place}", {**drop, "high": own - found["low"]})
+    return headline
+
+
+def _training_overlap() -> dict[str, int]:
+    """Return how many training prompts are among the rows of each reward model and judge."""
+    run = RUNS / REFERENCE
+    stored = Recipe.model_validate_json((run / "recipe.json").read_text())
+    with RunDir.open(run, stored) as opened:
+        prompts = [prompt for prompt in read_prompts(opened) if prompt.split == "train"]
+    keys = {prompt_key(prompt.messages) for prompt in prompts}
+    cards = {name: read_card(run / "fit-reward" / "fitted" / name) for name in stored.fit_reward}
     return {
-        f"{name}.fluency_drop.mean": own - quality["fluency_mean"]["value"],
-        f"{name}.fluency_drop.worst_corner": own - min(corners),
+        name: len(keys & {*card.train_prompts, *card.held_out_prompts})
+        for name, card in cards.items()
+        if card is not None
     }
 
 

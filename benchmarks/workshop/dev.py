@@ -49,7 +49,10 @@ def main() -> None:
     }
     label = slug(" ".join(["seed0 dev", name, *(change.replace("=", "-") for change in changes)]))
     made = make_recipe(FULL, 0, {**UNSEEN, **overrides})
-    report = read_report(execute(made, FULL.runs / label, source=begun, shares=POOL))
+    # Directions are an input of the distilled set.
+    shares = POOL if made.steer is None else POOL[:-1]
+    folder = execute(made, FULL.runs / label, source=begun, shares=shares)
+    report = read_report(folder)
     found = summary(report, "tuned")
     row = {
         "world": "care and help untied",
@@ -62,6 +65,8 @@ def main() -> None:
             for judge in ("optimization", "generalization")
         },
     }
+    if name == "rlhf":
+        row["probes"] = probes(json.loads((folder / "tune" / "curve.json").read_text()))
     stored = json.loads(ROWS.read_text())
     stored["rows"].append(plain(row))
     ROWS.write_text(json.dumps(stored, indent=1) + "\n")
@@ -69,6 +74,16 @@ def main() -> None:
         print(
             judge, {m: {a: round(v["value"], 3) for a, v in row[judge][m].items()} for m in METRICS}
         )
+
+
+def probes(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return every look at both judges, the first before the first online step."""
+    looks: dict[float, dict[str, float]] = {}
+    for row in curve:
+        if not row["warm_start"]:
+            found = {k.removeprefix("probe_"): v for k, v in row.items() if k.startswith("probe_")}
+            looks[found["step"]] = {k: round(v, 4) for k, v in found.items()}
+    return [looks[step] for step in sorted(looks)]
 
 
 if __name__ == "__main__":

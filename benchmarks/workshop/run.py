@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.machine import processor
 from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE, TRAINING_FREE, slug
 from benchmarks.paper.runs import execute, row_lengths, steps_for, summary
 from benchmarks.rundirs import read_report
@@ -143,7 +144,7 @@ def collect(demo: Path | None) -> dict[str, Any]:
             headline[f"demo.generalization.mp.{attribute}"] = round(mp["value"], 4)
     return {
         "made_by": "python -m benchmarks.workshop.run",
-        "machine": {"processor": platform.processor(), "system": platform.system()},
+        "machine": {"processor": processor(), "system": platform.system()},
         "seeds": list(SEEDS),
         "n_test_prompts": exmate[0]["methods"]["start"]["generalization"]["n_prompts"],
         "interval": "95 %, t over seeds; per seed: bootstrap over prompts",

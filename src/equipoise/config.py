@@ -71,6 +71,8 @@ class FitRewardConfig(Config):
     max_length: Positive = 256
     leave_out_test: bool = False
     """Leave out rows whose prompt is one of the recipe's dev or test prompts."""
+    leave_out_train: bool = False
+    """The same for its training prompts, whose completions the model will score."""
 
 
 class RewardModelConfig(Config):

@@ -69,8 +69,10 @@ CAPTIONS = {
         "prompts are the first ones by name, not the best ones."
     ),
     "intersections": (
-        "How many of the evaluated prompts occur in anything that training or a judge saw. All "
-        "must be 0, or no report is written; of a model from elsewhere the rows are not known."
+        "How many of the evaluated prompts occur in anything that training or a judge saw. These "
+        "must be 0, or no report is written. Then how many training prompts occur in the rows of "
+        "each model: its scores of those are flattered. Rows of a model from elsewhere are not "
+        "known."
     ),
     "judging": (
         "How often each reward model and judge is right on held-out rows, beside two baselines "

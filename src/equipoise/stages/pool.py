@@ -64,13 +64,20 @@ def fit_reward(job: Job) -> None:
         job.progress.say("fit-reward: nothing to do (the recipe trains none)")
         return
     backbones = {name: policy_hash(config.backbone) for name, config in recipe.fit_reward.items()}
-    kept_back: set[str] = set()
-    if any(config.leave_out_test for config in recipe.fit_reward.values()):
+    evaluated: set[str] = set()
+    trained: set[str] = set()
+    configs = recipe.fit_reward.values()
+    if any(config.leave_out_test or config.leave_out_train for config in configs):
         if not job.run.is_done("prompts"):
             prompts(job)
-        kept_back = {prompt_key(p.messages) for p in read_prompts(job.run) if p.split != "train"}
-        digest = hashlib.sha256("\n".join(sorted(kept_back)).encode()).hexdigest()
-        backbones["dev and test prompts"] = digest
+        for prompt in read_prompts(job.run):
+            (trained if prompt.split == "train" else evaluated).add(prompt_key(prompt.messages))
+    for name, keys, asked in (
+        ("dev and test prompts", evaluated, any(c.leave_out_test for c in configs)),
+        ("training prompts", trained, any(c.leave_out_train for c in configs)),
+    ):
+        if asked:
+            backbones[name] = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
     stage = job.begin("fit-reward", backbones)
     if stage is None:
         return
@@ -83,10 +90,12 @@ def fit_reward(job: Job) -> None:
             continue
         load = load_pairs if config.kind == "pairs" else load_labelled
         rows = load(config.sources, data=job.data, seed=recipe.seed)
-        if config.leave_out_test:
+        left_out = {*(evaluated if config.leave_out_test else ())}
+        left_out |= {*(trained if config.leave_out_train else ())}
+        if left_out:
             read = len(rows)
-            rows = [row for row in rows if prompt_key(row.prompt.messages) not in kept_back]  # type: ignore[assignment]
-            job.progress.say(f"fit-reward {name}: {read - len(rows)} rows of dev or test prompts")
+            rows = [row for row in rows if prompt_key(row.prompt.messages) not in left_out]  # type: ignore[assignment]
+            job.progress.say(f"fit-reward {name}: {read - len(rows)} rows of the run's prompts")
         with job.progress.steps(f"fit-reward {name}") as on_step:
 
             def build(directory: Path) -> None:

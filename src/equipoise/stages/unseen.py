@@ -1,4 +1,4 @@
-"""Are the evaluated prompts unseen? The sizes of all intersections; none may be above 0."""
+"""Are the evaluated prompts unseen? The sizes of all intersections; none of them may be above 0."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
     """Compare the evaluated prompts with all that training and the judges saw.
 
     Returns:
-        Name of a set to the number of evaluated prompts in it; ``None`` where the rows of a reward
-        model from elsewhere are not known.
+        Name of a set to the number of evaluated prompts in it, then how many training prompts are
+        among the rows of each model: no fault there, since what it says of them is not a result.
+        ``None`` where the rows of a reward model from elsewhere are not known.
 
     Raises:
         DataError: A set shares a prompt with the evaluated ones.
     """
     wanted = {prompt_key(prompt.messages) for prompt in prompts}
-    sizes: dict[str, int | None] = {}
-    for split in ("train", "dev", "test"):
-        if split != job.recipe.evaluate.split:
-            others = [prompt for prompt in read_prompts(job.run) if prompt.split == split]
-            sizes[f"{split} prompts"] = len(wanted & {prompt_key(p.messages) for p in others})
+    keys: dict[str, set[str]] = {"train": set(), "dev": set(), "test": set()}
+    for prompt in read_prompts(job.run):
+        keys[prompt.split].add(prompt_key(prompt.messages))
+    sizes: dict[str, int | None] = {
+        f"{split} prompts": len(wanted & found)
+        for split, found in keys.items()
+        if split != job.recipe.evaluate.split
+    }
+    trained: dict[str, int | None] = {}
     refusal = job.recipe.refusal_judge
     for kind, configs in (
         ("reward model", job.recipe.reward_models),
@@ -34,17 +39,19 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
         ("judge", {} if refusal is None else {"refusals": refusal}),
     ):
         for attribute, config in configs.items():
-            rows = _rows_of(config.model, job)
-            sizes[f"{kind} {attribute} rows"] = None if rows is None else len(wanted & rows)
-    shared = {name: size for name, size in sizes.items() if size}
-    if shared:
-        listed = ", ".join(f"{size} in {name}" for name, size in shared.items())
+            rows, name = _rows_of(config.model, job), f"{kind} {attribute} rows"
+            sizes[name] = None if rows is None else len(wanted & rows)
+            shared = None if rows is None else len(keys["train"] & rows)
+            trained[f"training prompts in {name}"] = shared
+    seen = {name: size for name, size in sizes.items() if size}
+    if seen:
+        listed = ", ".join(f"{size} in {name}" for name, size in seen.items())
         raise DataError(
             f"evaluated prompts are not unseen: {listed}",
             why="a dial measured on prompts that training or a judge saw proves nothing",
             fix="give the test split its own source, or take those rows out of the other one",
         )
-    return sizes
+    return {**sizes, **trained}
 
 
 def _rows_of(model: str, job: Job) -> set[str] | None:
