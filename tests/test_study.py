@@ -222,6 +222,14 @@ def test_rewind_and_ablations_join_the_headline_and_the_tables() -> None:
     assert rows["w 1"]["difference"]["n"] == 2
 
 
+def test_a_single_rewind_keeps_its_interval_over_prompts() -> None:
+    (one,) = rewinds(1)
+    headline = build([seed(0)], (), [one])["headline"]
+    covered = one["rewind"]["pools"]["base"]["coverage"]
+    assert headline["rewind.base.coverage.low"] == pytest.approx(covered["low"], abs=1e-4)
+    assert headline["rewind.base.coverage.high"] == pytest.approx(covered["high"], abs=1e-4)
+
+
 # The page
 
 

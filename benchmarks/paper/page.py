@@ -164,7 +164,8 @@ def _rewind(study: Json) -> str:
         )
     ]
     chance = study.get("rewind_chance_coverage")
-    note = f"<p><small>An even pool would cover {chance:.2f}.</small></p>" if chance else ""
+    note = f"An even pool would cover {chance:.2f}. " if chance else ""
+    note = f"<p><small>{note}Intervals are {study['rewind_interval']}.</small></p>"
     return _table(("pool", *names), rows) + _table(("", ""), more) + note
 
 

@@ -108,7 +108,7 @@ def ablations() -> dict[str, list[Point]]:
             distilled("pool raw", distil__data="raw"),
             distilled("pool denoised", distil__data="denoised"),
         ],
-        "min_cells": [distilled(f"min_cells {n}", distil__min_cells=str(n)) for n in (1, 5, 7)],
+        "min_cells": [distilled(f"min_cells {n}", distil__min_cells=str(n)) for n in (1, 10, 13)],
         "K": [
             Point(f"K {k}", {"generate.completions_per_prompt": str(k)}, ("prompts", "fit-reward"))
             for k in (6, 12, 32)

@@ -67,6 +67,7 @@ def build(
         "verdicts": verdicts(seeds, best),
         "ablations": ablation_table(ablations),
         "rewind": [one["rewind"] for one in rewinds],
+        "rewind_interval": f"over {'seeds' if len(rewinds) > 1 else 'prompts of one seed'}",
         "rewind_chance_coverage": rewinds[0]["chance_coverage"] if rewinds else None,
         "rlhf_curve": seeds[0].get("rlhf_curve"),
     }
@@ -126,17 +127,22 @@ def _rewind_estimates(rewinds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]
         return
     found = [one["rewind"] for one in rewinds]
     for pool in POOLS:
+        pools = [one["pools"][pool] for one in found]
         for name in ("coverage", "refusals"):
-            yield (
-                f"rewind.{pool}.{name}",
-                over_seeds([f["pools"][pool][name]["value"] for f in found]),
-            )
-        yield f"rewind.{pool}.present", over_seeds([f["pools"][pool]["present"] for f in found])
+            yield f"rewind.{pool}.{name}", _of_seeds([one[name] for one in pools])
+        yield f"rewind.{pool}.present", over_seeds([one["present"] for one in pools])
         for name in ATTRIBUTES:
-            spans = [f["pools"][pool]["range"][name]["value"] for f in found]
-            yield f"rewind.{pool}.range.{name}", over_seeds(spans)
+            yield f"rewind.{pool}.range.{name}", _of_seeds([one["range"][name] for one in pools])
     for name in ("lost", "regained", "beyond_base", "beyond_tuned_base"):
-        yield f"rewind.{name}", over_seeds([_number(f[name]["value"]) for f in found])
+        yield f"rewind.{name}", _of_seeds([one[name] for one in found])
+
+
+def _of_seeds(found: Sequence[Json]) -> Estimate:
+    """Return the mean over seeds; of a single one its own interval, which is over prompts."""
+    if len(found) > 1:
+        return over_seeds([_number(one["value"]) for one in found])
+    value, low, high = (_number(found[0][key]) for key in ("value", "low", "high"))
+    return Estimate(value, low, high, found[0]["n"])
 
 
 def ablation_table(ablations: Sequence[Json]) -> dict[str, list[dict[str, Any]]]:
