@@ -149,6 +149,11 @@ def example_policy(**limits: Any) -> dict[str, Any]:
     return policy
 
 
+def policy_text(policy: object) -> str:
+    """Return a policy as it is written to a file: closed, so that it is in force at once."""
+    return yaml.safe_dump(policy, explicit_end=True)
+
+
 def make_door(
     folder: Path,
     *,
@@ -166,7 +171,8 @@ def make_door(
     model = model or served_model()
     policy_file, keys_file = folder / "policy.yaml", folder / "keys.json"
     policy = example_policy(**(limits or {}))
-    policy_file.write_text(yaml.safe_dump(policy), "utf-8")
+    policy_file.write_text(policy_text(policy), "utf-8")
+    policy_file.chmod(0o644)
     secrets_ = {"lab": new_secret(), "kid": new_secret()}
     scenarios = {
         "lab": ("general", *(name for name in policy["scenarios"] if name != "general")),
@@ -254,8 +260,12 @@ async def ask(
     headers: Sequence[tuple[str, str]] = (),
     query: str = "",
     host: str = "localhost",
+    halfway: Callable[[], None] | None = None,
 ) -> Reply:
-    """Call an application without a socket; the client stays until it has everything."""
+    """Call an application without a socket; the client stays until it has everything.
+
+    ``halfway`` is called when half of the body has come.
+    """
     data = body if isinstance(body, bytes) else json.dumps(body).encode() if body else b""
     given = [("host", host), *headers]
     if key is not None:
@@ -267,10 +277,16 @@ async def ask(
         "server": ("127.0.0.1", 80),
         "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in given],
     }  # fmt: skip
-    incoming = [{"type": "http.request", "body": data, "more_body": False}]
+    half = len(data) // 2 if halfway else 0
+    incoming = [{"type": "http.request", "body": data[half:], "more_body": False}]
     sent: list[Any] = []
 
     async def receive() -> Any:
+        nonlocal halfway
+        if halfway is not None:
+            halfway, happened = None, halfway
+            happened()
+            return {"type": "http.request", "body": data[:half], "more_body": True}
         if incoming:
             return incoming.pop()
         return await asyncio.Event().wait()

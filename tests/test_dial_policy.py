@@ -22,7 +22,7 @@ from equipoise.dials.dial_policy import (
     effective_setting,
     scenario_for,
 )
-from equipoise.dials.policy_file import load_policy, parse_policy, shipped_policies
+from equipoise.dials.policy_file import is_closed, load_policy, parse_policy, shipped_policies
 from equipoise.errors import ConfigError
 from equipoise.types import DialSetting
 
@@ -271,6 +271,7 @@ def broken() -> list[tuple[str, Any]]:
         ("forgotten dial", changed("scenarios/kids/ranges/safety", None)),
         ("forgotten default", changed("scenarios/kids/default/safety", None)),
         ("misspelt dial", changed("scenarios/kids/ranges/saftey", {})),
+        ("misspelt rounding", changed("round_up", ["saftey"])),
         ("unknown ceiling", changed("server/saftey", {})),
         ("upside down", changed("scenarios/kids/ranges/safety", {"min": 1.0, "max": 0.5})),
         ("percent", changed("scenarios/kids/ranges/safety", {"min": 75})),
@@ -307,6 +308,9 @@ def test_broken_policies_are_refused(name: str, policy: object) -> None:
         b"x: &a [*a]",
         b"[" * 100_000,
         b"a" * (1 << 21),
+        b"version: !!bool x",
+        b"a: !!int ''",
+        b"t: !!timestamp x",
     ],
 )
 def test_files_that_are_no_policy_are_refused(data: bytes, tmp_path: Path) -> None:
@@ -314,14 +318,14 @@ def test_files_that_are_no_policy_are_refused(data: bytes, tmp_path: Path) -> No
         parse_policy(data, ATTRIBUTES, 5)
 
 
-def test_every_truncation_is_refused_or_whole() -> None:
-    """A file that is being written is no policy, wherever it breaks off."""
-    data = yaml.safe_dump(plain(), sort_keys=True).encode()  # version stands last
-    whole = parse_policy(data, ATTRIBUTES, 5)
-    for cut in range(0, len(data) - 2, 7):
-        with pytest.raises(ConfigError):
-            parse_policy(data[:cut], ATTRIBUTES, 5)
-    assert parse_policy(data[:-1], ATTRIBUTES, 5) == whole
+def test_only_a_whole_file_is_closed() -> None:
+    """A part may be usable and lack a range's end; the end mark tells it from the whole."""
+    data = shipped_policies()["example"].read_bytes().rstrip()
+    assert is_closed(data)
+    assert not any(is_closed(data[:cut]) for cut in range(len(data)))
+    assert not is_closed(data[:-4] + b" # ...")
+    with pytest.raises(ConfigError):  # nothing may follow the mark
+        parse_policy(data + b"\nversion: 1\n...", ATTRIBUTES, 5)
 
 
 def test_a_second_rule_of_one_name_is_refused() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import os
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import yaml
 
 from equipoise.cli.main import main
 from equipoise.dials.dial_policy import Key
+from equipoise.dials.policy_file import parse_policy
 from equipoise.errors import ConfigError
 from equipoise.serve import keys as keys_module
 from equipoise.serve import reload
@@ -38,6 +43,7 @@ from serve_kit import (
     chat_body,
     example_policy,
     make_door,
+    policy_text,
     running,
     served_model,
 )
@@ -152,11 +158,13 @@ def test_revoking_and_adding_are_obeyed_at_once(tmp_path: Path) -> None:
 
 def rewrite(path: Path, policy: object) -> None:
     temporary = path.with_suffix(".new")
-    temporary.write_text(yaml.safe_dump(policy), "utf-8")
+    temporary.write_text(policy_text(policy), "utf-8")
+    temporary.chmod(0o644)
     temporary.replace(path)
 
 
-BROKEN = ["", "version: 1", "version: [", "scenarios: {}", "{}", "\x00", "key: [1, 2", "- 1"]
+BROKEN = ["", "version: 1", "version: [", "scenarios: {}", "{}", "\x00", "key: [1, 2", "- 1",
+          "version: !!bool x", "a: !!int ''", "t: !!timestamp x"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [*BROKEN, None])
@@ -173,11 +181,80 @@ def test_a_broken_policy_lets_nobody_in_until_it_is_whole(tmp_path: Path, text: 
         door.policy_file.unlink()
     else:
         door.policy_file.write_text(text)
-    refused = asyncio.run(status())
-    assert refused.status == 503 and refused.json["error"]["code"] == "no_policy"
+        os.utime(door.policy_file, (10**9, 10**9))  # settled, so the second request reads nothing
+    for _ in range(2):
+        refused = asyncio.run(status())
+        assert refused.status == 503 and refused.json["error"]["code"] == "no_policy"
     assert len(door.engine.seen) == 1
     door.policy_file.write_text(whole)
     assert asyncio.run(status()).status == 200
+
+
+def test_a_policy_that_others_may_write_is_not_in_force(tmp_path: Path) -> None:
+    door = make_door(tmp_path)
+    for mode in (0o666, 0o664, 0o646):
+        door.policy_file.chmod(mode)
+        assert door.source.current() is None
+        with pytest.raises(ConfigError, match="chmod go-w"):
+            door.source.read()
+    door.policy_file.chmod(0o644)
+    door.rules()
+
+
+@pytest.mark.parametrize("sort_keys", [True, False])
+@pytest.mark.parametrize("closed", [True, False])
+def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, closed: bool) -> None:
+    """Written in place and cut anywhere, whichever field stands last."""
+    door, late = make_door(tmp_path), 0
+    clinic = example_policy()["scenarios"]["clinic"]
+    ranges = {"helpfulness": {}, "safety": {"max": 1.0, "min": 0.75}}
+    policy = {
+        "version": 1,
+        "default_scenario": "clinic",
+        "scenarios": {"clinic": {**clinic, "ranges": ranges}},
+    }
+    policy["scenarios"]["clinic"]["ranges"] = policy["scenarios"]["clinic"].pop("ranges")
+    source = RulesSource(
+        door.policy_file, door.keys_file, attributes=ATTRIBUTES, levels=LEVELS,
+        now_ns=lambda: time.time_ns() + late,
+    )  # fmt: skip
+    data = yaml.safe_dump(policy, sort_keys=sort_keys, explicit_end=closed).encode().rstrip()
+    n_usable = 0
+    for cut in range(len(data)):
+        with contextlib.suppress(ConfigError):
+            parse_policy(data[:cut], ATTRIBUTES, LEVELS)
+            n_usable += 1
+        door.policy_file.write_bytes(data[:cut])
+        assert source.current() is None
+    assert n_usable or (sort_keys and not closed)
+    door.policy_file.write_bytes(data)
+    if not closed:
+        assert source.current() is None
+        late = 3 * 10**9
+    rules = source.current()
+    assert rules is not None
+    assert rules.policy.scenarios["clinic"].ranges["safety"].min == 0.75
+
+
+def test_what_changes_while_a_body_comes_holds_for_it(tmp_path: Path) -> None:
+    door = make_door(tmp_path)
+
+    def status(halfway: Callable[[], None]) -> int:
+        async def one() -> Reply:
+            await door.engine.start()
+            key = door.secrets["lab"]
+            return await ask(door.app, chat_body(), key=key, halfway=halfway)
+
+        return asyncio.run(one()).status
+
+    assert status(lambda: None) == 200
+    assert status(lambda: rewrite(door.policy_file, example_policy(max_tokens=111))) == 200
+    assert [g.sampling.max_tokens for g in door.engine.seen] == [1024, 111]
+    good = door.policy_file.read_text()
+    assert status(lambda: rewrite(door.policy_file, {})) == 503
+    door.policy_file.write_text(good)
+    assert status(lambda: keys_module.revoke_key(door.keys_file, "lab") and None) == 401
+    assert len(door.engine.seen) == 2
 
 
 def test_broken_keys_let_nobody_in(tmp_path: Path) -> None:
@@ -217,7 +294,7 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(
             now_ns=lambda: stamp[0] + age_ns,
         )  # fmt: skip
         for policy in (one, two):
-            door.policy_file.write_text(yaml.safe_dump(policy))
+            door.policy_file.write_text(policy_text(policy))
             rules = source.current()
         assert rules is not None
         return rules.policy.limits.max_tokens
@@ -305,7 +382,7 @@ def test_no_strangers_without_keys(tmp_path: Path, host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
 def test_loopback_gets_a_key_of_its_own(tmp_path: Path, host: str) -> None:
     file = tmp_path / "policy.yaml"
-    file.write_text(yaml.safe_dump(example_policy()))
+    file.write_text(policy_text(example_policy()))
     options = ServeOptions(policy=file, keys=None, host=host)
     check_start(options)
     source, secret = rules_source(options, served_model())
@@ -321,7 +398,7 @@ def test_keys_may_come_from_the_environment(
     file, secret = tmp_path / "keys.json", new_secret()
     add_key(file, Key(id="a", sha256=digest(secret), scenarios=("kids",)))
     policy = tmp_path / "policy.yaml"
-    policy.write_text(yaml.safe_dump(example_policy()))
+    policy.write_text(policy_text(example_policy()))
     assert environment_keys() == ()
     monkeypatch.setenv("EQUIPOISE_KEYS", file.read_text())
     options = ServeOptions(policy, None, environment_keys(), host="0.0.0.0")
@@ -347,7 +424,7 @@ def test_wildcard_addresses_are_no_host_names(tmp_path: Path) -> None:
 
 def bad_starts(folder: Path) -> list[dict[str, Any]]:
     policy, keys = folder / "policy.yaml", folder / "keys.json"
-    policy.write_text(yaml.safe_dump(example_policy()))
+    policy.write_text(policy_text(example_policy()))
     add_key(keys, Key(id="a", sha256=digest("a")))
     empty, broken = folder / "empty.json", folder / "broken.yaml"
     empty.write_text('{"version": 1, "keys": []}')

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import openai
 import pytest
-import yaml
 
 from equipoise.dials.dial_policy import Key
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install, save_dial_model
 from equipoise.serve.keys import add_key, digest, new_secret
-from serve_kit import call, chat_body, example_policy
+from serve_kit import call, chat_body, example_policy, policy_text
 from tuning_kit import tiny_policy
 
 # Any attempt to reach another machine, or to look up a name, is printed.
@@ -68,7 +67,7 @@ def start(folder: Path) -> Served:
     save_dial_model(policy.model, policy.tokenizer, manifest, model_dir)
     assert Encoder(policy.tokenizer, manifest).has_chat_template
     rules, keys, secret = folder / "policy.yaml", folder / "keys.json", new_secret()
-    rules.write_text(yaml.safe_dump(example_policy()))
+    rules.write_text(policy_text(example_policy()))
     add_key(keys, Key(id="k", sha256=digest(secret), scenarios=("general",)))
     port = free_port()
     command = [sys.executable, "-c", _WATCHED, "serve", str(model_dir), "--policy", str(rules),
@@ -153,7 +152,7 @@ def test_the_whole_life_of_a_server(served: Served) -> None:
     # The policy changes under it; SIGHUP only makes it look again.
     policy = example_policy(max_tokens=200)
     policy["scenarios"]["general"]["default"]["safety"] = 0.75
-    served.policy.write_text(yaml.safe_dump(policy))
+    served.policy.write_text(policy_text(policy))
     served.process.send_signal(signal.SIGHUP)
     reply = call(port, "POST", "/v1/chat/completions", chat_body("hi", max_tokens=1), key=key)
     assert reply.json["dials"]["effective"]["safety"]["level"] == 3

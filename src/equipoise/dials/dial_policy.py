@@ -125,6 +125,8 @@ def policy_faults(policy: DialPolicy, attributes: Sequence[str], levels: int) ->
     known = set(attributes)
     server = Server(tuple(attributes), levels, policy.server, policy.round_up)
     faults += [f"server: unknown dial {name!r}" for name in policy.server if name not in known]
+    rounded = policy.round_up if "round_up" in policy.model_fields_set else ()
+    faults += [f"round_up: unknown dial {name!r}" for name in rounded if name not in known]
     for name, scenario in policy.scenarios.items():
         where = f"scenarios.{name}"
         for field, named in (("ranges", set(scenario.ranges)), ("default", set(scenario.default))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -39,16 +40,42 @@ def load_policy(name: str | Path, attributes: Sequence[str], levels: int) -> Dia
         ConfigError: The file is missing, unreadable, not YAML, names a key twice, has unknown or
             missing fields, or does not fit the dials; all faults at once.
     """
+    return parse_policy(read_policy(name), attributes, levels, file=find_policy(name).name)
+
+
+def read_policy(name: str | Path, *, owned: bool = False) -> bytes:
+    """Return the bytes of a policy's file.
+
+    Args:
+        name: See :func:`load_policy`.
+        owned: Refuse a file that others than its owner may write, a shipped one apart: who can
+            write there can write the program.
+
+    Raises:
+        ConfigError: It is missing, cannot be read, or belongs to others too.
+    """
     file = find_policy(name)
     try:
-        data = file.read_bytes()
+        with file.open("rb") as opened:
+            mode, data = os.fstat(opened.fileno()).st_mode, opened.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"no dial policy at {file}",
             why=error.strerror or type(error).__name__,
             fix=f"give a YAML file, or one of: {', '.join(shipped_policies())}",
         ) from error
-    return parse_policy(data, attributes, levels, file=file.name)
+    if owned and mode & 0o022 and file not in shipped_policies().values():
+        raise ConfigError(
+            f"{file} can be written by others",
+            why=f"its mode is {mode & 0o777:o}; who can write it can move every dial",
+            fix=f"chmod go-w {file}",
+        )
+    return data
+
+
+def is_closed(data: bytes) -> bool:
+    """Whether the last line is YAML's end mark ``...``, so that nothing can be missing."""
+    return data.rstrip().endswith(b"\n...")
 
 
 def parse_policy(
@@ -94,7 +121,7 @@ def _plain(data: bytes, file: str) -> object:
     if len(data) <= _MAX_BYTES:
         try:
             return yaml.load(data.decode("utf-8"), Loader=_UniqueKeys)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        except Exception as error:  # of PyYAML's constructors, too: KeyError, AttributeError, ...
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
             problem = str(getattr(error, "problem", None) or type(error).__name__)

@@ -121,11 +121,7 @@ class Gate:
             return
         self._check_host(scope)
         check_headers(scope)
-        rules = self._rules()
-        if rules is None:
-            raise RefusedError(
-                503, "no dial policy is in force; the operator must repair it", code="no_policy"
-            )
+        rules = self._in_force()
         key = _authenticate(scope, rules)
         record["key"] = key.id
         limits = rules.policy.limits
@@ -133,8 +129,20 @@ class Gate:
         body = await read_body(receive)
         if body is None:
             raise ClientLeftError
+        # A body may take its time: what was revoked or changed meanwhile holds for it too.
+        if (latest := self._in_force()) is not rules:
+            rules, key = latest, _authenticate(scope, latest)
+            record["key"] = key.id
         visit = Visit(record["id"], key, rules, body, record)
         await self._app({**scope, VISIT: visit}, receive, send)
+
+    def _in_force(self) -> Rules:
+        rules = self._rules()
+        if rules is None:
+            raise RefusedError(
+                503, "no dial policy is in force; the operator must repair it", code="no_policy"
+            )
+        return rules
 
     def _check_host(self, scope: Scope) -> None:
         values = [value for name, value in scope["headers"] if name == b"host"]

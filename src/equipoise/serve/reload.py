@@ -4,6 +4,9 @@ The files are looked at before each request (two ``stat`` calls), so a revoked k
 once and no request sees half of an old policy and half of a new one. A broken file puts nothing in
 force: requests are refused with 503 until it is repaired. The last good rules are *not*
 kept, as they may be just what the operator is trying to take away.
+
+A policy that is being written may be usable YAML already and lack its last ranges. One that ends
+with the line ``...`` is taken at once; any other once it has lain unchanged for two seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.dials.dial_policy import DialPolicy, Key, Server
-from equipoise.dials.policy_file import load_policy
+from equipoise.dials.policy_file import find_policy, is_closed, parse_policy, read_policy
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.serve.keys import read_keys
 
@@ -23,6 +26,8 @@ _log = logging.getLogger("equipoise.serve")
 
 _SETTLED_NS = 100_000_000
 """A file changed less than this before it was read may change again within one clock tick."""
+_WRITTEN_NS = 2_000_000_000
+"""A policy without an end mark that is younger than this may still be being written."""
 
 _Stamp = tuple[tuple[int, ...] | None, ...]
 
@@ -63,6 +68,8 @@ class RulesSource:
         self._attributes, self._levels = attributes, levels
         self._fixed, self._now_ns = fixed_keys, now_ns
         self._stamp: _Stamp | None = None
+        self._first = _stamp(policy)
+        """What lay there at the start is what the operator started the server with."""
         self._rules: Rules | None = None
 
     def current(self) -> Rules | None:
@@ -71,15 +78,19 @@ class RulesSource:
         if stamp != self._stamp:
             # Before reading: a change while reading gives another stamp the next time.
             self._stamp = stamp if self._is_settled(stamp) else None
+            # Whatever happens while reading, the old rules are gone.
+            before, self._rules = self._rules, None
             try:
-                rules = self.read()
-            except EquipoiseError as error:
-                _log.error("no dial policy in force: %s", error.what)
-                self._rules = None
-            else:
-                if self._rules is None or rules.policy_hash != self._rules.policy_hash:
-                    _log.info("dial policy %s in force", rules.policy_hash[:12])
-                self._rules = rules
+                self._rules, closed = self._read()
+            except Exception as error:
+                what = error.what if isinstance(error, EquipoiseError) else type(error).__name__
+                _log.error("no dial policy in force: %s", what)
+                return None
+            if not closed and self._is_being_written(stamp[0]):
+                _log.error("no dial policy in force: it is new and does not end with a line `...`")
+                self._stamp = self._rules = None
+            elif before is None or before.policy_hash != self._rules.policy_hash:
+                _log.info("dial policy %s in force", self._rules.policy_hash[:12])
         return self._rules
 
     def reload(self) -> None:
@@ -90,9 +101,16 @@ class RulesSource:
         """Read both files.
 
         Raises:
-            ConfigError: One of them is missing or broken, or a key names an unknown dial.
+            ConfigError: One of them is missing or broken, others may write to it, or a key names an
+                unknown dial.
         """
-        policy = load_policy(self._policy, self._attributes, self._levels)
+        return self._read()[0]
+
+    def _read(self) -> tuple[Rules, bool]:
+        """Return the rules, and whether the policy has an end mark."""
+        data = read_policy(self._policy, owned=True)
+        name = find_policy(self._policy).name
+        policy = parse_policy(data, self._attributes, self._levels, file=name)
         keys = (*(read_keys(self._keys) if self._keys is not None else ()), *self._fixed)
         for key in keys:
             unknown = sorted(set(key.ranges) - set(self._attributes))
@@ -104,10 +122,15 @@ class RulesSource:
                     fix="make the key anew with `equipoise keys new --range DIAL=MIN:MAX`",
                 )
         server = Server(self._attributes, self._levels, policy.server, policy.round_up)
-        return Rules(policy, policy.hash, keys, server)
+        return Rules(policy, policy.hash, keys, server), is_closed(data)
 
     def _stamps(self) -> _Stamp:
         return tuple(_stamp(path) for path in (self._policy, self._keys) if path is not None)
+
+    def _is_being_written(self, stamp: tuple[int, ...] | None) -> bool:
+        if stamp is None or stamp == self._first:
+            return False
+        return self._now_ns() - max(stamp[:2]) < _WRITTEN_NS
 
     def _is_settled(self, stamps: _Stamp) -> bool:
         now = self._now_ns()
