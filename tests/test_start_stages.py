@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -415,3 +416,23 @@ def test_recipes_that_contradict_themselves(
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(write_recipe(tmp_path / "recipe.yaml", plain)))
     assert said in caught.value.why
+
+
+REAL = Path(os.environ.get("EQUIPOISE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no folder of real data; EQUIPOISE_DATA names one")
+def test_a_few_steps_on_real_data(tmp_path: Path) -> None:
+    plain = start_recipe(tmp_path)
+    plain["data"] = str(REAL)
+    few = {"steps": 2, "batch_size": 4, "max_length": 512}
+    pairs = [{"source": "preferences/hh_helpful_train.jsonl.gz", "limit": 40}]
+    chats = [{"source": "sft/lima.jsonl.gz", "limit": 40}]
+    plain["base"] |= {"sources": chats, **few}
+    plain["sft"] |= {"sources": chats, **few}
+    plain["align"] |= {"sources": pairs, **few}
+    with opened(tmp_path, plain) as run:
+        for stage in ("base", "sft", "align"):
+            run_stage(stage, run, progress=QUIET)
+            losses = [row["loss"] for row in run.done(stage).read_json("curve.json")]
+            assert len(losses) == 2 and all(0 < loss < 20 for loss in losses), stage
