@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import product
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from equipoise.dials import encode
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import control_tokens, install
 from equipoise.errors import DataError, EncodingError, EquipoiseError, ModelError
@@ -278,6 +280,17 @@ def test_pairs_without_a_two_segment_form_are_ended_by_the_end_token() -> None:
 def test_what_is_no_prompt_is_refused(turns: list[tuple[str, str]], why: str) -> None:
     with pytest.raises(DataError, match=why):
         dialled("byte_bpe").prompt_ids([Message(r, c) for r, c in turns])  # type: ignore[arg-type]
+
+
+def test_the_cache_of_skeletons_is_bounded_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each order of roles is a skeleton of its own, and a client may think up any."""
+    monkeypatch.setattr(encode, "_MAX_CACHED_TURNS", 40)
+    encoder = Encoder(FAMILIES["byte_bpe"]())
+    for _ in range(2):
+        for order in product(("user", "assistant"), repeat=4):
+            turns = [Message(role, "a") for role in (*order, "user")]  # type: ignore[arg-type]
+            assert encoder.prompt_ids(turns) == encoder.prompt_ids(turns)
+            assert 0 < sum(map(len, encoder._skeletons)) <= 40
 
 
 @pytest.mark.parametrize("family", ["byte_bpe", "line_breaks"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
+from equipoise.serve import wire
 from equipoise.serve.app import ROUTES
 from equipoise.serve.auth import OPEN_PATH
 from serve_kit import ANSWER, Door, Reply, ask, chat_body, make_door
@@ -163,7 +164,8 @@ def test_odd_values_get_the_allowed_range(
     text = "1" + "0" * 6000 if value == 10**400 else json.dumps(value)
     error = assert_error(chat(door, body.replace('"VALUE"', text).encode(), name="lab"), 400)
     assert error["param"] == "dials"
-    assert "0.5 to 1" in error["message"] or "0 to 1" in error["message"]
+    ranges = {"safety": "0.5 to 1 (level 2 to 4)", "helpfulness": "0 to 1 (level 0 to 4)"}
+    assert error["message"].endswith(f"allowed here: {ranges[dial]}")
 
 
 @pytest.mark.parametrize("text", ["1e999", "-1e999", "NaN", "Infinity", "-0", "-0.0", "1e-400.0"])
@@ -308,7 +310,7 @@ UNKNOWN = [
     "setting",
     "Dials",
     "dial",
-    "Dials",
+    "thinking",
     "metadata",
     "store",
     "service_tier",
@@ -441,6 +443,31 @@ def test_bad_bodies_are_refused_and_reach_no_engine(door: Door) -> None:
 )
 def test_what_is_not_json_is_refused(door: Door, body: bytes) -> None:
     assert_error(chat(door, body or b" "), 400)
+
+
+MANY: dict[str, object] = {
+    "parts": [{"role": "user", "content": [{"type": "x"}] * 256}] * 200,
+    "turns": [1] * 85_000,
+    "fields": [{"role": "user", "content": "a"} | {str(i): 1 for i in range(512)}] * 50,
+    "own parts": [{"role": "user", "content": [{"type": "text", "text": 1}] * 20_000}],
+}
+
+
+@pytest.mark.parametrize("name", [*MANY, "top", "stops", "biases"])
+def test_many_faults_are_not_all_written_down(
+    door: Door, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes memory and time, and five are shown."""
+    written: list[int] = []
+    real = wire._faults
+    monkeypatch.setattr(
+        wire, "_faults", lambda error: written.append(error.error_count()) or real(error)
+    )
+    names = {str(i): 0 for i in range(85_000)}
+    odd = {"top": names, "stops": {"stop": [1] * 85_000}, "biases": {"logit_bias": names}}
+    body = chat_body() | (odd.get(name) or {"messages": MANY[name]})
+    assert_error(chat(door, body), 400)
+    assert sum(written) <= 1100
 
 
 @pytest.mark.parametrize(

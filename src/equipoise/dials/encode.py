@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from equipoise.dials.manifest import DialManifest
 
 _MAX_CACHED_SKELETONS = 1024
+_MAX_CACHED_TURNS = 16_384
+"""Of all cached skeletons together; some 6 MiB, whatever orders of roles a client thinks up."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Encoder:
         """Ids that no untrusted text can produce."""
         self._sealed = sealing.seal(self._backend, self.forbidden)
         self._skeletons: dict[tuple[template.Turn, ...], _Prepared] = {}
+        self._cached_turns = 0
         turn_end = self._turn_end()
         given: list[int | None] = [turn_end, *(eos_ids or ()), tokenizer.eos_token_id]
         ends = [token_id for token_id in given if token_id is not None]
@@ -176,9 +179,14 @@ class Encoder:
                     why="a prompt is a list of chat turns, and nothing says how the model reads it",
                     fix="use an instruction-tuned model, or set tokenizer.chat_template",
                 )
-            if len(self._skeletons) >= _MAX_CACHED_SKELETONS:
-                self._skeletons.clear()
             prepared = self._trusted(turns)
+            self._cached_turns += len(turns)
+            if (
+                len(self._skeletons) >= _MAX_CACHED_SKELETONS
+                or self._cached_turns > _MAX_CACHED_TURNS
+            ):
+                self._skeletons.clear()
+                self._cached_turns = len(turns)
             self._skeletons[turns] = prepared
         return prepared
 

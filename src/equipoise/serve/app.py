@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from equipoise.serve.scoring import LiveScorer
     from equipoise.serve.wire import Choice
 
-_LONG_BODY = 16 << 10
-"""Bodies above this are encoded beside the event loop, so that they hold up nobody else."""
+_LONG_BODY, _MANY_OBJECTS = 16 << 10, 16
+"""Bodies above these are encoded beside the event loop, so that they hold up nobody else."""
 
 
 @dataclass
@@ -120,7 +120,8 @@ async def chat(house: House, request: Request) -> Response:
             salt_key=house.salt_key,
         )
 
-    is_long = len(visit.body) > _LONG_BODY
+    # Every turn is an object, and it is turns that take time.
+    is_long = len(visit.body) > _LONG_BODY or visit.body.count(b"{") > _MANY_OBJECTS
     job = await asyncio.to_thread(prepared) if is_long else prepared()
     applied, start = job.envelope.applied, time.monotonic()
     visit.log |= {

@@ -12,6 +12,8 @@ from typing import Any
 from equipoise.serve.failures import bad_request, quoted
 
 MAX_DEPTH = 32
+MAX_KEYS = 512
+"""Of one object. Each key of too many would be a fault of its own, at a kilobyte and more."""
 _MAX_DIGITS = 4000
 """Python refuses to parse longer integers."""
 
@@ -24,7 +26,8 @@ def parse(body: bytes) -> Any:
     """Return the JSON value in a request body.
 
     Raises:
-        RefusedError: 400; it is not UTF-8 or not JSON, names a key twice, or nests too deeply.
+        RefusedError: 400; it is not UTF-8 or not JSON, names a key twice, nests too deeply, or an
+            object in it has too many keys.
     """
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer)
@@ -58,6 +61,8 @@ def _too_deep() -> Exception:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise bad_request(f"an object holds more than {MAX_KEYS} keys", code="too_many_keys")
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic.types import StringConstraints
 
 from equipoise.dials.policy_file import validation_fault
 from equipoise.serve.failures import RefusedError, as_name, bad_request
@@ -46,7 +47,7 @@ class ChatMessage(_Wire):
     """One turn. All of it is untrusted, the assistant's turns too."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
 
     def plain(self) -> Message:
         """Return the turn as the encoder takes it."""
@@ -66,7 +67,9 @@ class ChatRequest(_Wire):
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     """The model's name, or ``name@scenario``."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     dials: Annotated[dict[str, JsonValue], Field(max_length=64)] = Field(default_factory=dict)
     """Dial to a number in [0, 1], ``{"level": k}`` or ``"auto"``."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = 1.0
@@ -74,7 +77,7 @@ class ChatRequest(_Wire):
     top_p: Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
     best_of: Annotated[int, Field(ge=1, le=16)] | None = None
     """Sample so many and keep the ``n`` nearest the setting; for servers that score."""
