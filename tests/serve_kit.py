@@ -300,6 +300,14 @@ async def ask(
     return Reply(start["status"], pairs, b"".join(item.get("body", b"") for item in sent[1:]))
 
 
+def wait_for(happened: Callable[[], bool], what: str) -> None:
+    """Wait for something that other threads do; generous, as the machine may be busy."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
 def chat_body(text: str = "Hello", **more: Any) -> dict[str, Any]:
     """Return the smallest chat request."""
     return {"model": "toy", "messages": [{"role": "user", "content": text}], **more}

@@ -10,7 +10,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from equipoise.serve import connection
 from equipoise.serve.failures import RefusedError
 from equipoise.serve.limits import RateLimit, read_body
-from serve_kit import Door, ask, call, chat_body, make_door, running, served_model
+from serve_kit import Door, ask, call, chat_body, make_door, running, served_model, wait_for
 
 CHAT = "/v1/chat/completions"
 MINUTE = 60_000_000_000
@@ -119,14 +119,6 @@ def raw(port: int, data: bytes) -> bytes:
             while b"\r\n\r\n" not in received and (piece := client.recv(65536)):
                 received += piece
     return received
-
-
-def wait_for(happened: Callable[[], bool], what: str) -> None:
-    """Wait for something that other threads do; generous, as the machine may be busy."""
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def test_a_megabyte_is_the_limit(door: Door, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 
 from equipoise.serve.engine import Generation, Token
-from equipoise.serve.scoring import LiveScorer
+from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
 from equipoise.types import Prompt
 from eval_kit import Identity
-from serve_kit import ATTRIBUTES, Door, Reply, ask, chat_body, make_door
+from serve_kit import ATTRIBUTES, Door, Reply, ask, chat_body, make_door, wait_for
 
 
 class ByText:
@@ -133,7 +134,7 @@ def broken(how: Any) -> Callable[[], list[float] | None]:
     return fault
 
 
-FAULTS = [OSError("CANARY"), [float("nan")], [], [0.1, 0.2, 0.3], [None]]
+FAULTS = [OSError("CANARY"), TimeoutError(), [float("nan")], [], [0.1, 0.2, 0.3], [None]]
 
 
 @pytest.mark.parametrize("how", FAULTS, ids=repr)
@@ -154,6 +155,33 @@ def test_a_broken_stream_has_no_finish_and_no_done(door: Door) -> None:
     *chunks, _ = events(asked(door, stream=True))
     assert "[DONE]" not in chunks
     assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+
+
+def test_a_scorer_that_hangs_refuses_until_it_is_back(door: Door) -> None:
+    free = threading.Event()
+    door.house.scorer = hanging = scorer(lambda: None if free.wait(60) else [], timeout=0.05)
+
+    def ready() -> int:
+        key = door.secrets["lab"]
+        return asyncio.run(ask(door.app, method="GET", path="/readyz", key=key)).status
+
+    assert ready() == 200
+    *chunks, last = events(asked(door, stream=True))
+    assert last["error"]["code"] == "scorer_unavailable" and "[DONE]" not in chunks
+    wait_for(lambda: hanging.stuck, "the batch counts as failed")
+    n_sampled, n_queued = len(door.engine.seen), hanging._thread._work_queue.qsize()
+    for stream in (False, True):
+        reply = asked(door, stream=stream)
+        assert reply.status == 503 and reply.json["error"]["code"] == "scorer_unavailable"
+        with pytest.raises(ScorerUnavailableError):
+            asyncio.run(hanging.score((), []))
+    assert ready() == 503
+    assert len(door.engine.seen) == n_sampled  # nothing is sampled for no one
+    assert hanging._thread._work_queue.qsize() == n_queued  # and no text waits
+    free.set()
+    wait_for(lambda: not hanging.stuck, "the batch is back")
+    assert ready() == 200 and asked(door).status == 200
+    assert door.house.admission.completions == 0
 
 
 def test_a_thousand_faults_and_no_unscored_answer(door: Door) -> None:

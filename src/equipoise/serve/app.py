@@ -17,7 +17,7 @@ from starlette.responses import Response
 from equipoise.serve.answer import Answer
 from equipoise.serve.auth import CLIENT_LEFT, VISIT, Gate, Visit
 from equipoise.serve.chat import Job, ServedModel, prepare
-from equipoise.serve.failures import RefusedError, internal_error, json_bytes, not_ready
+from equipoise.serve.failures import RefusedError, internal_error, json_bytes, not_ready, not_scored
 from equipoise.serve.limits import Admission, RateLimit
 from equipoise.serve.listing import list_models
 from equipoise.serve.metrics import Metrics
@@ -51,10 +51,12 @@ class House:
     scorer: LiveScorer | None = None
     draining: bool = False
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether answers can be given."""
-        return self.engine.healthy and not self.draining
+    def check_ready(self) -> None:
+        """Refuse where no answers can be given."""
+        if self.draining or not self.engine.healthy:
+            raise not_ready()
+        if self.scorer is not None and self.scorer.stuck:
+            raise not_scored()
 
 
 async def healthz(house: House, request: Request) -> Response:
@@ -63,9 +65,8 @@ async def healthz(house: House, request: Request) -> Response:
 
 
 async def readyz(house: House, request: Request) -> Response:
-    """Answers can be given: policy in force (the gate checks that), engine at work."""
-    if not house.is_ready:
-        raise not_ready()
+    """Answers can be given: policy in force (the gate checks that), engine and scorer at work."""
+    house.check_ready()
     return _json({"status": "ready"})
 
 
@@ -102,8 +103,7 @@ async def model(house: House, request: Request) -> Response:
 async def chat(house: House, request: Request) -> Response:
     """Answer a chat."""
     visit: Visit = request.scope[VISIT]
-    if not house.is_ready:
-        raise not_ready()
+    house.check_ready()
     house.admission.check_room(
         visit.key.id, slots=house.engine.load().slots, limits=visit.rules.policy.limits
     )

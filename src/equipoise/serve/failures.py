@@ -72,6 +72,15 @@ def not_ready() -> RefusedError:
     )
 
 
+def not_scored() -> RefusedError:
+    """Return the refusal where answers must be scored, and there are no scores."""
+    return RefusedError(
+        503,
+        "the answer could not be scored, so it is not given; its content was not the reason",
+        code="scorer_unavailable",
+    )
+
+
 def json_bytes(value: Any) -> bytes:
     """Return JSON in ASCII: a lone surrogate in it cannot break the response."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from equipoise.errors import EquipoiseError, ServingError
 from equipoise.serve.engine import Generation, ServingEngine, Token
-from equipoise.serve.failures import RefusedError
+from equipoise.serve.failures import RefusedError, not_scored
 from equipoise.serve.streaming import Detokenizer, StopStrings
 from equipoise.serve.wire import Choice
 from equipoise.types import Finish, Message
@@ -169,11 +169,7 @@ async def scored(
     try:
         units = await scorer.score(messages, answers)
     except ServingError as error:
-        raise RefusedError(
-            503,
-            "the answer could not be scored, so it is not given; its content was not the reason",
-            code="scorer_unavailable",
-        ) from error
+        raise not_scored() from error
     return [replace(c, measured=unit) for c, unit in zip(choices, units, strict=True)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,7 +62,15 @@ class LiveScorer:
         """Attribute to the hash of the reward model behind its score."""
         self._models, self._calibration = dict(reward_models), calibration
         self._levels, self._timeout = levels, timeout
+        self._began: float | None = None
+        """When the batch under way began."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="equipoise-scorer")
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a batch that counts as failed still holds the thread, so that none can begin."""
+        began = self._began
+        return began is not None and time.monotonic() - began > self._timeout
 
     async def score(
         self, messages: Sequence[Message], answers: Sequence[Answer]
@@ -73,6 +82,8 @@ class LiveScorer:
         Raises:
             ScorerUnavailableError: For whatever reason there are no finite scores in time.
         """
+        if self.stuck:  # in line behind it, the texts would pile up
+            raise _unavailable(TimeoutError())
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._thread, self._scored, tuple(messages), tuple(answers))
         try:
@@ -90,6 +101,15 @@ class LiveScorer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _scored(
+        self, messages: tuple[Message, ...], answers: tuple[Answer, ...]
+    ) -> list[dict[str, float]]:
+        self._began = time.monotonic()
+        try:
+            return self._units(messages, answers)
+        finally:
+            self._began = None
+
+    def _units(
         self, messages: tuple[Message, ...], answers: tuple[Answer, ...]
     ) -> list[dict[str, float]]:
         prompt = Prompt("live", messages, "test")
