@@ -22,6 +22,7 @@ from equipoise.serve.batcher import ContinuousBatcher
 from equipoise.serve.engine import Generation, Load, Token
 from equipoise.serve.picking import Row
 from equipoise.serve.rows import LiveRows
+from equipoise.serve.ticket import Ticket
 from equipoise.types import Branch, GenerationRequest, Sampling
 from tuning_kit import tiny_policy
 
@@ -206,6 +207,27 @@ def test_more_requests_than_slots_all_get_their_own_completion() -> None:
         assert batcher.prefixes.counters.hits > 0
 
     serve(work)
+
+
+def test_one_key_cannot_take_all_slots_in_turn() -> None:
+    """A newcomer of another key is next, however many of the first are in line."""
+
+    async def work() -> None:
+        batcher = ContinuousBatcher(dialled().model, dialled().encoder, slots=4)
+        loop = asyncio.get_running_loop()
+        many = [Ticket(generation(1, prefix_salt="many"), loop) for _ in range(9)]
+        one, two = (Ticket(generation(1, prefix_salt=salt), loop) for salt in ("one", "two"))
+        batcher._waiting.extend([*many, one, two])
+        assert batcher._next() == [many[0], one, two, many[1]]
+        batcher._done([many[0]])
+        batcher._waiting.append(again := Ticket(generation(1, prefix_salt="one"), loop))
+        batcher._waited = 99
+        assert batcher._next() == [many[2]]  # each has a row, so it goes by time again
+        batcher._done([one])
+        batcher._waited = 99
+        assert batcher._next() == [again]
+
+    asyncio.run(work())
 
 
 def test_closing_frees_the_slot_within_one_step() -> None:

@@ -267,6 +267,8 @@ def test_a_first_token_that_does_not_come(tmp_path: Path, *, stream: bool) -> No
         reply = call(port, "POST", CHAT, chat_body(stream=stream, n=2), key=door.secrets["lab"])
         assert reply.status == 504 and reply.json["error"]["code"] == "timeout"
         assert "first token" in reply.json["error"]["message"]
+        assert reply.headers["x-dial-policy"] == door.rules().policy_hash
+        assert json.loads(reply.headers["x-dial-effective"])["safety"] == {"level": 4, "value": 1.0}
         assert door.engine.load().running == 0
 
 
@@ -387,7 +389,10 @@ def test_a_thousand_clients_that_leave(tmp_path: Path) -> None:
     leave_many(tmp_path, 1000)
 
 
-def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_is_cut_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "equipoise.serve")
     door = make_door(
         tmp_path,
         limits={"total_seconds": 0.5, "max_tokens": 1_000_000, "waiting_tokens": 10**8},
@@ -407,6 +412,9 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
         wait_for(lambda: len(door.engine.seen) == 1, "the answer begins")
         wait_for(lambda: door.engine.load().running == 0, "its slot is free again")
         assert door.engine.finished == 0
+        # The error that ends the stream waits for its reader a second, and is no fault of ours.
+        wait_for(lambda: '"code": "timeout"' in caplog.text, "the log says why")
+        assert "internal_error" not in caplog.text
         assert call(port, "GET", "/healthz").status == 200
 
 

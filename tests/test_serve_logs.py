@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from equipoise.errors import ConfigError
+from equipoise.serve import content_log
 from equipoise.serve.content_log import ContentLog
 from equipoise.serve.wire import Applied, Envelope
 from equipoise.types import Message
@@ -153,6 +156,30 @@ def job(text: str, created: int) -> Any:
     applied = Applied({}, {}, "general", "p", "m")
     envelope = Envelope("id", created, "toy@general", applied, 1)
     return SimpleNamespace(envelope=envelope, key_id="k", messages=(Message("user", text),))
+
+
+def test_half_a_row_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is nearly full takes a part of what is written, and then nothing."""
+    file, real, room = tmp_path / "content.jsonl", os.write, 10_000
+
+    def write(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "full")
+        n = real(descriptor, data[: min(7, room)])
+        room -= n
+        return n
+
+    log = ContentLog(file, days=2, now=lambda: 0.0)
+    monkeypatch.setattr(content_log.os, "write", write)
+    log.write(job("first", 0), [])
+    room = 20
+    with pytest.raises(OSError, match="full"):
+        log.write(job("lost", 0), [])
+    room = 10_000
+    log.write(job("last", 0), [])
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    assert [row["messages"][0]["content"] for row in rows] == ["first", "last"]
 
 
 def test_no_text_gets_older_than_was_allowed(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
+from equipoise.serve.auth import VISIT
 from equipoise.serve.failures import RefusedError, json_bytes
 from equipoise.serve.limits import Admission
 from equipoise.serve.running import Piece, pieces, scored, timed_out, while_connected
@@ -53,14 +54,24 @@ class Answer(Response):
         self.admission, self.on_done = admission, on_done
         self.background = None
         self.status_code = 200
+        self._log: dict[str, Any] = {}
         self._choices = [Choice("", "length", 0) for _ in job.generations]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer.
 
         Raises:
-            RefusedError: Before anything was sent.
+            RefusedError: Before anything was sent; its headers say what would have applied.
         """
+        self._log = scope[VISIT].log
+        try:
+            await self._run(receive, send)
+        except RefusedError as error:
+            given = dial_headers(self.job)
+            error.headers |= {name.decode(): value.decode() for name, value in given}
+            raise
+
+    async def _run(self, receive: Receive, send: Send) -> None:
         job = self.job
         with self.admission.admitted(
             job.key_id,
@@ -144,9 +155,11 @@ class Answer(Response):
             )
             if not begun:
                 raise refusal from None
-            async with asyncio.timeout(_ERROR_SECONDS):
-                await event(refusal.body())
-                await send({"type": "http.response.body", "body": b""})
+            self._log["code"] = refusal.code
+            with suppress(TimeoutError):  # a reader who does not read; the connection is closed
+                async with asyncio.timeout(_ERROR_SECONDS):
+                    await event(refusal.body())
+                    await send({"type": "http.response.body", "body": b""})
 
     async def _begin(self, send: Send, kind: bytes, *more: tuple[bytes, bytes]) -> None:
         headers = [(b"content-type", kind), (b"cache-control", b"no-store"), *more]

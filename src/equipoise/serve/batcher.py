@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -211,13 +211,19 @@ class ContinuousBatcher:
             due = free * _GATHERED >= self._slots or self._waited >= _MAX_WAITED
             budget = _PREFILL_TOKENS if due else 0
             while self._waiting and len(self._running) < self._slots and budget > 0:
-                ticket = self._waiting.popleft()
+                ticket = self._nearest_turn()
+                self._waiting.remove(ticket)
                 budget -= len(ticket.generation.prompt_ids)
                 newcomers.append(ticket)
                 self._running.append(ticket)
                 self._waited = 0
         self._live.leave([t.row for t in gone if t.row is not None])
         return newcomers
+
+    def _nearest_turn(self) -> Ticket:
+        """Return who joins next: the key with the fewest rows, and of its requests the oldest."""
+        rows = Counter(ticket.generation.prefix_salt for ticket in self._running)
+        return min(self._waiting, key=lambda ticket: rows[ticket.generation.prefix_salt])
 
     def _admit(self, newcomers: list[Ticket]) -> None:
         if not newcomers:

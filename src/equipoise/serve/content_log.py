@@ -62,7 +62,14 @@ class ContentLog:
             "messages": [{"role": m.role, "content": m.content} for m in job.messages],
             "completions": [choice.text for choice in choices],
         }
-        os.write(self._descriptor, json.dumps(row).encode("ascii") + b"\n")
+        size = os.fstat(self._descriptor).st_size
+        left = json.dumps(row).encode("ascii") + b"\n"
+        try:
+            while left:  # a full disk takes a part
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            os.ftruncate(self._descriptor, size)  # else the next row would join this part
+            raise
 
     def expire(self) -> None:
         """Put the file aside, and delete the one put aside, where they are due."""
