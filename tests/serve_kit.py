@@ -261,10 +261,12 @@ async def ask(
     query: str = "",
     host: str = "localhost",
     halfway: Callable[[], None] | None = None,
+    reads: int | None = None,
 ) -> Reply:
     """Call an application without a socket; the client stays until it has everything.
 
-    ``halfway`` is called when half of the body has come.
+    ``halfway`` is called when half of the body has come; after ``reads`` messages the client reads
+    no more.
     """
     data = body if isinstance(body, bytes) else json.dumps(body).encode() if body else b""
     given = [("host", host), *headers]
@@ -292,6 +294,8 @@ async def ask(
         return await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
+        if reads is not None and len(sent) == reads:
+            await asyncio.Event().wait()
         sent.append(message)
 
     await app(scope, receive, send)
