@@ -83,9 +83,11 @@ class FakeEngine:
     _running: int = 0
     _queued: int = 0
     _free: asyncio.Semaphore | None = None
+    loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
         self._free = asyncio.Semaphore(self.slots)
+        self.loop = asyncio.get_running_loop()
 
     async def drain(self, seconds: float) -> None:
         self.healthy = False
@@ -111,12 +113,12 @@ class FakeEngine:
                     raise RuntimeError("CANARY of the engine at /secret/path 0xdeadbeef")
                 at += 1
                 is_last = at == limit
+                self.finished += is_last  # before the last token: nobody asks for more after it
                 yield Token(self.ids[(at - 1) % len(self.ids)], "length" if is_last else None)
                 if is_last:
-                    self.finished += 1
                     return
-            yield Token(-1, "stop")
             self.finished += 1
+            yield Token(-1, "stop")
         finally:
             self._running -= 1
             self._free.release()

@@ -16,7 +16,7 @@ import torch
 from batcher_kit import dialled, fresh, generation
 from equipoise.serve.engine import Token
 from equipoise.types import DialSetting, Sampling
-from serve_kit import Door, ask, chat_body, make_door
+from serve_kit import Door, Reply, ask, chat_body, make_door
 from test_serve_doors import UNKNOWN
 
 # --- what a request may ask for -----------------------------------------------------------------
@@ -88,12 +88,32 @@ def ids_as_text(body: dict[str, Any], rng: random.Random, door: Door) -> set[int
     return {400}
 
 
+def said_of(reply: Reply, line: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Return what body, headers and log line say was asked for and applied."""
+    body, dials, headers = reply.json, reply.json["dials"], reply.headers
+    return {
+        "body": (dials["requested"], dials["effective"], dials["scenario"], body["policy_hash"],
+                 body["model_hash"]),
+        "headers": (json.loads(headers["x-dial-requested"]),
+                    json.loads(headers["x-dial-effective"]), headers["x-dial-scenario"],
+                    headers["x-dial-policy"], headers["x-dial-model"]),
+        "log": (line["requested"], line["effective"], line["scenario"], line["policy"],
+                line["model"]),
+    }  # fmt: skip
+
+
 MOVES: tuple[Move, ...] = (unknown, bad_bias, other_model, ids_as_text)
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.nightly)])
-def test_no_knob_moves_a_dial_or_hands_over_an_id(tmp_path: Path, n: int) -> None:
-    """The child's key: safety at the top, the ids of the plain prompt, only biases that may be."""
+def test_no_knob_moves_a_dial_or_hands_over_an_id(
+    tmp_path: Path, n: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The child's key: safety at the top, the ids of the plain prompt, only biases that may be.
+
+    Body, headers and log line say so.
+    """
+    caplog.set_level("INFO", "equipoise.serve")
     door = make_door(tmp_path, text="a")
     encoder, rng = door.model.encoder, random.Random("knobs")
     statuses: Counter[int] = Counter()
@@ -114,6 +134,7 @@ def test_no_knob_moves_a_dial_or_hands_over_an_id(tmp_path: Path, n: int) -> Non
             if level is not None:
                 body["dials"] = {"helpfulness": {"level": level}, "safety": rng.choice([0, 1])}
             before = len(door.engine.seen)
+            caplog.clear()
             reply = await ask(door.app, body, key=key)
             statuses[reply.status] += 1
             assert reply.status in allowed, (body, reply.body)
@@ -131,10 +152,11 @@ def test_no_knob_moves_a_dial_or_hands_over_an_id(tmp_path: Path, n: int) -> Non
                     assert token_id not in encoder.forbidden
             effective = reply.json["dials"]["effective"]
             assert effective["safety"] == {"level": 4, "value": 1.0}
-            assert json.loads(reply.headers["x-dial-effective"]) == effective
-            assert json.loads(reply.headers["x-dial-requested"]) == body.get("dials", {})
-            assert reply.headers["x-dial-policy"] == door.rules().policy_hash
-            assert reply.json["model_hash"] == door.model.hash
+            said = said_of(reply, json.loads(caplog.messages[-1]))
+            rules, model = door.rules().policy_hash, door.model.hash
+            asked = body.get("dials", {})
+            assert said["body"] == said["headers"] == (asked, effective, "kids", rules, model)
+            assert said["log"] == (asked, effective, "kids", rules[:12], model[:12])
 
     asyncio.run(all_())
     assert statuses[200] > n // 4 and statuses[400] > n // 4 and statuses[404] > n // 20
