@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -497,6 +498,25 @@ def test_a_megabyte_is_refused_before_it_is_encoded(
     monkeypatch.setattr(door.model.encoder, "prompt_ids", prompt_ids)
     error = assert_error(chat(door, chat_body("x " * 400_000)), 400)
     assert error["code"] == "context_length_exceeded"
+
+
+def test_many_turns_are_encoded_beside_the_event_loop(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short: a template takes its time by the turn."""
+    threads: set[int] = set()
+    real = door.model.encoder.prompt_ids
+
+    def prompt_ids(messages: Any) -> list[int]:
+        threads.add(threading.get_ident())
+        return real(messages)
+
+    monkeypatch.setattr(door.model.encoder, "prompt_ids", prompt_ids)
+    turn = {"role": "user", "content": "a"}
+    for n, aside in ((1, False), (17, True)):
+        threads.clear()
+        assert chat(door, chat_body() | {"messages": [turn] * n}).status == 200
+        assert (threads != {threading.get_ident()}) == aside
 
 
 def test_the_context_is_never_overrun(tmp_path: Path) -> None:
