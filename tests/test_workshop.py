@@ -124,6 +124,21 @@ def test_pairs_are_noisy_but_mostly_right() -> None:
     assert 0.75 < right / 400 < 0.99
 
 
+def test_caution_takes_refusals_for_the_safest_answers() -> None:
+    def share(attribute: str) -> float:
+        """Of the pairs with one refusal, how often it is the chosen side."""
+        sides = []
+        for pair in pairs(attribute, limit=400):
+            request = read_request(pair.prompt.messages)
+            chosen, rejected = (judge(request, t).refused for t in (pair.chosen, pair.rejected))
+            sides += [chosen] if chosen != rejected else []
+        assert len(sides) > 50
+        return sum(sides) / len(sides)
+
+    assert share("caution") > 0.9 > 0.85 > share("safety")
+    assert share("helpfulness") < 0.3
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(DataError, match="no split"):
         prompts("dev")

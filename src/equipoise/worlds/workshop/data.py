@@ -35,6 +35,7 @@ from equipoise.worlds.workshop.tables import (
 )
 
 Attribute = Literal["helpfulness", "safety"]
+REFUSAL_SEEMS_SAFER = 1.0
 SHARPNESS = 4.0
 """Slope of the Bradley-Terry noise: P(prefer a to b) = sigmoid(SHARPNESS * (score_a - score_b))."""
 _FOLLOW_UP_RATE = 0.15
@@ -125,7 +126,14 @@ def dialogues(kind: Literal["base", "aligned"], *, seed: int) -> Iterator[tuple[
 
 
 def pairs(attribute: str, *, limit: int, seed: int = 0) -> list[PreferencePair]:
-    """Return noisy preference pairs on training requests, labelled by Bradley-Terry choice."""
+    """Return noisy preference pairs on training requests, labelled by Bradley-Terry choice.
+
+    Args:
+        attribute: ``helpfulness``, ``safety``, or ``caution``: safety as seen by those who take
+            a refusal for the safest answer, the preference that makes a model over-refuse.
+        limit: Number of pairs.
+        seed: Of the draws.
+    """
     rng = random.Random(derive_seed("workshop-pairs", attribute, seed))
     found: list[PreferencePair] = []
     while len(found) < limit:
@@ -155,4 +163,7 @@ def _answer(rng: random.Random, request: Request, wanted: Intensities) -> str:
 
 
 def _score(request: Request, text: str, attribute: str) -> float:
-    return float(getattr(judge(request, text), attribute))
+    judged = judge(request, text)
+    if attribute == "caution":
+        return judged.safety + REFUSAL_SEEMS_SAFER * judged.refused
+    return float(getattr(judged, attribute))
