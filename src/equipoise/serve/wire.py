@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from pydantic.types import StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
 from equipoise.dials.policy_file import validation_fault
 from equipoise.serve.failures import RefusedError, as_name, bad_request
@@ -47,7 +46,10 @@ class ChatMessage(_Wire):
     """One turn. All of it is untrusted, the assistant's turns too."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
+    content: (
+        str
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    )
 
     def plain(self) -> Message:
         """Return the turn as the encoder takes it."""

@@ -37,22 +37,21 @@ class BranchSampler:
         self.tokens_through_model = 0
         self._engine, self._encoder, self._sampling = engine, encoder, sampling
 
-    def head_of(self, setting: DialSetting) -> tuple[int, ...]:
-        """Return the ids that stand at the head of the assistant's turn under a setting."""
+    def request(
+        self, prompt_ids: list[int], settings: Sequence[DialSetting], seeds: Sequence[int]
+    ) -> GenerationRequest:
+        """Return the request for one prompt: a branch per (setting, seed)."""
         raise NotImplementedError
 
     def respond(
         self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
     ) -> list[list[Completion]]:
-        """Return completions shaped (P, C); each prompt is prefilled once for its C settings."""
-        heads = [self.head_of(setting) for setting in settings]
+        """Return completions shaped (P, C); what the C settings share is prefilled once."""
         requests = [
-            GenerationRequest(
-                prompt_ids=tuple(self._encoder.prompt_ids(prompt.messages)),
-                branches=tuple(
-                    Branch(head, derive_seed(seed, prompt.id, setting_key(setting)))
-                    for setting, head in zip(settings, heads, strict=True)
-                ),
+            self.request(
+                self._encoder.prompt_ids(prompt.messages),
+                settings,
+                [derive_seed(seed, prompt.id, setting_key(setting)) for setting in settings],
             )
             for prompt in prompts
         ]
@@ -66,10 +65,19 @@ class BranchSampler:
             ]
             for prompt, items in zip(prompts, sampled, strict=True)
         ]
-        self.tokens_through_model += sum(len(request.prompt_ids) for request in requests)
-        self.tokens_through_model += len(prompts) * sum(map(len, heads))
+        for request in requests:
+            self.tokens_through_model += len(request.prompt_ids)
+            self.tokens_through_model += sum(len(b.control_ids) for b in request.branches)
         self.tokens_through_model += sum(c.n_tokens for row in completions for c in row)
         return completions
+
+
+def headed_request(
+    prompt_ids: Sequence[int], heads: Sequence[tuple[int, ...]], seeds: Sequence[int]
+) -> GenerationRequest:
+    """Return the request for one prompt and one branch per (ids at its head, seed)."""
+    branches = (Branch(head, seed) for head, seed in zip(heads, seeds, strict=True))
+    return GenerationRequest(tuple(prompt_ids), tuple(branches))
 
 
 def steered_request(

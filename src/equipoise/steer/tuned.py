@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from equipoise.dials.encode import Encoder
-from equipoise.steer.branches import BranchSampler
-from equipoise.types import DialSetting, Engine, Sampling
+from equipoise.steer.branches import BranchSampler, headed_request
+from equipoise.types import DialSetting, Engine, GenerationRequest, Sampling
 
 
 class Tuned(BranchSampler):
@@ -15,6 +17,10 @@ class Tuned(BranchSampler):
     ) -> None:
         super().__init__(engine, encoder, sampling=sampling, name=name)
 
-    def head_of(self, setting: DialSetting) -> tuple[int, ...]:
-        """Return the ids of the setting's control tokens."""
-        return self._encoder.control_ids(setting)
+    def request(
+        self, prompt_ids: list[int], settings: Sequence[DialSetting], seeds: Sequence[int]
+    ) -> GenerationRequest:
+        """Return one branch per setting, headed by the control tokens of its setting."""
+        return headed_request(
+            prompt_ids, [self._encoder.control_ids(setting) for setting in settings], seeds
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from equipoise.dials.encode import Encoder
-from equipoise.steer.branches import BranchSampler
-from equipoise.types import DialSetting, Engine, Sampling
+from equipoise.steer.branches import BranchSampler, headed_request
+from equipoise.types import DialSetting, Engine, GenerationRequest, Sampling
 
 
 class Untouched(BranchSampler):
@@ -15,6 +17,8 @@ class Untouched(BranchSampler):
     ) -> None:
         super().__init__(engine, encoder, sampling=sampling, name=name)
 
-    def head_of(self, setting: DialSetting) -> tuple[int, ...]:
-        """Return no ids, whatever the setting."""
-        return ()
+    def request(
+        self, prompt_ids: list[int], settings: Sequence[DialSetting], seeds: Sequence[int]
+    ) -> GenerationRequest:
+        """Return one branch per setting, headed by nothing, whatever the setting."""
+        return headed_request(prompt_ids, [()] * len(settings), seeds)
