@@ -11,11 +11,12 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from equipoise.config import AlignConfig, PretrainConfig, SftConfig
+from equipoise.config import PretrainConfig, SftConfig
 from equipoise.dials.encode import Encoder
 from equipoise.errors import DataError, TrainingError
 from equipoise.start.rows import Dialogue
 from equipoise.tune.checkpoints import (
+    Budget,
     Checkpoints,
     Curve,
     OnStep,
@@ -24,7 +25,6 @@ from equipoise.tune.checkpoints import (
     trainer_settings,
 )
 
-Budget = PretrainConfig | SftConfig | AlignConfig
 Ids = tuple[list[int], list[int]]
 """Token ids and labels of one row; label -100 is not learnt."""
 
@@ -128,15 +128,7 @@ def drive(
     resume = newest_complete(checkpoints)
     trainer = build(
         {
-            **trainer_settings(
-                checkpoints,
-                steps=config.steps,
-                batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                checkpoint_every=config.checkpoint_every,
-                dtype=dtype,
-                seed=seed % 2**31,
-            ),
+            **trainer_settings(checkpoints, config, dtype=dtype, seed=seed % 2**31),
             "max_grad_norm": 1.0,
             "activation_checkpointing": False,
             "logging_strategy": "steps",

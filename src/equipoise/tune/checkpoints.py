@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,29 +19,33 @@ OnStep = Callable[[int, int], None]
 Curve = list[dict[str, float]]
 
 
-def trainer_settings(
-    folder: Path,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    checkpoint_every: int,
-    dtype: str,
-    seed: int,
-) -> dict[str, Any]:
+class Budget(Protocol):
+    """What every config of a training has."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+
+
+def trainer_settings(folder: Path, budget: Budget, *, dtype: str, seed: int) -> dict[str, Any]:
     """Return what every trainer of ours is told alike: schedule, checkpoints, silence, seeds."""
     return {
         "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": learning_rate,
+        "max_steps": budget.steps,
+        "per_device_train_batch_size": budget.batch_size,
+        "learning_rate": budget.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, steps // 20),
+        "warmup_steps": max(1, budget.steps // 20),
         "adam_beta2": 0.98,
         "bf16": dtype == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "steps",
-        "save_steps": checkpoint_every,
+        "save_steps": budget.checkpoint_every,
         "save_total_limit": 2,
         "dataloader_pin_memory": False,
         "disable_tqdm": True,

@@ -181,15 +181,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 def _arguments(config: OnlineConfig, folder: Path, *, seed: int) -> GRPOConfig:
     return GRPOConfig(
-        **trainer_settings(
-            folder,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            checkpoint_every=config.checkpoint_every,
-            dtype=config.dtype,
-            seed=seed,
-        ),
+        **trainer_settings(folder, config, dtype=config.dtype, seed=seed),
         num_generations=config.group,
         steps_per_generation=1,
         max_completion_length=config.sampling.max_tokens,

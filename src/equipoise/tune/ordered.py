@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from equipoise.config import SteeredStartConfig, TuneConfig
 from equipoise.errors import TrainingError
 from equipoise.tune.checkpoints import (
+    Budget,
     Checkpoints,
     Curve,
     OnStep,
@@ -41,24 +41,15 @@ class OrderedTrainer(Trainer):
     def __init__(
         self,
         *,
-        config: TuneConfig | SteeredStartConfig,
+        config: Budget,
         checkpoints: Path,
         dtype: str,
         seed: int,
         on_step: OnStep | None,
         **kwargs: Any,
     ) -> None:
-        settings = trainer_settings(
-            checkpoints,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            checkpoint_every=config.checkpoint_every,
-            dtype=dtype,
-            seed=seed,
-        )
         arguments = TrainingArguments(
-            **settings,
+            **trainer_settings(checkpoints, config, dtype=dtype, seed=seed),
             weight_decay=0.0,
             max_grad_norm=1.0,
             logging_strategy="no",
