@@ -153,4 +153,4 @@ def test_the_full_recipe_takes_another_model_in_one_line(model: str) -> None:
     other = load_recipe("smollm2", overrides=[f"model={model}"])
     assert other.model_copy(update={"model": plain.model}) == plain
     assert resolve_model(other.model) == model
-    assert plain.prompts.n_dev == 40 and plain.regenerate is not None
+    assert plain.prompts.n_dev == 40 and plain.steer is not None

@@ -115,7 +115,10 @@ def test_the_start_teaches_the_shift_and_its_curve_says_so(tmp_path: Path) -> No
     )
     encoder = Encoder(tuned.tokenizer, tuned.manifest)
     plan = ShiftPlan(examples(), encoder, VECTORS, START, levels=5, auto_rate=0.0, seed=77)
-    batch: ShiftBatch = collate([plan[index] for index in range(24)])
+    rows = [plan[index] for index in range(24)]
+    batch: ShiftBatch = collate(rows)
+    read = sum(2 * (len(r.prompt_ids) + len(r.completion_ids)) + len(r.control_ids) for r in rows)
+    assert batch.n_tokens == read < batch.plain_ids.numel() + batch.dialled_ids.numel()
     with torch.no_grad():
         missing, wanted = unexplained(tuned.model, batch, 0)
     assert missing < 0.5 * wanted

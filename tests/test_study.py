@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.budget import RowLengths  # noqa: E402
 from benchmarks.paper import run as command  # noqa: E402
 from benchmarks.paper.page import render, said  # noqa: E402
 from benchmarks.paper.points import (  # noqa: E402
@@ -280,7 +281,7 @@ def test_every_point_is_a_valid_recipe(scale: Any) -> None:
     tokens=st.floats(1e6, 4e6),
 )
 def test_budgets_are_equal_in_tokens(prompt: float, completion: float, tokens: float) -> None:
-    lengths = {"prompt": prompt, "controls": 2.0, "completion": completion}
+    lengths = RowLengths(prompt, controls=2.0, completion=completion)
     row = prompt + 2 + completion
     clm = int(steps_for("clm", tokens, lengths, FULL)["tune.steps"])
     assert clm * 32 * row == pytest.approx(tokens, rel=0.05)

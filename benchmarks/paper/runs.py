@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rundirs
+from benchmarks.budget import RowLengths, row_lengths, steps_within
 from benchmarks.paper.points import (
     ABLATION_STEPS,
     DEFAULT,
@@ -25,9 +26,10 @@ from benchmarks.rundirs import read_report
 
 from equipoise.config import Recipe
 from equipoise.recipe_io import load_recipe
-from equipoise.store.rundir import RunDir
 
 RECIPE = Path(__file__).parent.parent / "workshop" / "recipe.yaml"
+BATCH = 32
+"""Of the recipe."""
 JUDGES = ("generalization", "optimization")
 KEPT = (
     "mp", "overall", "bt", "bt_neighbours", "rmse", "leakage", "range", "coverage", "never_moves",
@@ -105,47 +107,24 @@ def run_ablations(scale: Scale, seed: int, groups: Mapping[str, list[Point]]) ->
     }
 
 
-def row_lengths(folder: Path) -> dict[str, float]:
-    """Return mean tokens of prompt, controls and completion of the distilled set of a run."""
-    from equipoise.dials.encode import Encoder
-    from equipoise.models.load import load_tokenizer, resolve_model
-    from equipoise.types import ControlledExample
-
-    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text())
-    encoder = Encoder(load_tokenizer(resolve_model(recipe.model)))
-    with RunDir.open(folder, recipe) as opened:
-        examples = opened.done("distil").read_shard("examples.parquet", ControlledExample)
-    n = len(examples)
-    return {
-        "prompt": sum(len(encoder.prompt_ids(e.prompt.messages)) for e in examples) / n,
-        "controls": float(len(recipe.attributes)),
-        "completion": sum(
-            len(encoder.completion_ids(e.text, finished=e.finished)) for e in examples
-        )
-        / n,
-    }
-
-
-def steps_for(
-    name: str, tokens: float, lengths: Mapping[str, float], scale: Scale
-) -> dict[str, str]:
+def steps_for(name: str, tokens: float, lengths: RowLengths, scale: Scale) -> dict[str, str]:
     """Return the steps that bring a method's tokens to the reference's; see ``points.py``.
 
-    A row of CLM is prompt, controls and completion. A completion of RLHF is sampled (its prompt
-    once per group), read by the reference without controls, and trained on.
+    A completion of RLHF is sampled (its prompt once per group), read by the reference without
+    controls, and trained on.
     """
-    prompt, controls, completion = (lengths[key] for key in ("prompt", "controls", "completion"))
-    row = prompt + controls + completion
+    row = lengths.read()
     if name == "rlhf":
         batch, group = (
             int(OBJECTIVES[name][key]) for key in ("tune.batch_size", "tune.rlhf.group")
         )
-        online = batch * (prompt / group + controls + completion + row + row - controls)
-        warm = max(1, round(RLHF_WARM_SHARE * tokens / (batch * row)))
-        steps = max(1, round((tokens - warm * batch * row) / online))
+        sampled = lengths.prompt / group + lengths.controls + lengths.completion
+        warm = steps_within(RLHF_WARM_SHARE * tokens, batch, row)
+        left = tokens - warm * batch * row
+        steps = steps_within(left, batch, sampled + row + row - lengths.controls)
         return {"tune.rlhf.warm_start": str(warm), "tune.steps": str(steps)}
     if OBJECTIVES[name].get("tune.objective") == "clm":
-        return {"tune.steps": str(max(1, round(tokens / (32 * row))))}
+        return {"tune.steps": str(steps_within(tokens, BATCH, row))}
     return {"tune.steps": str(scale.steps)}
 
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.serve.run                    # about two minutes on two cores
     python -m benchmarks.serve.run --only overhead    # or: engine, load; --dry keeps the result
+    python -m benchmarks.serve.run --only real        # after `equipoise fetch smollm2`
 
 ``overhead``: requests at a fixed rate to a fake engine that computes nothing, so that all of the
 latency is the door's. ``engine``: tokens per second of the Workshop's model with ``generate`` of
-``transformers``, with ``TransformersEngine``, in the batcher, and through HTTP, in turns. ``load``:
-an open loop (a request is sent when it is due, not when an answer came back) at 1.2 and at 10 times
-what the engine can do.
+``transformers``, with ``TransformersEngine``, in the batcher, and through HTTP, in turns. ``real``:
+the same with SmolLM2-135M, where the model is what takes the time. ``load``: an open loop (a
+request is sent when it is due, not when an answer came back) at 1.2 and at 10 times what the engine
+can do.
 
 Server and client are two processes on one machine and share its cores. The committed result is
 ``benchmarks/serve/results.json``; its ``machine`` says where it was made and how busy that was.
@@ -117,9 +119,9 @@ def load() -> dict[str, Any]:
     return found
 
 
-def engine() -> dict[str, Any]:
+def engine(model: str = "workshop://start", rounds: int = ROUNDS) -> dict[str, Any]:
     """Tokens per second of one model four ways: bare, our engine, the batcher, and through HTTP."""
-    loaded = dialled()
+    loaded = dialled(model)
     objects = ("frostbell", "ember lamp", "kettle", "ladder")
     prompts = [
         Prompt(f"p{i}", (Message("user", f"How do I tune the {objects[i % 4]} {i}?"),), "test")
@@ -152,7 +154,7 @@ def engine() -> dict[str, Any]:
         await batcher.drain(1)
         return list(counts)
 
-    with server("--real", "--slots", str(CONCURRENCY)) as (port, key, _):
+    with server("--model", model, "--slots", str(CONCURRENCY)) as (port, key, _):
         responder = HttpResponder(
             f"http://127.0.0.1:{port}",
             key,
@@ -169,12 +171,12 @@ def engine() -> dict[str, Any]:
         }
         # In turns, as the machine's pace may change; the first round warms up.
         rates = {name: list[float]() for name in ways}
-        for _ in range(ROUNDS + 1):
+        for _ in range(rounds + 1):
             for name, way in ways.items():
                 start = time.perf_counter()
                 n_tokens = sum(way())
                 rates[name].append(n_tokens / (time.perf_counter() - start))
-    found: dict[str, Any] = {"requests": len(ids), "concurrency": CONCURRENCY, "rounds": ROUNDS}
+    found: dict[str, Any] = {"requests": len(ids), "concurrency": CONCURRENCY, "rounds": rounds}
     for name, all_ in rates.items():
         found[name] = {"tokens_per_second": round(statistics.median(all_[1:]), 1)}
     for name in ("batcher", "http"):
@@ -186,18 +188,24 @@ def engine() -> dict[str, Any]:
     return found
 
 
+def real() -> dict[str, Any]:
+    """Measure :func:`engine` where the model is what takes the time."""
+    return {"model": "SmolLM2-135M-Instruct", **engine("cache://smollm2", rounds=3)}
+
+
 PARTS = {"overhead": overhead, "engine": engine, "load": load}
+ALL_PARTS = {**PARTS, "real": real}
 
 
 def main() -> None:
     """Run the parts that were asked for and update the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=ALL_PARTS)
     parser.add_argument("--dry", action="store_true", help="print, and keep the committed result")
     given = parser.parse_args()
     found = json.loads(RESULT.read_text("utf-8")) if RESULT.is_file() else {}
     for name in [given.only] if given.only else list(PARTS):
-        found[name] = {"machine": machine(), **PARTS[name]()}
+        found[name] = {"machine": machine(), **ALL_PARTS[name]()}
         print(json.dumps({name: found[name]}, indent=1))
     if not given.dry:
         RESULT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -68,9 +68,9 @@ class FakeEngine:
             self._free.release()
 
 
-def dialled() -> LoadedPolicy:
-    """Return the Workshop's start model with untrained dials: as fast as a tuned one."""
-    loaded = load_causal("workshop://start")
+def dialled(model: str = "workshop://start") -> LoadedPolicy:
+    """Return a model with untrained dials: as fast as a tuned one."""
+    loaded = load_causal(model)
     manifest = install(
         loaded.model, loaded.tokenizer, attributes=("helpfulness", "safety"), levels=5
     )
@@ -84,13 +84,13 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--waiting", type=int, default=64)
-    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--model", help="a real engine with this model; else a fake one")
     given = parser.parse_args()
-    loaded, secret = dialled(), new_secret()
+    loaded, secret = dialled(given.model) if given.model else dialled(), new_secret()
     engine: ServingEngine = FakeEngine(
         loaded.encoder.completion_ids(ANSWER, finished=False), slots=given.slots, delay=given.delay
     )
-    if given.real:
+    if given.model:
         engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=given.slots)
     policy = yaml.safe_load(shipped_policies()["example"].read_text("utf-8"))
     policy["limits"] |= {

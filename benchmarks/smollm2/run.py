@@ -18,10 +18,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.budget import row_lengths, steps_within
 from benchmarks.machine import processor
 from benchmarks.rundirs import execute, read_report
 from benchmarks.smollm2.points import (
     ATTRIBUTES,
+    BRANCHES,
     POINTS,
     POOL,
     REFERENCE,
@@ -30,12 +32,7 @@ from benchmarks.smollm2.points import (
     make_recipe,
 )
 
-from equipoise.config import Recipe
 from equipoise.evaluate.report import plain, render
-from equipoise.models.reward_card import read_card
-from equipoise.overlap import prompt_key
-from equipoise.stages.inputs import read_prompts
-from equipoise.store.rundir import RunDir
 
 HERE = Path(__file__).parent
 JUDGES = ("optimization", "generalization")
@@ -47,16 +44,25 @@ Json = Mapping[str, Any]
 
 
 def run_point(name: str, data: str | None) -> Path:
-    """Run one point, on the reference's pool; the reference comes first."""
-    overrides = POINTS[name]
-    shares = POOL[:-1] if overrides.get("regenerate") == "null" else POOL
+    """Run one point, on the reference's pool and at its budget; the reference comes first."""
+    reference = RUNS / REFERENCE
+    overrides = {**POINTS[name], **(budget(name) if name in BRANCHES else {})}
     return execute(
         make_recipe(overrides, data),
         RUNS / name,
-        source=RUNS / REFERENCE if name != REFERENCE else None,
-        shares=shares,
+        source=reference if name != REFERENCE else None,
+        shares=POOL,
         text=False,
     )
+
+
+def budget(name: str) -> dict[str, str]:
+    """Return the steps in which a point reads as many tokens as the reference's tuning."""
+    reference = RUNS / REFERENCE
+    tokens = _cost(read_report(reference), "tuned")["tuning_tokens"]
+    batch = make_recipe({}, None).tune.batch_size
+    row = row_lengths(reference).read(BRANCHES[name])
+    return {"tune.steps": str(steps_within(tokens, batch, row))}
 
 
 def finished() -> dict[str, Json]:
@@ -100,7 +106,6 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
             "interval": "95 %, bootstrap over prompts; one seed",
             "n": best["n"],
             "intersections": best["intersections"],
-            "training_prompts_in_rows": _training_overlap(),
             "headline": {key: _rounded(value) for key, value in headline.items()},
             "bound": "mean over prompts of the correlation between training reward and judge on "
             "the untouched model's own completions: what generalization can show",
@@ -177,21 +182,6 @@ def _fluency(name: str, quality: Json, own: float, levels: int) -> dict[str, flo
         drop = {"value": own - found["value"], "low": own - found["high"]}
         headline |= _flat(f"{name}.fluency_drop.{place}", {**drop, "high": own - found["low"]})
     return headline
-
-
-def _training_overlap() -> dict[str, int]:
-    """Return how many training prompts are among the rows of each reward model and judge."""
-    run = RUNS / REFERENCE
-    stored = Recipe.model_validate_json((run / "recipe.json").read_text())
-    with RunDir.open(run, stored) as opened:
-        prompts = [prompt for prompt in read_prompts(opened) if prompt.split == "train"]
-    keys = {prompt_key(prompt.messages) for prompt in prompts}
-    cards = {name: read_card(run / "fit-reward" / "fitted" / name) for name in stored.fit_reward}
-    return {
-        name: len(keys & {*card.train_prompts, *card.held_out_prompts})
-        for name, card in cards.items()
-        if card is not None
-    }
 
 
 def listening(losses: Json, tune: Json) -> Iterator[dict[str, float]]:

@@ -57,6 +57,8 @@ class ShiftBatch:
     """(B, T + A): the same; as many per row as in ``plain_at``."""
     shifts: Tensor
     """(B, D): what shall be added to the states."""
+    n_tokens: int
+    """Tokens in both rectangles, padding left out."""
 
 
 def shift_of(
@@ -118,12 +120,18 @@ class ShiftPlan(Dataset[ShiftRow]):
 
 def collate(rows: Sequence[ShiftRow]) -> ShiftBatch:
     """Lay texts out as two rectangles; see :class:`ShiftBatch`."""
-    plain_ids, plain_at = _rectangle([(row.prompt_ids, row.completion_ids) for row in rows])
-    dialled_ids, dialled_at = _rectangle(
-        [((*row.prompt_ids, *row.control_ids), row.completion_ids) for row in rows]
+    plain = [(row.prompt_ids, row.completion_ids) for row in rows]
+    dialled = [((*row.prompt_ids, *row.control_ids), row.completion_ids) for row in rows]
+    plain_ids, plain_at = _rectangle(plain)
+    dialled_ids, dialled_at = _rectangle(dialled)
+    return ShiftBatch(
+        plain_ids,
+        dialled_ids,
+        plain_at,
+        dialled_at,
+        shifts=torch.stack([row.shift for row in rows]),
+        n_tokens=sum(len(before) + len(text) for before, text in (*plain, *dialled)),
     )
-    shifts = torch.stack([row.shift for row in rows])
-    return ShiftBatch(plain_ids, dialled_ids, plain_at, dialled_at, shifts)
 
 
 def _rectangle(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Tensor, Tensor]:
@@ -243,7 +251,7 @@ class ShiftTrainer(OrderedTrainer):
             fix="lower tune.steered_start.learning_rate",
         )
         last = self.curve[-1] if self.curve else {"tokens": 0}
-        read = int(inputs["plain_ids"].numel() + inputs["dialled_ids"].numel())
-        row = {"step": step, "unexplained": loss.item(), "tokens": last["tokens"] + read}
+        tokens = last["tokens"] + inputs["n_tokens"]
+        row = {"step": step, "unexplained": loss.item(), "tokens": tokens}
         self.curve.append(row)
         return (loss, None) if return_outputs else loss
