@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import http.client
 import json
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import yaml
 
 from equipoise.dials.dial_policy import Key
@@ -23,10 +21,10 @@ from equipoise.dials.policy_file import shipped_policies
 from equipoise.serve.app import House, build_app
 from equipoise.serve.auth import Gate
 from equipoise.serve.chat import ServedModel
-from equipoise.serve.connection import ImpatientH11
 from equipoise.serve.content_log import ContentLog
 from equipoise.serve.engine import Generation, Load, Token
 from equipoise.serve.keys import add_key, digest, new_secret
+from equipoise.serve.loopback import on_loopback
 from equipoise.serve.reload import Rules, RulesSource
 from tokenizer_kit import byte_bpe
 
@@ -199,22 +197,8 @@ def make_door(
 @contextlib.contextmanager
 def running(door: Door) -> Iterator[int]:
     """Run a door behind a real uvicorn on loopback; yields its port."""
-    config = uvicorn.Config(
-        door.app, port=0, log_config=None, access_log=False, ws="none", http=ImpatientH11,
-        lifespan="on", server_header=False,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    with on_loopback(door.app) as port:
+        yield port
 
 
 @dataclass(frozen=True)

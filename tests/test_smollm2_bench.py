@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 
 from equipoise.recipe_io import load_recipe
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-from benchmarks.smollm2.points import BRANCHES, POINTS, REFERENCE, make_recipe
-from benchmarks.smollm2.run import listening
+from benchmarks.smollm2.points import BRANCHES, POINTS, REFERENCE, make_recipe  # noqa: E402
+from benchmarks.smollm2.run import listening  # noqa: E402
+from benchmarks.smollm2.tables import RESULT, tables  # noqa: E402
 
 
 @pytest.mark.parametrize("name", POINTS)
@@ -41,3 +44,9 @@ def test_listening_counts_fresh_examples_in_windows() -> None:
 def test_a_curve_without_a_look_is_empty() -> None:
     losses = {"step": [1], "preferred": [None], "epoch": [0.1]}
     assert list(listening(losses, {"batch_size": 8})) == []
+
+
+def test_the_page_shows_the_tables_of_the_result() -> None:
+    page = (ROOT / "docs" / "smollm2.md").read_text("utf-8")
+    for name, table in tables(json.loads(RESULT.read_text("utf-8"))).items():
+        assert table in page, f"docs/smollm2.md: table {name!r} is not that of results.json"

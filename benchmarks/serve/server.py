@@ -10,11 +10,9 @@ import asyncio
 import json
 import signal
 import tempfile
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import uvicorn
 import yaml
 
 from equipoise.dials.dial_policy import Key
@@ -26,6 +24,7 @@ from equipoise.serve.app import build_app
 from equipoise.serve.batcher import ContinuousBatcher
 from equipoise.serve.engine import Generation, Load, ServingEngine, Token
 from equipoise.serve.keys import digest, new_secret
+from equipoise.serve.loopback import on_loopback
 from equipoise.serve.reload import RulesSource
 from equipoise.serve.runner import LOCAL_HOSTS, served_model
 
@@ -108,19 +107,9 @@ def main() -> None:
             file, None, attributes=model.attributes, levels=model.levels, fixed_keys=(key,)
         )
         app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS, drain_seconds=1.0)
-        config = uvicorn.Config(
-            app, host="127.0.0.1", port=0, http="h11", log_config=None, access_log=False, ws="none"
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            thread.join(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        print(json.dumps({"port": port, "key": secret}), flush=True)
-        signal.sigwait({signal.SIGTERM, signal.SIGINT})
-        server.should_exit = True
-        thread.join()
+        with on_loopback(app) as port:
+            print(json.dumps({"port": port, "key": secret}), flush=True)
+            signal.sigwait({signal.SIGTERM, signal.SIGINT})
 
 
 if __name__ == "__main__":

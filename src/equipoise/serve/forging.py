@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from equipoise.dials.dial_policy import DialPolicy, Key, Server, allowed_levels
 from equipoise.dials.policy_file import find_policy, load_policy
-from equipoise.errors import ServingError
 from equipoise.stages.bench import read_bench
 from equipoise.stages.inputs import Job
 from equipoise.stages.measuring import evaluated_prompts
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
 
 RESULT = "forge.json"
 _NAME = "model"
-_START_SECONDS = 30.0
 
 
 def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
@@ -116,11 +112,10 @@ def widest(policy: DialPolicy, attributes: tuple[str, ...], levels: int) -> tupl
 @contextmanager
 def served(loaded: LoadedPolicy, file: Path, policy: DialPolicy) -> Iterator[tuple[str, str]]:
     """Serve a model on a free loopback port while the block runs; yields its URL and a key."""
-    import uvicorn
-
     from equipoise.serve.app import build_app
     from equipoise.serve.batcher import ContinuousBatcher
     from equipoise.serve.keys import digest, new_secret
+    from equipoise.serve.loopback import on_loopback
     from equipoise.serve.reload import RulesSource
     from equipoise.serve.runner import LOCAL_HOSTS, served_model
 
@@ -135,25 +130,8 @@ def served(loaded: LoadedPolicy, file: Path, policy: DialPolicy) -> Iterator[tup
     )
     engine = ContinuousBatcher(loaded.model, loaded.encoder)
     app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS)
-    config: dict[str, Any] = {"log_config": None, "access_log": False, "ws": "none"}
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, http="h11", **config))
-    thread = threading.Thread(target=server.run, name="equipoise-door", daemon=True)
-    thread.start()
-    deadline = time.monotonic() + _START_SECONDS
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > deadline:
-            raise ServingError(
-                "the server did not start",
-                why="its thread ended or took too long",
-                fix="run again with --debug and report what it prints",
-            )
-        time.sleep(0.01)
-    try:
-        port = server.servers[0].sockets[0].getsockname()[1]
+    with on_loopback(app) as port:
         yield f"http://127.0.0.1:{port}", secret
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def _key(sha256: str, policy: DialPolicy) -> Key:
