@@ -35,6 +35,7 @@ POINTS: Mapping[str, Overrides] = {
     "training-free": {
         "tune.steps": "1",
         "tune.steered_start": "null",
+        "evaluate.auto_sweep": "false",
         "evaluate.responders": f"[{', '.join(TRAINING_FREE)}]",
     },
     "exmate": {**PLAIN, "tune.objective": "exmate", "tune.weight": "1.0"},
