@@ -228,7 +228,12 @@ def _read_causal(place: str, dtype: torch.dtype) -> Any:
         if adapter.is_file():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(place, dtype=dtype)
+            if not (adapter.parent / "adapter_model.safetensors").is_file():
+                # peft would fall back to a pickle.
+                raise OSError("adapter_model.safetensors is missing")
+            return AutoPeftModelForCausalLM.from_pretrained(
+                place, dtype=dtype, use_safetensors=True
+            )
         return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load(place, error) from error
