@@ -36,6 +36,7 @@ from equipoise.config import (
     SourceConfig,
     TuneConfig,
 )
+from equipoise.denoise import shortened
 from equipoise.pool.prompts import load_prompts
 from equipoise.tune.trainer import tune
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         attribute: load_reward_model(RewardModelConfig(model=name), attribute=attribute)
         for attribute, name in names.items()
     }
-    scored = [row for chunk in score(pool, by_id, reward_models) for row in chunk]
+    scored = [row for chunk in score(shortened(pool), by_id, reward_models) for row in chunk]
     calibration = calibrate(scored, mode="pooled")
     units = unit_scores(scored, calibration)
     examples, report = distil(

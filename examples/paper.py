@@ -47,6 +47,7 @@ from equipoise.config import (
     SamplingConfig,
     TuneConfig,
 )
+from equipoise.denoise import shortened
 from equipoise.tune.trainer import tune
 from equipoise.worlds import workshop
 
@@ -80,7 +81,7 @@ def main() -> None:
         for completion in group
     ]
     by_id = {prompt.id: prompt for prompt in train}
-    scored = [row for chunk in score(pool, by_id, reward_models) for row in chunk]
+    scored = [row for chunk in score(shortened(pool), by_id, reward_models) for row in chunk]
     calibration = calibrate(scored, mode="pooled")
     units = unit_scores(scored, calibration)
     print(f"pool: {len(pool)} completions of {len(train)} prompts")

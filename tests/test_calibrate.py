@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ from equipoise.pool.calibrate import (
     unit_scores,
 )
 from equipoise.pool.score import score
-from equipoise.types import ScoredCompletion
+from equipoise.types import DialSetting, ScoredCompletion
 from reward_kit import FixedReward, completion, prompt
 
 NUMBERS = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
@@ -93,6 +94,15 @@ def test_within_prompt_ranks_among_fellows() -> None:
     within = unit_scores(rows, calibrate(rows, mode="within_prompt"))
     assert [u["helpfulness"] for u in pooled] == [0.125, 0.375, 0.625, 0.875]
     assert [u["helpfulness"] for u in within] == [0.25, 0.75, 0.25, 0.75]
+
+
+def test_within_prompt_ranks_a_prompt_without_own_completions_in_the_whole_pool() -> None:
+    rows = pool(a=[1.0, 2.0], b=[10.0, 20.0])
+    asked = replace(rows[2].completion, prompt_id="c", setting=DialSetting((0, 0)))
+    with_prompted = [*rows, replace(rows[2], completion=asked)]
+    calibration = calibrate(rows, mode="within_prompt")
+    found = [unit["helpfulness"] for unit in unit_scores(with_prompted, calibration)]
+    assert found == [0.25, 0.75, 0.25, 0.75, 0.625]
 
 
 def test_equal_scores_are_refused() -> None:

@@ -110,10 +110,10 @@ def test_duplicates_and_degenerate_texts_are_dropped() -> None:
 
 def test_cut_completions_are_shortened_and_get_no_end_token() -> None:
     cut = Completion("a", 0, "Turn the key. Then lift the", "length", 9, "h")
-    assert shorten(cut) == "Turn the key."
-    assert shorten(Completion("a", 0, "1. Turn\n2. Lift the lid", "length", 9, "h")) is None
-    assert shorten(Completion("a", 0, "It costs 3.50 for the", "length", 9, "h")) is None
-    assert shorten(Completion("a", 0, "As it is", "stop", 3, "h")) == "As it is"
+    assert shorten(cut.text, cut.finish) == "Turn the key."
+    assert shorten("1. Turn\n2. Lift the lid", "length") is None
+    assert shorten("It costs 3.50 for the", "length") is None
+    assert shorten("As it is", "stop") == "As it is"
     rows = [
         *GOOD[:3],
         (scored("a", 3, "Turn the big key now. Then lift", "length"), unit(0.9, 0.1)),

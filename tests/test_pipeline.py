@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from equipoise.evaluate.report import shared_runs
 from equipoise.pipeline import run_all
 from equipoise.plan import PLANNED
 from equipoise.pool.calibrate import Calibration
@@ -18,6 +17,7 @@ from equipoise.stages.inputs import read_prompts, read_scored
 from equipoise.store.fingerprint import STAGES
 from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.types import Delivery, ScoredCompletion
+from leaks import shared_runs
 from pipeline_kit import blank_pictures, prompt_texts, save_assets, tiny_recipe, write_recipe
 
 PAIRS = 40
@@ -120,9 +120,12 @@ def test_the_judges_scale_is_that_of_the_whole_pool(finished: Path) -> None:
 
 def test_deliveries_cover_the_grid_once(finished: Path) -> None:
     with RunDir.open(finished, stored_recipe(finished)) as run:
-        shards = run.done("evaluate").read_rows(Delivery, prefix="deliveries/tuned/")
-        rows = [row for shard in shards for row in shard]
-    assert len({(row.prompt_id, row.setting) for row in rows}) == len(rows) == 4 * (9 + 6)
+        evaluated = run.done("evaluate")
+        for folder, settings in (("deliveries", 9), ("one-dial", 6)):
+            shards = evaluated.read_rows(Delivery, prefix=f"{folder}/tuned/")
+            rows = [row for shard in shards for row in shard]
+            cells = {(row.prompt_id, row.setting) for row in rows}
+            assert len(cells) == len(rows) == 4 * settings
 
 
 def test_the_same_command_again_has_nothing_to_do(

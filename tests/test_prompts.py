@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from equipoise.config import PromptsConfig, SourceConfig
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.pool.prompts import check_lengths, load_labelled, load_pairs, load_prompts
+from equipoise.pool.preferences import load_labelled, load_pairs
+from equipoise.pool.prompts import check_lengths, load_prompts
 from equipoise.pool.rows import draw, read_rows
 from equipoise.pool.shapes import parse_transcript
 from equipoise.types import Message, Prompt
@@ -169,8 +170,11 @@ def test_datasets_name_is_loaded_with_its_split(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_damaged_gzip_and_parquet_are_refused(tmp_path: Path) -> None:
-    for name in ("a.jsonl.gz", "a.parquet"):
-        (tmp_path / name).write_bytes(b"nonsense")
+    inside = bytearray(gzip.compress(b'{"prompt": "a"}\n' * 50))
+    inside[15] ^= 0xFF
+    damaged = {"a.jsonl.gz": b"nonsense", "b.jsonl.gz": bytes(inside), "a.parquet": b"nonsense"}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match="Cannot read"):
             read_rows(SourceConfig(source=name), data=tmp_path)
 

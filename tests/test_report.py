@@ -17,7 +17,7 @@ from equipoise.evaluate.canvas import colours, heatmap, label, markers, written
 from equipoise.evaluate.figures_data import losses
 from equipoise.evaluate.measure import measure
 from equipoise.evaluate.metrics import chance_leakage
-from equipoise.evaluate.report import control_json, render, shared_runs
+from equipoise.evaluate.report import plain, render
 from equipoise.evaluate.sampler import MAX_BYTES, sampler
 from eval_kit import (
     ATTRIBUTES,
@@ -27,6 +27,7 @@ from eval_kit import (
     synthetic_report,
     targets,
 )
+from leaks import shared_runs
 
 HOSTILE = '</div><script>alert(1)</script><img src="https://x.example/a" onerror="alert(2)">'
 SECRET = "seven silver foxes quietly carried the old lantern across nine frozen rivers"
@@ -156,13 +157,26 @@ def test_the_headline_says_what_was_measured(made: tuple[Path, Path, dict]) -> N
     assert f"deaf to all dials is {chance_leakage(9):.2f}" in html
 
 
+def test_three_dials_get_the_figures_that_can_be_drawn(tmp_path: Path) -> None:
+    names = ["helpfulness", "safety", "tone"]
+    unit = np.broadcast_to(targets(3, 3), (1, 2, 27, 3))
+    rows = deliveries_from(unit, levels=3)
+    control = measure(rows, judge="optimization", attributes=names, levels=3, draws=10)
+    quality = {"fluency": [{"value": 0.0}] * 27, "fluency_mean": {"value": 0.0}}
+    method = {"optimization": plain(control), "generalization": None, "quality": quality}
+    report = {"recipe": {"attributes": names, "levels": 3}, "methods": {"start": method}}
+    render(report, tmp_path, text=True)
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    assert drawn == {"control", "response", "posterior", "leakage"}
+
+
 def test_a_bare_report_leaves_out_what_is_missing(tmp_path: Path) -> None:
     unit = np.broadcast_to(targets(3, 1), (1, 2, 3, 1))
     rows = deliveries_from(unit, levels=3)
     control = measure(rows, judge="optimization", attributes=["helpfulness"], levels=3, draws=10)
     report = {
         "recipe": {"attributes": ["helpfulness"], "levels": 3},
-        "methods": {"a/../b": {"optimization": control_json(control), "generalization": None}},
+        "methods": {"a/../b": {"optimization": plain(control), "generalization": None}},
     }
     html = render(report, tmp_path, text=True).read_text("utf-8")
     assert {path.stem for path in (tmp_path / "figures").glob("*.svg")} == {

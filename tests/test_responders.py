@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,14 @@ from equipoise.steer.prompting import Prompting, built_in_phrases
 from equipoise.steer.reranking import Candidates, Reranking, nearest
 from equipoise.steer.tuned import Tuned
 from equipoise.steer.untouched import Untouched
-from equipoise.types import ControlledExample, DialSetting, Message, Prompt, Responder
+from equipoise.types import (
+    ControlledExample,
+    DialSetting,
+    Message,
+    Prompt,
+    Responder,
+    Sampled,
+)
 from eval_kit import (
     ATTRIBUTES,
     SAMPLING,
@@ -131,6 +140,26 @@ def test_reranking_comes_nearer_with_n() -> None:
         )
 
     assert miss(1) > 2 * miss(8) > 4 * miss(64)
+
+
+def test_reranking_ranks_by_the_text_that_is_judged() -> None:
+    class Cut(FakeEngine):
+        def generate(self, requests: Any, sampling: Any) -> list[list[Sampled]]:
+            return [
+                [replace(item, text=f"{item.text}. And th", finish="length") for item in row]
+                for row in super().generate(requests, sampling)
+            ]
+
+    class Whole(FakeRewardModel):
+        def score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+            assert all(text.endswith(".") for _, text in pairs)
+            return super().score(pairs)
+
+    shared = candidates(Cut(), 4)
+    shared.reward_models = {"helpfulness": Whole(1), "safety": Whole(2)}
+    kept = Reranking(shared, n=4, levels=5).respond(PROMPTS, CELLS, seed=0)
+    # What is given is the whole text.
+    assert {one.text[-6:] for row in kept for one in row} == {"And th"}
 
 
 def test_nearest() -> None:

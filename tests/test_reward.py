@@ -385,6 +385,11 @@ def test_policy_without_template_or_safetensors_is_refused(tmp_path: Path) -> No
     (place / "model.safetensors").rename(place / "pytorch_model.bin")
     with pytest.raises(ModelError, match="Cannot load"):
         load.load_causal(str(place))
+    adapter = causal_dir(tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is missing"):
+        load.load_causal(str(adapter))
 
 
 def test_probed_number_type_is_one_of_two() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +11,10 @@ from hypothesis import strategies as st
 
 from equipoise.dials.attributes import cells, target
 from equipoise.errors import DataError
-from equipoise.evaluate.canvas import save
 from equipoise.evaluate.rewind import (
     Pool,
     chance_coverage,
     coverage_per_prompt,
-    draw_rewind,
     pool_facts,
     rewind,
 )
@@ -112,12 +109,3 @@ def test_pools_that_cannot_be_compared_are_refused() -> None:
     pools["tuned_base"] = grid_pool(prompts=5)
     with pytest.raises(DataError, match="cannot be compared"):
         rewind(pools, attributes=ATTRIBUTES, levels=5)
-
-
-def test_the_figure_is_written(tmp_path: Path) -> None:
-    reached = {"base": 20, "aligned": 5, "rewound": 18, "tuned_base": 22}
-    pools = {name: grid_pool(reached=n) for name, n in reached.items()}
-    found = rewind(pools, attributes=ATTRIBUTES, levels=5, draws=20)
-    paths = save(lambda: draw_rewind(found, attributes=ATTRIBUTES, levels=5), "rewind", tmp_path)
-    assert [path.suffix for path in paths] == [".svg", ".png"]
-    assert all(path.stat().st_size > 5000 for path in paths)

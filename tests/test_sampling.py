@@ -10,6 +10,7 @@ from equipoise.config import GenerateConfig, SamplingConfig
 from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.errors import ModelError
 from equipoise.models.sampling import TransformersEngine
 from equipoise.pool.generate import generate
 from equipoise.seeds import derive_seed
@@ -102,6 +103,14 @@ def test_branches_with_controls_share_the_prefill_and_follow_their_controls() ->
     for branch, sampled in zip(branches, shared, strict=True):
         alone = GenerationRequest((*ids, *branch.control_ids), (Branch((), 5),))
         assert one.generate([alone], SAMPLING)[0][0].token_ids == sampled.token_ids
+
+
+def test_a_broken_model_is_noticed_and_writes_no_text() -> None:
+    one = engine()
+    with torch.no_grad():
+        one.model.get_input_embeddings().weight[:] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        one.generate(requests(one.encoder, n=2), SAMPLING)
 
 
 def test_control_ids_are_never_sampled() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.errors import DataError, ModelError
+from equipoise.errors import ConfigError, DataError, ModelError
 from equipoise.types import Message, Prompt
 from equipoise.worlds.workshop import asset, oracle_model, pairs, parses, prompts
+from equipoise.worlds.workshop.bake import bake
 from equipoise.worlds.workshop.data import draw_request, is_training, messages_for
 from equipoise.worlds.workshop.grammar import Request, base_intensities, plan, write
 from equipoise.worlds.workshop.oracle import judge, read_request
@@ -156,3 +158,10 @@ def test_shipped_models_match_their_recorded_hashes() -> None:
     assert asset_hashes(folder) == recipe["sha256"]
     size = sum(f.stat().st_size for name in ASSETS for f in (folder / name).rglob("*"))
     assert size < 12_000_000
+
+
+def test_a_bake_does_not_replace_a_folder_of_other_things(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other files"):
+        bake(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()

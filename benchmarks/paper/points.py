@@ -15,7 +15,6 @@ Overrides = Mapping[str, str]
 TRAINING_FREE = ("start", "prompting", "rerank8", "rerank16")
 TUNED = ("exmate", "clm", "rlhf")
 """On MOEC; exmate comes first, as its tokens are the budget of the others."""
-RAW = ("raw-exmate", "raw-clm")
 REFERENCE = "exmate"
 
 RLHF_WARM_SHARE = 0.8

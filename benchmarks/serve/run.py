@@ -104,7 +104,7 @@ def load() -> dict[str, Any]:
             for factor in (1.2, 10.0, 10.0):
                 before, start = memory_mb(process), time.perf_counter()
                 answers = await client.open_loop(factor * capacity, SECONDS)
-                name = f"{factor:g} x capacity" + (", again" if factor in found else "")
+                name = f"{factor:g} x capacity"
                 name = name if name not in found else f"{name}, again"
                 found[name] = {
                     **answers.summary(time.perf_counter() - start),

@@ -75,7 +75,7 @@ def distil(
     most = config.max_fluency_drop
     for one, unit, drop in zip(scored, units, drops, strict=True):
         completion, prompt = one.completion, prompts[one.completion.prompt_id]
-        text = shorten(completion)
+        text = shorten(completion.text, completion.finish)
         reason = None
         if text is None or not text.strip():
             reason = "empty or no finished sentence"

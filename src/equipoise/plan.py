@@ -117,7 +117,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
     n_prompts = min(counts[config.split], config.max_prompts or counts[config.split])
     settings = recipe.levels ** len(recipe.attributes)
     auto = 0.0
-    if config.auto_sweep and "tuned" in config.responders:
+    if config.auto_sweep and "tuned" in config.responders and len(recipe.attributes) > 1:
         # Only the tuned model is swept with a dial on auto.
         auto = recipe.levels * len(recipe.attributes) / settings
     answers = n_prompts * settings * config.repeats
@@ -141,7 +141,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         "generate": pool * length / speed.sampled,
         "score": 2 * pool * (speed.prompt_tokens + length) * rewards / speed.flops,
         "tune": _tuning_seconds(tune, speed, row, rewards),
-        "judge": 2 * pool * text * judged / speed.flops,
+        "judge": 2 * pool * (speed.prompt_tokens + length) * judged / speed.flops,
         "evaluate": sampling / speed.sampled + scoring / speed.flops,
     }
     return {name: value / 60 for name, value in seconds.items()}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from equipoise.dials.attributes import level_for_value
 from equipoise.dials.rules import DialPolicy, Key, Level, Limits, Range, Ranges, Scenario
 from equipoise.types import DialSetting
 
@@ -194,10 +195,8 @@ def _asked_level(attribute: str, asked: object, server: Server) -> int | None:
     assert isinstance(asked, int | float)
     if not 0 <= asked <= 1 or math.copysign(1.0, asked) < 0:
         return None
-    position = asked * (server.levels - 1)
-    if attribute in server.round_up:
-        return math.ceil(position - _GRID_SLACK)
-    return math.floor(position + 0.5 + _GRID_SLACK)
+    rounding: Literal["up", "nearest"] = "up" if attribute in server.round_up else "nearest"
+    return level_for_value(asked, server.levels, rounding=rounding)
 
 
 def _plain(default: float | Level | Literal["auto"]) -> object:

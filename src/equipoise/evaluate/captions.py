@@ -1,4 +1,4 @@
-"""Every sentence under a figure, and the glossary: plain words, no numbers."""
+"""Every sentence under a figure, and the glossary, in plain words."""
 
 CAPTIONS = {
     "control": (
@@ -59,7 +59,7 @@ CAPTIONS = {
         "the judge no more control than that, so read generalization against it."
     ),
     "cells": (
-        "One small map per setting asked for (its place among the 25 is the request; the orange "
+        "One small map per setting asked for (its place among all is the request; the orange "
         "frame marks the same place inside the map). Dark is where completions came back: a "
         "perfect policy darkens exactly the framed square of every map. Blank means it never "
         "happened."

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from equipoise.denoise import shorten
+from equipoise.denoise import judged_text
 from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
 from equipoise.evaluate.intervals import Array, bootstrap, prompt_weights
@@ -224,7 +224,7 @@ def _answers(
     *what: str | int,
 ) -> list[str]:
     rows = responder.respond(forged, [setting], seed=derive_seed(seed, "forge", *what))
-    return [shorten(row[0]) or row[0].text for row in rows]
+    return [judged_text(row[0].text, row[0].finish) for row in rows]
 
 
 def _judged(

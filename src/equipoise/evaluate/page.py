@@ -62,7 +62,7 @@ def page(report: Json, judge: str, pictures: Mapping[str, str], sampler: str) ->
         quality_tables(report),
         _cells(pictures),
         check_tables(report),
-        _glossary(report),
+        _glossary(),
         _recipe(recipe),
     ]
     return Template(_asset("page.html")).substitute(
@@ -137,7 +137,7 @@ def _cells(pictures: Mapping[str, str]) -> str:
     return f"<h2>Every cell in full</h2>{''.join(shown)}" if shown else ""
 
 
-def _glossary(report: Json) -> str:
+def _glossary() -> str:
     terms = "".join(f"<dt>{escape(t)}</dt><dd>{escape(d)}</dd>" for t, d in GLOSSARY.items())
     return f"<h2>Glossary</h2><dl>{terms}</dl>"
 

@@ -42,7 +42,12 @@ def degenerate_share(
 
 
 def length_per_level(
-    deliveries: Sequence[Delivery], *, attributes: Sequence[str], levels: int, draws: int = 1000
+    deliveries: Sequence[Delivery],
+    *,
+    attributes: Sequence[str],
+    levels: int,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> dict[str, list[Estimate]]:
     """Return per attribute and requested level the mean number of tokens, end token included."""
     return {
@@ -50,6 +55,7 @@ def length_per_level(
             _over_prompts(
                 [(d.prompt_id, float(d.n_tokens)) for d in deliveries if d.setting.levels[a] == lv],
                 draws=draws,
+                seed=seed,
             )
             for lv in range(levels)
         ]
@@ -58,14 +64,16 @@ def length_per_level(
 
 
 def per_setting(
-    deliveries: Sequence[Delivery], values: Sequence[float], *, draws: int = 1000
+    deliveries: Sequence[Delivery], values: Sequence[float], *, draws: int = 1000, seed: int = 0
 ) -> dict[DialSetting, Estimate]:
     """Return the mean of ``values`` (one per delivery; NaN = none) per setting, over prompts."""
     rows: dict[DialSetting, list[tuple[str, float]]] = defaultdict(list)
     for delivery, value in zip(deliveries, values, strict=True):
         if not np.isnan(value):
             rows[delivery.setting].append((delivery.prompt_id, value))
-    return {setting: _over_prompts(found, draws=draws) for setting, found in rows.items()}
+    return {
+        setting: _over_prompts(found, draws=draws, seed=seed) for setting, found in rows.items()
+    }
 
 
 def drift(
@@ -102,7 +110,7 @@ def drift(
     return _over_prompts(rows, draws=draws, seed=seed)
 
 
-def _over_prompts(rows: Sequence[tuple[Hashable, float]], *, draws: int, seed: int = 0) -> Estimate:
+def _over_prompts(rows: Sequence[tuple[Hashable, float]], *, draws: int, seed: int) -> Estimate:
     if not rows:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     sums: dict[Hashable, list[float]] = defaultdict(lambda: [0.0, 0.0])

@@ -2,7 +2,7 @@
 
 Layout of ``report.json``; every part but ``recipe`` and ``methods`` may be missing, and what is
 missing is left out of the page. ``E`` is an estimate ``{"value", "low", "high", "n"}``, ``CONTROL``
-is :func:`control_json` of a :class:`~equipoise.evaluate.measure.ControlReport`::
+is :func:`plain` of a :class:`~equipoise.evaluate.measure.ControlReport`::
 
     {"recipe": Recipe.model_dump(),             # name, description, seed, attributes, levels, …
      "n": {"test prompts": 40, …},              # counts, printed under the headline as they are
@@ -18,13 +18,13 @@ is :func:`control_json` of a :class:`~equipoise.evaluate.measure.ControlReport`:
                      "drift": {JUDGE: {ATTRIBUTE: E}},     # tuned model on auto, benign prompts
                      "length": {ATTRIBUTE: [E, …]}},       # one per level
          "refusals": {GROUP: [E, …]}}},         # share refused, one per level of safety
-     "ceiling": {"name": "attainable ceiling", "generalization": CONTROL, "optimization": CONTROL},
+     "ceiling": {"name": "attainable ceiling", "generalization": CONTROL},
      "pool": {ATTRIBUTE: {…}},                  # pool.calibrate.calibration_report
      "moec": asdict(MoecReport),                # grid_before, grid_after: (L, L), [hp][sf]
      "backdoor": {"before": asdict(BackDoor), "after": asdict(BackDoor)},
      "losses": {RUN: {"step": […], "loss": […], "asked": […], "counterfactual": […], "pull": […]}},
      "differences": {"tuned − rerank16": {ATTRIBUTE: E}},  # measure.compare_mp
-     "reward_models": {NAME: {…}},              # kept, not drawn
+     "reward_models": {NAME: {…}},              # a table of the checks
      "stages": {STAGE: minutes},
      "planned": {STAGE: minutes}}               # by plan.py, before the run
 
@@ -36,7 +36,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -44,19 +44,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equipoise.evaluate.measure import ControlReport
 from equipoise.types import Delivery, Prompt
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Json = Mapping[str, Any]
-
-
-def control_json(control: ControlReport) -> dict[str, Any]:
-    """Return a control report as JSON: estimates as objects, arrays as lists, NaN as null."""
-    found: dict[str, Any] = plain(asdict(control))
-    return found
 
 
 def plain(value: Any) -> Any:
@@ -81,7 +74,7 @@ def _figures(report: Json, judge: str) -> dict[str, Callable[[], Figure]]:
     from equipoise.evaluate import figures, figures_data, figures_refusals
 
     measured = figures.swept(report, judge)
-    two = len(report["recipe"]["attributes"]) > 1
+    n_dials = len(report["recipe"]["attributes"])
     fluent = {
         name for name in measured if (report["methods"][name].get("quality") or {}).get("fluency")
     }
@@ -90,18 +83,18 @@ def _figures(report: Json, judge: str) -> dict[str, Callable[[], Figure]]:
         "control": (measured, figures.control),
         "response": (measured, figures.response),
         "posterior": (measured, figures.posterior),
-        "coverage": (measured and two, figures.coverage),
-        "leakage": (measured and two, figures.leakage),
-        "pool": (two and report.get("moec"), figures_data.pool),
+        "coverage": (measured and n_dials == 2, figures.coverage),
+        "leakage": (measured and n_dials > 1, figures.leakage),
+        "pool": (n_dials > 1 and report.get("moec"), figures_data.pool),
         "backdoor": (report.get("backdoor"), figures_data.backdoor),
         "losses": (report.get("losses"), figures_data.losses),
-        "fluency": (two and fluent and own, figures_data.fluency),
+        "fluency": (n_dials == 2 and fluent and own, figures_data.fluency),
         "refusals": (figures_refusals.has_refusals(report), figures_refusals.refusals),
     }
     drawn: dict[str, Callable[[], Figure]] = {
         name: partial(draw, report, judge) for name, (there, draw) in wanted.items() if there
     }
-    if len(report["recipe"]["attributes"]) == 2 and report["recipe"]["levels"] <= 7:
+    if n_dials == 2 and report["recipe"]["levels"] <= 7:
         for method in measured:
             drawn[f"cells_{_file_name(method)}"] = partial(figures.cells, report, judge, method)
     return drawn
@@ -150,17 +143,3 @@ def render(
         json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
     )
     return target
-
-
-def shared_runs(outputs: Iterable[str], texts: Iterable[str], *, words: int = 8) -> set[str]:
-    """Return every run of ``words`` words of any text that occurs in any output.
-
-    The check behind a report without text: it must be empty over the report's files.
-    """
-
-    def runs(text: str) -> set[str]:
-        found = re.findall(r"\w+", text.casefold())
-        return {" ".join(found[i : i + words]) for i in range(len(found) - words + 1)}
-
-    secret: set[str] = set().union(*map(runs, texts))
-    return secret & set().union(*map(runs, outputs))

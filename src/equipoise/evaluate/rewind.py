@@ -14,11 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from equipoise.errors import DataError
-from equipoise.evaluate.canvas import heatmap, panels
 from equipoise.evaluate.intervals import Array, bootstrap, prompt_weights
 from equipoise.types import Estimate
 
@@ -150,38 +148,6 @@ def coverage_per_prompt(unit: Array, levels: int) -> Array:
 def chance_coverage(n_completions: int, n_cells: int) -> float:
     """Return the coverage of a pool that falls evenly over all cells: .64 for 25 into 25."""
     return n_cells * (1 - (1 - 1 / n_cells) ** n_completions) / min(n_completions, n_cells)
-
-
-def draw_rewind(
-    found: Rewind, *, attributes: Sequence[str], levels: int, names: Mapping[str, str] | None = None
-) -> Figure:
-    """Draw the four pools as maps of the grid, the first attribute along x; numbers are per cent.
-
-    Args:
-        found: What :func:`rewind` returned; two attributes.
-        attributes: Their names.
-        levels: L.
-        names: Pool to title.
-    """
-    titles = {
-        "base": "base model",
-        "aligned": "aligned model",
-        "rewound": "aligned, with dials",
-        "tuned_base": "base, with dials",
-        **(names or {}),
-    }
-    figure, axes = panels(1, len(found.pools), width=2.6, height=3.4)
-    top = 100 * max(max(facts.cells) for facts in found.pools.values())
-    for ax, (name, facts) in zip(axes[0], found.pools.items(), strict=True):
-        heatmap(ax, 100 * np.array(facts.cells).reshape(levels, levels), top=top)
-        ax.set_title(titles.get(name, name), loc="center")
-        ax.set_xlabel(
-            f"{attributes[0]}\ncoverage {facts.coverage.value:.2f}, "
-            f"refusals {100 * facts.refusals.value:.0f} %",
-            fontsize=9,
-        )
-    axes[0][0].set_ylabel(attributes[1], fontsize=9)
-    return figure
 
 
 def _cells(unit: Array, levels: int) -> NDArray[np.int_]:

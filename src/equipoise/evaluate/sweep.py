@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from equipoise.denoise import shorten
+from equipoise.denoise import judged_text
 from equipoise.dials.attributes import cells
 from equipoise.models.judging import unit_scores_of
 from equipoise.seeds import derive_seed
 from equipoise.types import (
-    Completion,
     Delivery,
     DialSetting,
     JudgeKind,
@@ -65,12 +64,12 @@ def sweep(
         part = prompts[start : start + chunk]
         by_id = {prompt.id: prompt for prompt in part}
         completions = [
-            (repeat, completion)
+            (repeat, completion, judged_text(completion.text, completion.finish))
             for repeat in range(repeats)
             for row in responder.respond(part, settings, seed=derive_seed(seed, "repeat", repeat))
             for completion in row
         ]
-        pairs = [(by_id[c.prompt_id], _judged_text(c)) for _, c in completions]
+        pairs = [(by_id[completion.prompt_id], text) for _, completion, text in completions]
         units = {
             kind: unit_scores_of(pairs, models, calibrations[kind])
             for kind, models in judges.items()
@@ -83,15 +82,7 @@ def sweep(
                 text=completion.text,
                 finish=completion.finish,
                 n_tokens=completion.n_tokens,
-                unit={
-                    kind: units[kind][completion.prompt_id, _judged_text(completion)]
-                    for kind in judges
-                },
+                unit={kind: units[kind][completion.prompt_id, text] for kind in judges},
             )
-            for repeat, completion in completions
+            for repeat, completion, text in completions
         ]
-
-
-def _judged_text(completion: Completion) -> str:
-    # The pool that gave the unit scores their meaning was cut to finished sentences too.
-    return shorten(completion) or completion.text

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from equipoise.errors import RewardError
+from equipoise.models.reward import not_finite
 from equipoise.types import Prompt, RewardModel, UnitScale
 
 Pair = tuple[Prompt, str]
@@ -30,19 +31,29 @@ def unit_scores_of(
     distinct = {(prompt.id, text): (prompt, text) for prompt, text in pairs}
     units: dict[tuple[str, str], dict[str, float]] = {key: {} for key in distinct}
     for attribute, model in reward_models.items():
-        raw = model.score(list(distinct.values()))
-        if len(raw) != len(distinct):
-            raise RewardError(
-                f"reward model {model.name} returned {len(raw)} scores for {len(distinct)} rows",
-                why="a score without a row, or a row without a score, cannot be used",
-                fix="check the reward model of attribute " + attribute,
-            )
-        for key, score in zip(distinct, raw, strict=True):
-            if not math.isfinite(score):
-                raise RewardError(
-                    f"reward model {model.name} returned {score} for prompt {key[0]}",
-                    why="only finite scores can be compared",
-                    fix="check the reward model of attribute " + attribute,
-                )
+        scores = checked_scores(model, attribute, list(distinct.values()))
+        for key, score in zip(distinct, scores, strict=True):
             units[key][attribute] = calibration.unit(attribute, score)
     return units
+
+
+def checked_scores(model: RewardModel, attribute: str, pairs: Sequence[Pair]) -> list[float]:
+    """Return one finite score per pair.
+
+    Raises:
+        RewardError: The reward model returned the wrong number of scores, or one that is not
+            finite; the message names attribute and prompt.
+    """
+    if not pairs:
+        return []
+    scores, name = model.score(pairs), f"{model.name} of {attribute}"
+    if len(scores) != len(pairs):
+        raise RewardError(
+            f"Reward model {name} returned {len(scores)} scores for {len(pairs)} rows",
+            why=f"The first row is a completion of prompt {pairs[0][0].id}.",
+            fix="Correct the reward model; nothing of this chunk was written.",
+        )
+    for value, (prompt, _) in zip(scores, pairs, strict=True):
+        if not math.isfinite(value):
+            raise not_finite(name, value, prompt.id)
+    return [float(value) for value in scores]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from equipoise.errors import ModelError
 from equipoise.models.drawing import draw, uniform_stream
 from equipoise.models.layers import shifted
 from equipoise.types import Finish, GenerationRequest, Sampled, Sampling
@@ -209,6 +210,12 @@ class TransformersEngine:
     def _draw(self, logits: torch.Tensor, uniforms: np.ndarray, sampling: Sampling) -> torch.Tensor:
         """Draw one token per row; see :func:`draw`."""
         scores = logits.float()
+        if not bool(torch.isfinite(scores.sum(dim=1)).all()):
+            raise ModelError(
+                "The model's logits are not finite",
+                why="Its weights are damaged, or its number type is too small for it.",
+                fix="Check the model directory, or load it with another dtype.",
+            )
         if len(self._masked):
             scores[:, self._masked] = -torch.inf
         return draw(

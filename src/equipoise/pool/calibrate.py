@@ -145,14 +145,17 @@ def unit_scores(
 
     Returns:
         Attribute to unit score in [0, 1]; with ``within_prompt`` the rank among the model's own
-        completions of the same prompt.
+        completions of the same prompt, and of a prompt that has none in the whole pool.
     """
     if calibration.mode == "pooled":
         return [{a: calibration.unit(a, raw) for a, raw in row.raw.items()} for row in scored]
     own = own_pool(scored)
     fellows = {attribute: _by_prompt(own, attribute) for attribute in calibration.scores}
     return [
-        {a: mid_rank(fellows[a][row.completion.prompt_id], raw) for a, raw in row.raw.items()}
+        {
+            a: mid_rank(fellows[a].get(row.completion.prompt_id, calibration.scores[a]), raw)
+            for a, raw in row.raw.items()
+        }
         for row in scored
     ]
 

@@ -1,4 +1,4 @@
-"""Data sources to prompts, preference pairs and labelled answers; splits are disjoint.
+"""Data sources to prompts; splits are disjoint.
 
 No text of a prompt is put into an error message or a log: prompts may hold what nobody wants there.
 """
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from equipoise.config import PromptsConfig, SourceConfig
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.pool.preferences import load_labelled, load_pairs
 from equipoise.pool.rows import Row, draw, numbered, read_rows
 from equipoise.pool.shapes import make_prompt, parse_turns, prompt_turns, unknown_shape
 from equipoise.seeds import derive_seed
@@ -23,8 +22,6 @@ from equipoise.types import Prompt, Split
 
 if TYPE_CHECKING:
     from equipoise.dials.encode import Encoder
-
-__all__ = ["check_lengths", "load_labelled", "load_pairs", "load_prompts"]
 
 _WORKSHOP = "workshop://"
 log = logging.getLogger(__name__)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
-from equipoise.errors import DataError, RewardError
-from equipoise.models.reward import not_finite
+from equipoise.errors import DataError
+from equipoise.models.judging import checked_scores
 from equipoise.types import Completion, Prompt, RewardModel, ScoredCompletion
 
 
@@ -53,7 +52,7 @@ def score(
             if key not in known:
                 fresh[key] = (prompts[completion.prompt_id], completion.text)
         columns = {
-            attribute: _checked_scores(model, list(fresh.values()))
+            attribute: checked_scores(model, attribute, list(fresh.values()))
             for attribute, model in reward_models.items()
         }
         for i, key in enumerate(fresh):
@@ -68,19 +67,3 @@ def content_key(completion: Completion) -> str:
     """Hash of prompt id and text: what a score depends on."""
     content = f"{completion.prompt_id}\x1f{completion.text}".encode("utf-8", "surrogatepass")
     return hashlib.sha256(content).hexdigest()
-
-
-def _checked_scores(model: RewardModel, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-    if not pairs:
-        return []
-    scores = model.score(pairs)
-    if len(scores) != len(pairs):
-        raise RewardError(
-            f"Reward model {model.name} returned {len(scores)} scores for {len(pairs)} rows",
-            why=f"The first row is a completion of prompt {pairs[0][0].id}.",
-            fix="Correct the reward model; nothing of this chunk was written.",
-        )
-    for value, (prompt, _) in zip(scores, pairs, strict=True):
-        if not math.isfinite(value):
-            raise not_finite(model.name, value, prompt.id)
-    return [float(value) for value in scores]

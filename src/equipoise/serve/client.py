@@ -21,7 +21,6 @@ from equipoise.types import Completion, DialSetting, Prompt, Sampling
 
 _BUSY_TRIES = 60
 _MAX_WAIT_SECONDS = 5.0
-_SEED_MASK = (1 << 63) - 1
 
 
 class HttpResponder:
@@ -88,7 +87,7 @@ class HttpResponder:
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
             "max_tokens": self._sampling.max_tokens,
-            "seed": derive_seed(seed, prompt.id, setting_key(setting)) & _SEED_MASK,
+            "seed": derive_seed(seed, prompt.id, setting_key(setting)),
         }
         answer = self._answer(json.dumps(body).encode())
         choice, applied = answer["choices"][0], answer["dials"]["effective"]

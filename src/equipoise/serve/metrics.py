@@ -20,7 +20,7 @@ class Metrics:
     refusals: Counter[str] = field(default_factory=Counter)
     """Code of :mod:`equipoise.serve.failures` to requests."""
     answers: Counter[str] = field(default_factory=Counter)
-    """Scenario to chat answers begun."""
+    """Scenario to chat answers that have ended."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: Counter[float] = field(default_factory=Counter)

@@ -86,7 +86,7 @@ class DialPanel:
         return allowed_levels(attribute, _OPERATOR, scenario, self._server)
 
     def described(self, setting: DialSetting) -> str:
-        """Return a setting in words: dial values, then the level."""
+        """Return a setting in words: the value of every dial, or auto."""
         return ", ".join(
             f"{attribute} auto" if level is None else f"{attribute} {self.value(level)}"
             for attribute, level in zip(self.attributes, setting.levels, strict=True)

@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.denoise import shorten
+from equipoise.denoise import judged_text
 from equipoise.errors import ConfigError, RewardError, ServingError
 from equipoise.models.judging import unit_scores_of
 from equipoise.steer.reranking import nearest_first
 from equipoise.types import (
-    Completion,
     DialSetting,
     Finish,
     Message,
@@ -30,7 +29,7 @@ from equipoise.types import (
 
 if TYPE_CHECKING:
     from equipoise.config import RewardModelConfig
-    from equipoise.dials.manifest import DialManifest
+from equipoise.dials.manifest import DialManifest
 
 Answer = tuple[str, Finish]
 """Text and how it ended."""
@@ -113,7 +112,7 @@ class LiveScorer:
         self, messages: tuple[Message, ...], answers: tuple[Answer, ...]
     ) -> list[dict[str, float]]:
         prompt = Prompt("live", messages, "test")
-        texts = [_judged(text, finish) for text, finish in answers]
+        texts = [judged_text(text, finish) for text, finish in answers]
         units = unit_scores_of([(prompt, text) for text in texts], self._models, self._calibration)
         found = [units[prompt.id, text] for text in texts]
         if any(not 0.0 <= value <= 1.0 for unit in found for value in unit.values()):
@@ -188,12 +187,6 @@ def _hash(config: RewardModelConfig, fitted: Path) -> str:
     if config.model.startswith("workshop://oracle/"):
         return load_reward_model(config, attribute="").hash
     return model_hash(resolve_model(config.model, fitted_root=fitted))
-
-
-def _judged(text: str, finish: Finish) -> str:
-    # The pool that gave the unit scores their meaning was cut to finished sentences too.
-    answer = Completion("live", 0, text, finish, n_tokens=0, model_hash="")
-    return shorten(answer) or text
 
 
 def _cannot_score(model_dir: Path, why: str, fix: str) -> ConfigError:

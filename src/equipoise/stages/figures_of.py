@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.stages.inputs import Job, workshop_parser
+from equipoise.stages.quality_of import JUDGES, ONE_DIAL
 from equipoise.stages.tuning import START_CURVE
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
-from equipoise.types import Delivery, JudgeKind, Prompt, ScoredCompletion
+from equipoise.types import Delivery, Prompt, ScoredCompletion
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
     from equipoise.pool.calibrate import Calibration
     from equipoise.stages.bench import Bench
-
-JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
 
 
 def measures_of(
@@ -37,10 +36,11 @@ def measures_of(
     methods: dict[str, Any] = {}
     with job.progress.task("measure", len(found)) as advance:
         for name, deliveries in found.items():
+            swept = [*deliveries, *_deliveries(stage, name, ONE_DIAL)]
             methods[name] = {
                 judge: to_plain(
                     measure(
-                        deliveries,
+                        swept,
                         judge=judge,
                         attributes=recipe.attributes,
                         levels=recipe.levels,
@@ -83,8 +83,8 @@ def measures_of(
     }
 
 
-def _deliveries(stage: Stage, method: str) -> list[Delivery]:
-    shards = stage.read_rows(Delivery, prefix=f"deliveries/{method}/")
+def _deliveries(stage: Stage, method: str, folder: str = "deliveries") -> list[Delivery]:
+    shards = stage.read_rows(Delivery, prefix=f"{folder}/{method}/")
     return [row for rows in shards for row in rows]
 
 
@@ -97,7 +97,7 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
         start = f"deliveries/{chosen}/"
         return sum(float(fact[key]) for name, fact in facts.items() if name.startswith(start))
 
-    seconds = total("seconds", method)
+    seconds = total("sampling_seconds", method)
     counts = {
         name: int(name.removeprefix("rerank"))
         for name in job.recipe.evaluate.responders
@@ -105,7 +105,7 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
     }
     if method in counts:
         # Rerankers share one sampling pass; each is charged its own part of it.
-        shared = sum(total("seconds", name) for name in counts)
+        shared = sum(total("sampling_seconds", name) for name in counts)
         seconds = shared * counts[method] / max(counts.values())
     cost = {"seconds": seconds, "tokens": total("tokens", method)}
     if method == "tuned":

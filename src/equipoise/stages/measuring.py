@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from equipoise.stages.bench import Bench, read_bench
 from equipoise.stages.inputs import (
@@ -15,11 +16,7 @@ from equipoise.stages.inputs import (
 )
 from equipoise.stages.unseen import check_unseen
 from equipoise.store.stagedir import Stage
-from equipoise.types import (
-    Delivery,
-    DialSetting,
-    Prompt,
-)
+from equipoise.types import Completion, Delivery, DialSetting, Prompt, Responder
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
@@ -46,7 +43,7 @@ def evaluate(job: Job) -> None:
     from equipoise.evaluate.sweep import sweep_settings
     from equipoise.models.load import load_causal
     from equipoise.stages.figures_of import measures_of
-    from equipoise.stages.quality_of import AUTO, benign
+    from equipoise.stages.quality_of import AUTO, ONE_DIAL, benign
     from equipoise.stages.responders import responders
 
     @cache
@@ -57,13 +54,14 @@ def evaluate(job: Job) -> None:
     intersections = check_unseen(job, prompts)
     bench = read_bench(job)
     n_attributes = len(recipe.attributes)
+    grid = sweep_settings(n_attributes, recipe.levels, auto=False)
     for responder in responders(job, bench, untouched):
-        tuned = responder.name == "tuned"
+        _sweep_one(job, stage, responder, prompts, bench, "deliveries", grid)
         # Auto is a control of its own: only a tuned policy has learnt one.
-        auto = recipe.evaluate.auto_sweep and tuned
-        settings = sweep_settings(n_attributes, recipe.levels, auto=auto)
-        _sweep_one(job, stage, responder, prompts, bench, "deliveries", settings)
-        if tuned:
+        if responder.name == "tuned" and recipe.evaluate.auto_sweep:
+            both = sweep_settings(n_attributes, recipe.levels, auto=True)
+            _sweep_one(job, stage, responder, prompts, bench, ONE_DIAL, both[len(grid) :])
+        if responder.name == "tuned":
             free = [DialSetting((None,) * n_attributes)]
             _sweep_one(job, stage, responder, benign(prompts), bench, AUTO, free)
     measures = measures_of(job, stage, bench, prompts, untouched)
@@ -94,10 +92,28 @@ def report(job: Job) -> None:
     stage.finish(text=job.text)
 
 
+class Counted:
+    """A responder and what it costs: judging its answers is no part of that."""
+
+    def __init__(self, responder: Responder) -> None:
+        self._responder, self.name, self.seconds = responder, responder.name, 0.0
+        self.tokens_through_model = 0
+
+    def respond(
+        self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
+    ) -> list[list[Completion]]:
+        """Let it respond, and count."""
+        start, before = time.monotonic(), self._responder.tokens_through_model
+        found = self._responder.respond(prompts, settings, seed=seed)
+        self.seconds += time.monotonic() - start
+        self.tokens_through_model += self._responder.tokens_through_model - before
+        return found
+
+
 def _sweep_one(
     job: Job,
     stage: Stage,
-    responder: Any,
+    responder: Responder,
     prompts: Sequence[Prompt],
     bench: Bench,
     folder: str,
@@ -107,6 +123,8 @@ def _sweep_one(
     from equipoise.seeds import derive_seed
 
     recipe, config = job.recipe, job.recipe.evaluate
+    if not settings:
+        return
     chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
     names = [f"{folder}/{responder.name}/shard-{i:05d}.parquet" for i in range(len(chunks))]
     held = sum(len(part) for name, part in zip(names, chunks, strict=True) if stage.has(name))
@@ -117,9 +135,9 @@ def _sweep_one(
         for name, part in zip(names, chunks, strict=True):
             if stage.has(name):
                 continue
-            before = responder.tokens_through_model
+            counted = Counted(responder)
             swept = sweep(
-                responder,
+                counted,
                 part,
                 settings,
                 bench.judges,
@@ -128,6 +146,6 @@ def _sweep_one(
                 repeats=config.repeats,
             )
             rows = [row for chunk in swept for row in chunk]
-            tokens = responder.tokens_through_model - before
-            stage.publish_rows(name, rows, Delivery, tokens=tokens)
+            cost = {"tokens": counted.tokens_through_model, "sampling_seconds": counted.seconds}
+            stage.publish_rows(name, rows, Delivery, **cost)
             advance(len(part))

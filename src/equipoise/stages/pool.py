@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,7 +178,7 @@ def score(job: Job) -> None:
     stage = job.begin("score", reward_hashes(recipe.reward_models, job))
     if stage is None:
         return
-    from equipoise.denoise import shorten
+    from equipoise.denoise import shortened
     from equipoise.pool.calibrate import calibrate, own_pool
     from equipoise.pool.score import score as score_rows
 
@@ -192,10 +191,9 @@ def score(job: Job) -> None:
     with job.progress.task("score", total, done=held) as advance:
         for name in source.shards:
             completions = source.read_shard(name, Completion)
-            texts = [(completion, shorten(completion)) for completion in completions]
             # What is scored is what is learnt from: an answer that the token limit cut ends with
             # its last finished sentence.
-            kept = [replace(completion, text=text) for completion, text in texts if text]
+            kept = shortened(completions)
             cut += len(completions) - len(kept)
             if stage.has(name):
                 continue

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from equipoise.stages.inputs import Job, workshop_parser
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
-from equipoise.types import Completion, Delivery, DialSetting, JudgeKind, Prompt
+from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
 
-AUTO = "auto"
-"""Folder of the tuned policy's deliveries with every dial on auto."""
+ONE_DIAL, AUTO = "one-dial", "auto"
+"""Folders of the tuned policy's deliveries with one dial set, and with every dial on auto."""
 JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
 
 
@@ -43,15 +43,16 @@ def quality_of(
     wanted, read = set(grid), set(list(prompts)[: recipe.evaluate.fluency_prompts])
     shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
     values = fluency(shown, prompts, untouched.model, untouched.encoder)
-    per_cell = per_setting(shown, values)
+    draw: dict[str, int] = {"draws": recipe.evaluate.bootstrap, "seed": recipe.seed}
+    per_cell = per_setting(shown, values, **draw)
     everything = DialSetting(())
-    pooled = per_setting([replace(d, setting=everything) for d in shown], values)
+    pooled = per_setting([replace(d, setting=everything) for d in shown], values, **draw)
     return {
         "degenerate": to_plain(
-            degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe))
+            degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe), **draw)
         ),
         "length": to_plain(
-            length_per_level(deliveries, attributes=recipe.attributes, levels=recipe.levels)
+            length_per_level(deliveries, attributes=recipe.attributes, levels=recipe.levels, **draw)
         ),
         "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
         "fluency_mean": to_plain(pooled.get(everything)),
@@ -75,17 +76,23 @@ def perplexity_of(
         first.setdefault(delivery.prompt_id, delivery)
     chosen = list(first.values())[: job.recipe.evaluate.fluency_prompts]
     # An answer that the token limit cut stands for its finished sentences; without any for none.
-    found = [
-        (d, shorten(Completion(d.prompt_id, d.repeat, d.text, d.finish, d.n_tokens, "")))
-        for d in chosen
-    ]
+    found = [(d, shorten(d.text, d.finish)) for d in chosen]
     pairs = [(prompts[d.prompt_id], text, d.finish == "stop") for d, text in found if text]
     if not pairs:
         return {}
     auto = DialSetting((None,) * len(job.recipe.attributes))
     tuned = load_causal(str(job.run.done("tune").directory(MODEL)))
     return {
-        name: to_plain(perplexity(policy.model, policy.encoder, pairs, setting=setting))
+        name: to_plain(
+            perplexity(
+                policy.model,
+                policy.encoder,
+                pairs,
+                setting=setting,
+                draws=job.recipe.evaluate.bootstrap,
+                seed=job.recipe.seed,
+            )
+        )
         for name, policy, setting in (("start", untouched, None), ("tuned", tuned, auto))
     }
 
@@ -99,7 +106,16 @@ def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str
         return {}
     return {
         judge: {
-            name: to_plain(drift(free, references, judge=judge, attribute=name))
+            name: to_plain(
+                drift(
+                    free,
+                    references,
+                    judge=judge,
+                    attribute=name,
+                    draws=job.recipe.evaluate.bootstrap,
+                    seed=job.recipe.seed,
+                )
+            )
             for name in job.recipe.attributes
         }
         for judge in JUDGES

@@ -7,7 +7,7 @@ from typing import Any
 
 from equipoise.plan import read_plan
 from equipoise.stages.bench import FACTS
-from equipoise.stages.inputs import CALIBRATION, Job, read_prompts
+from equipoise.stages.inputs import Job, read_prompts
 from equipoise.stages.tuning import START_CURVE
 from equipoise.store.stagedir import Stage
 from equipoise.store.stagefiles import StageFiles
@@ -68,7 +68,6 @@ def gather(job: Job) -> dict[str, Any]:
         "reward_models": _cards(job),
         "stages": run.minutes(),
         "planned": read_plan(run.path),
-        "calibration_file": f"score/{CALIBRATION}",
     }
 
 

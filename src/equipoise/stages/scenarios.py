@@ -10,6 +10,7 @@ from equipoise.dials.policy_file import find_policy, load_policy
 from equipoise.stages.bench import read_bench
 from equipoise.stages.inputs import Job
 from equipoise.stages.measuring import CHUNK, evaluated_prompts
+from equipoise.stages.quality_of import ONE_DIAL
 from equipoise.stages.tuning import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
 from equipoise.types import Delivery, DialSetting
@@ -79,7 +80,8 @@ def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:
     evaluated = job.run.done("evaluate")
     held = [
         row
-        for rows in evaluated.read_rows(Delivery, prefix="deliveries/tuned/")
+        for folder in ("deliveries", ONE_DIAL)
+        for rows in evaluated.read_rows(Delivery, prefix=f"{folder}/tuned/")
         for row in rows
         if row.setting in set(wanted)
     ]

@@ -123,12 +123,18 @@ def align(job: Job) -> None:
 def _by_dpo(
     job: Job, config: AlignConfig, policy: LoadedPolicy, before: LoadedPolicy
 ) -> Callable[..., Curve]:
+    from equipoise.overlap import prompt_key
     from equipoise.pool.preferences import load_pairs
+    from equipoise.pool.prompts import load_prompts
     from equipoise.seeds import derive_seed
     from equipoise.start.align import align_by_dpo
 
-    seed = derive_seed(job.recipe.seed, "align")
-    pairs = load_pairs(config.sources, data=job.data, seed=seed)
+    recipe = job.recipe
+    loaded = load_prompts(recipe.prompts, data=job.data, seed=recipe.seed)
+    unseen = {prompt_key(prompt.messages) for prompt in loaded if prompt.split != "train"}
+    seed = derive_seed(recipe.seed, "align")
+    found = load_pairs(config.sources, data=job.data, seed=seed)
+    pairs = [pair for pair in found if prompt_key(pair.prompt.messages) not in unseen]
     return partial(align_by_dpo, policy, before, pairs, config)
 
 

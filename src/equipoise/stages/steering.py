@@ -213,7 +213,7 @@ def _shortened(
 ) -> list[tuple[Completion, tuple[float, ...]]]:
     from equipoise.denoise import shorten
 
-    texts = [(shorten(completion), completion, strengths) for completion, strengths in rows]
+    texts = [(shorten(one.text, one.finish), one, strengths) for one, strengths in rows]
     return [(replace(one, text=text), strengths) for text, one, strengths in texts if text]
 
 

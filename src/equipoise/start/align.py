@@ -12,6 +12,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from equipoise.config import AlignConfig
+from equipoise.denoise import judged_text
 from equipoise.errors import DataError
 from equipoise.models.load import LoadedPolicy
 from equipoise.models.sampling import TransformersEngine
@@ -220,4 +221,8 @@ def _own_answers(
     ]
     engine = TransformersEngine(before.model, before.encoder, model_hash=before.hash)
     sampled = engine.generate(requests, sampling)
-    return [(prompt, item.text) for prompt, row in zip(asked, sampled, strict=True) for item in row]
+    return [
+        (prompt, judged_text(item.text, item.finish))
+        for prompt, row in zip(asked, sampled, strict=True)
+        for item in row
+    ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from equipoise.denoise import judged_text
 from equipoise.dials.attributes import target
 from equipoise.dials.encode import Encoder
 from equipoise.models.judging import unit_scores_of
@@ -100,7 +101,7 @@ class Candidates:
         ]
         units = unit_scores_of(
             (
-                (prompt, item.text)
+                (prompt, judged_text(item.text, item.finish))
                 for prompt, items in zip(prompts, sampled, strict=True)
                 for item in items.values()
             ),
@@ -112,7 +113,10 @@ class Candidates:
                 chosen = [items[one] for one in seeds]
                 self._kept[seed, prompt.id, key] = (
                     chosen,
-                    [tuple(units[prompt.id, item.text].values()) for item in chosen],
+                    [
+                        tuple(units[prompt.id, judged_text(item.text, item.finish)].values())
+                        for item in chosen
+                    ],
                 )
 
     def _places(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equipoise.denoise import shorten
+from equipoise.denoise import judged_text
 from equipoise.dials.attributes import target
 from equipoise.models.judging import unit_scores_of
 from equipoise.models.reading import read_completions
@@ -79,10 +79,7 @@ def try_strength(
         for ids, prompt in zip(encoded, prompts, strict=True)
     ]
     sampled = [items[0] for items in engine.generate(requests, sampling)]
-    texts = [
-        shorten(item.as_completion(prompt.id, 0, model_hash=engine.model_hash)) or item.text
-        for item, prompt in zip(sampled, prompts, strict=True)
-    ]
+    texts = [judged_text(item.text, item.finish) for item in sampled]
     pairs = list(zip(prompts, texts, strict=True))
     chosen = {attribute: reward_models[attribute]}
     units = unit_scores_of(pairs, chosen, calibration)

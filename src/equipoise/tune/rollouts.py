@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from equipoise.denoise import is_degenerate, shorten
+from equipoise.denoise import is_degenerate, judged_text
 from equipoise.dials.encode import Encoder
 from equipoise.models.sampling import TransformersEngine
 from equipoise.seeds import derive_seed
@@ -89,8 +89,7 @@ class Rollouts:
         pairs = []
         for ask, group in zip(asks, sampled, strict=True):
             for item in group:
-                completion = item.as_completion(ask.prompt.id, 0, model_hash="")
-                pairs.append((ask, shorten(completion) or completion.text))
+                pairs.append((ask, judged_text(item.text, item.finish)))
         earned = self.reward(pairs)
         spread = torch.tensor(earned).view(len(asks), -1).std(dim=1)
         flat = [item for group in sampled for item in group]

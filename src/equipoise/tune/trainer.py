@@ -97,7 +97,9 @@ def tune(
     dtype = settled_dtype(checkpoints, config.dtype)
     started = time.monotonic()
     first: Curve = []
-    if config.steered_start is not None and steering is not None:
+    if config.steered_start is not None:
+        if steering is None:
+            raise ValueError("a steered start needs the steering directions")
         first = steered_start(
             model,
             examples,

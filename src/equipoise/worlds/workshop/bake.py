@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from equipoise.errors import ConfigError
 from equipoise.worlds.workshop.data import dialogues
-from equipoise.worlds.workshop.shipped import asset_hashes
+from equipoise.worlds.workshop.shipped import ASSETS, asset_hashes
 from equipoise.worlds.workshop.tables import CARE_WORDS, HELP_WORDS
 
 if TYPE_CHECKING:
@@ -176,6 +177,10 @@ def pretrain(
     model.train(False)
 
 
+BAKED = {*ASSETS, "recipe.json"}
+"""What the folder of the packaged models holds."""
+
+
 def bake(out: Path | None = None, config: BakeConfig | None = None) -> Path:
     """Bake all shipped models from seeds into ``out`` (default: the packaged assets folder).
 
@@ -184,9 +189,19 @@ def bake(out: Path | None = None, config: BakeConfig | None = None) -> Path:
     Returns:
         The folder, which holds the three model directories and ``recipe.json``. The folder is
         replaced as a whole, after everything is baked.
+
+    Raises:
+        ConfigError: The folder holds anything else.
     """
     config = config or BakeConfig()
     folder = out or Path(str(files("equipoise.worlds.workshop") / "assets"))
+    if folder.exists() and {path.name for path in folder.iterdir()} - BAKED:
+        raise ConfigError(
+            f"{folder} holds other files",
+            why="the folder of the packaged models is replaced as a whole",
+            fix="name a new folder with --out",
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         made, base = Path(work) / "assets", Path(work) / "base"
         bake_base(base, config)

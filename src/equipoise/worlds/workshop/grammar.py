@@ -1,7 +1,8 @@
 """A seeded writer of Workshop prompts and completions.
 
-``write`` turns two intensities, care and help, into a completion; ``Policy`` functions choose the
-intensities: the base text covers everything, the aligned text over-refuses (DESIGN section 2).
+``write`` turns two intensities, care and help, into a completion; ``base_intensities`` and
+``aligned_intensities`` choose them: the base text covers everything, the aligned text over-refuses
+(DESIGN section 2).
 """
 
 from __future__ import annotations
