@@ -86,6 +86,12 @@ class RewardModelConfig(Config):
     """Which logit of the classification head is the score."""
     max_length: Positive = 512
 
+    @property
+    def oracle(self) -> str | None:
+        """What an exact rule of the Workshop scores (``workshop://oracle/NAME``); else None."""
+        name = self.model.removeprefix("workshop://oracle/")
+        return None if name == self.model else name
+
 
 class SamplingConfig(Config):
     """How completions are sampled."""

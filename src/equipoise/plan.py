@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.config import RewardModelConfig, SourceConfig, TuneConfig
+from equipoise.recipe_check import rerank_size
 from equipoise.stages.inputs import Job, read_prompts
 from equipoise.store.fingerprint import OPTIONAL
 from equipoise.store.publish import json_bytes, publish_bytes, read_json_or_none
@@ -121,10 +122,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         # Only the tuned model is swept with a dial on auto.
         auto = recipe.levels * len(recipe.attributes) / settings
     answers = n_prompts * settings * config.repeats
-    samples = [
-        int(name.removeprefix("rerank")) if name.startswith("rerank") else 1
-        for name in config.responders
-    ]
+    samples = [rerank_size(name) or 1 for name in config.responders]
     reranked = float(max([n for n in samples if n > 1], default=0))
     if config.rerank_stock is not None and reranked:
         # The stock is drawn once per prompt, not once per setting.
@@ -266,7 +264,7 @@ def _size(config: RewardModelConfig, job: Job) -> float:
     fitted = config.model.removeprefix("fitted://")
     if fitted != config.model:
         return _size_of(job.recipe.fit_reward[fitted].backbone, job)
-    return 0.0 if config.model.startswith("workshop://oracle/") else _size_of(config.model, job)
+    return 0.0 if config.oracle is not None else _size_of(config.model, job)
 
 
 def _size_of(name: str, job: Job) -> float:

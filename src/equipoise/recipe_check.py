@@ -16,7 +16,13 @@ from equipoise.config import Recipe
 Place = tuple[str | int, ...]
 """A position in the recipe: keys and list indices."""
 
-RESPONDER = re.compile(r"start|prompting|steering|tuned|rerank[1-9][0-9]*")
+RESPONDER = re.compile(r"start|prompting|steering|tuned|rerank([1-9][0-9]*)")
+
+
+def rerank_size(responder: str) -> int | None:
+    """Return N of ``rerankN``; None for another responder."""
+    found = RESPONDER.fullmatch(responder)
+    return int(found[1]) if found and found[1] else None
 
 
 def explain(item: Any) -> str:
@@ -96,8 +102,7 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
             )
             found.append((("evaluate", "responders", index), text))
     stock = recipe.evaluate.rerank_stock
-    largest = max((int(name.removeprefix("rerank")) for name in recipe.evaluate.responders
-                   if re.fullmatch(r"rerank\d+", name)), default=0)  # fmt: skip
+    largest = max((rerank_size(name) or 0 for name in recipe.evaluate.responders), default=0)
     if stock is not None and stock < largest:
         text = f"`evaluate.rerank_stock` is less than the {largest} samples of rerank{largest}"
         found.append((("evaluate", "rerank_stock"), text))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from equipoise.errors import ConfigError
+from equipoise.store.publish import publish_bytes
 from equipoise.types import DialSetting
 
 if TYPE_CHECKING:
@@ -116,14 +116,8 @@ def installed_tokens(vocabulary: Collection[str]) -> set[str]:
 
 def write_manifest(manifest: DialManifest, directory: Path) -> None:
     """Write ``dials.json`` so that a crash leaves the old file or the new one."""
-    path = directory / MANIFEST_NAME
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(manifest.model_dump(mode="json"), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
+    publish_bytes(directory / MANIFEST_NAME, text.encode())
 
 
 def read_manifest(directory: Path) -> DialManifest | None:

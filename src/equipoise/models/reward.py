@@ -20,7 +20,12 @@ from equipoise.models.reward_head import FrozenFeatures, has_segments, head_of
 from equipoise.models.reward_input import InputEncoder, RewardInput, collate, length_batches
 from equipoise.types import Prompt, RewardModel
 
-_ORACLE = "workshop://oracle/"
+
+def reward_hash(config: RewardModelConfig, *, fitted_root: Path | None) -> str:
+    """Return the hash that a loaded reward model would carry, without loading it."""
+    if config.oracle is not None:
+        return load_reward_model(config, attribute=config.oracle).hash
+    return model_hash(resolve_model(config.model, fitted_root=fitted_root))
 
 
 def load_reward_model(
@@ -47,10 +52,10 @@ def load_reward_model(
     Raises:
         ModelError: The model is missing, has no classification head, or no such logit.
     """
-    if config.model.startswith(_ORACLE):
+    if config.oracle is not None:
         from equipoise.worlds import workshop
 
-        oracle: RewardModel = workshop.oracle_model(config.model.removeprefix(_ORACLE))
+        oracle: RewardModel = workshop.oracle_model(config.oracle)
         return oracle
     from equipoise.dials.encode import Encoder
 

@@ -28,7 +28,7 @@ from equipoise.types import (
 )
 
 if TYPE_CHECKING:
-    from equipoise.config import RewardModelConfig
+    pass
 from equipoise.dials.manifest import DialManifest
 
 Answer = tuple[str, Finish]
@@ -142,7 +142,7 @@ def load_scorer(
         ConfigError: The manifest names none, there is no run, or a model is not the named one.
         ModelError: A reward model cannot be loaded.
     """
-    from equipoise.models.reward import load_reward_model
+    from equipoise.models.reward import load_reward_model, reward_hash
     from equipoise.pool.calibrate import Calibration
     from equipoise.store.rundir import stored_recipe
 
@@ -158,7 +158,7 @@ def load_scorer(
     for attribute in manifest.attributes:
         config = recipe.reward_models.get(attribute)
         wanted = manifest.reward_models.get(attribute)
-        if config is None or wanted is None or _hash(config, fitted) != wanted:
+        if config is None or wanted is None or reward_hash(config, fitted_root=fitted) != wanted:
             raise _cannot_score(
                 model_dir,
                 f"the reward model for {attribute} in {place} is not the one of its dials.json",
@@ -178,15 +178,6 @@ def _run_of(model_dir: Path) -> Path:
         "it lies in no run directory, whose recipe would name the reward models",
         "name the run directory that it was tuned in",
     )
-
-
-def _hash(config: RewardModelConfig, fitted: Path) -> str:
-    from equipoise.models.load import model_hash, resolve_model
-    from equipoise.models.reward import load_reward_model
-
-    if config.model.startswith("workshop://oracle/"):
-        return load_reward_model(config, attribute="").hash
-    return model_hash(resolve_model(config.model, fitted_root=fitted))
 
 
 def _cannot_score(model_dir: Path, why: str, fix: str) -> ConfigError:

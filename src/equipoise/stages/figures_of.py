@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from equipoise.recipe_check import rerank_size
 from equipoise.stages.inputs import Job, workshop_parser
 from equipoise.stages.quality_of import JUDGES, ONE_DIAL
 from equipoise.stages.tuning import START_CURVE
@@ -98,11 +99,7 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
         return sum(float(fact[key]) for name, fact in facts.items() if name.startswith(start))
 
     seconds = total("sampling_seconds", method)
-    counts = {
-        name: int(name.removeprefix("rerank"))
-        for name in job.recipe.evaluate.responders
-        if name.startswith("rerank")
-    }
+    counts = {name: size for name in job.recipe.evaluate.responders if (size := rerank_size(name))}
     if method in counts:
         # Rerankers share one sampling pass; each is charged its own part of it.
         shared = sum(total("sampling_seconds", name) for name in counts)

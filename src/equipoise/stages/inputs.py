@@ -163,17 +163,14 @@ def workshop_parser(recipe: Recipe) -> Callable[[Prompt, str], bool] | None:
 
 
 def _reward_hash(config: RewardModelConfig, job: Job) -> str:
-    from equipoise.models.load import model_hash, resolve_model
+    from equipoise.models.load import resolve_model
+    from equipoise.models.reward import reward_hash
 
-    oracle = config.model.removeprefix("workshop://oracle/")
-    if oracle != config.model:
-        from equipoise.worlds.workshop import oracle_model
-
-        return oracle_model(oracle).hash
-    place = resolve_model(config.model, fitted_root=job.fitted_root)
-    if not Path(place).is_dir():
-        _download(place)
-    return model_hash(place)
+    if config.oracle is None:
+        place = resolve_model(config.model, fitted_root=job.fitted_root)
+        if not Path(place).is_dir():
+            _download(place)
+    return reward_hash(config, fitted_root=job.fitted_root)
 
 
 def _download(hub_id: str) -> None:

@@ -100,7 +100,7 @@ def _cards(job: Job) -> dict[str, Any]:
         for attribute, config in configs.items():
             name = f"{kind} {attribute}"
             found[name] = {"model": config.model}
-            if config.model.startswith("workshop://oracle/"):
+            if config.oracle is not None:
                 continue
             place = Path(resolve_model(config.model, fitted_root=job.fitted_root))
             card = read_card(place) if place.is_dir() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from equipoise.recipe_check import rerank_size
 from equipoise.stages.inputs import Job
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
     recipe, config = job.recipe, job.recipe.evaluate
     sampling = Sampling(**config.sampling.model_dump())
     wanted = config.responders
-    counts = [int(name.removeprefix("rerank")) for name in wanted if name.startswith("rerank")]
+    counts = [size for name in wanted if (size := rerank_size(name))]
 
     def engine_of(policy: LoadedPolicy) -> tuple[TransformersEngine, Encoder]:
         engine = TransformersEngine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from equipoise.config import RewardModelConfig
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
 from equipoise.stages.inputs import Job, read_prompts
@@ -39,7 +40,7 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
         ("judge", {} if refusal is None else {"refusals": refusal}),
     ):
         for attribute, config in configs.items():
-            rows, name = _rows_of(config.model, job), f"{kind} {attribute} rows"
+            rows, name = _rows_of(config, job), f"{kind} {attribute} rows"
             sizes[name] = None if rows is None else len(wanted & rows)
             shared = None if rows is None else len(keys["train"] & rows)
             trained[f"training prompts in {name}"] = shared
@@ -54,12 +55,12 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
     return {**sizes, **trained}
 
 
-def _rows_of(model: str, job: Job) -> set[str] | None:
-    if model.startswith("workshop://oracle/"):
+def _rows_of(config: RewardModelConfig, job: Job) -> set[str] | None:
+    if config.oracle is not None:
         return set()  # an exact rule: it was not trained
     from equipoise.models.load import resolve_model
     from equipoise.models.reward_card import read_card
 
-    place = Path(resolve_model(model, fitted_root=job.fitted_root))
+    place = Path(resolve_model(config.model, fitted_root=job.fitted_root))
     card = read_card(place) if place.is_dir() else None
     return None if card is None else {*card.train_prompts, *card.held_out_prompts}

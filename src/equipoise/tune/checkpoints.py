@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from equipoise.models.load import Dtype, torch_dtype
+from equipoise.store.publish import publish_bytes
 
 _MARKER = "equipoise.json"
 OnStep = Callable[[int, int], None]
@@ -111,7 +112,5 @@ def settled_dtype(checkpoints: Path, wanted: Dtype) -> str:
     if path.is_file():
         return str(json.loads(path.read_text())["dtype"])
     dtype = str(torch_dtype(wanted)).removeprefix("torch.")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"dtype": dtype}))
-    temporary.replace(path)
+    publish_bytes(path, json.dumps({"dtype": dtype}).encode())
     return dtype
