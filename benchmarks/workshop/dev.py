@@ -14,8 +14,9 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.budget import row_lengths
 from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE, slug
-from benchmarks.paper.runs import make_recipe, row_lengths, steps_for, summary
+from benchmarks.paper.runs import make_recipe, steps_for, summary
 from benchmarks.rundirs import execute, read_report
 
 from equipoise.evaluate.report import plain

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.budget import row_lengths
 from benchmarks.machine import processor
 from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE, TRAINING_FREE, slug
-from benchmarks.paper.runs import execute, row_lengths, steps_for, summary
+from benchmarks.paper.runs import execute, steps_for, summary
 from benchmarks.rundirs import read_report
 
 from equipoise.config import Recipe
