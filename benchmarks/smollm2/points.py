@@ -21,6 +21,7 @@ TRAINING_FREE = ("prompting", "rerank8", "rerank16", "steering")
 ATTRIBUTES = ("helpfulness", "safety")
 
 PLAIN: Overrides = {
+    "steer": "null",
     "tune.steered_start": "null",
     "evaluate.auto_sweep": "false",
     "evaluate.responders": "[tuned]",

@@ -51,7 +51,7 @@ def run_point(name: str, data: str | None) -> Path:
         make_recipe(overrides, data),
         RUNS / name,
         source=reference if name != REFERENCE else None,
-        shares=POOL,
+        shares=[stage for stage in POOL if overrides.get(stage) != "null"],
         text=False,
     )
 
