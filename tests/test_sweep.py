@@ -12,13 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from equipoise.denoise import is_degenerate
 from equipoise.dials.attributes import cells
 from equipoise.errors import RewardError
-from equipoise.evaluate.likelihood import fluency, log_likelihood, perplexity
+from equipoise.evaluate.likelihood import fluency, perplexity
 from equipoise.evaluate.quality import (
     degenerate_share,
     length_per_level,
     per_setting,
 )
 from equipoise.evaluate.sweep import sweep, sweep_settings
+from equipoise.models.reading import read_completions
 from equipoise.overlap import prompt_key
 from equipoise.steer.untouched import Untouched
 from equipoise.types import Delivery, DialSetting, Message, Prompt
@@ -179,11 +180,11 @@ def separate(model: LlamaForCausalLM, prefix: list[int], ids: list[int]) -> floa
 def test_shared_prefix_gives_the_same_log_likelihood_as_separate_passes() -> None:
     model = tiny_model()
     completions = [[5], [], [7, 8, 9, 10], [1, 2], [3, 4, 5, 6, 7]]
-    found = log_likelihood(model, [11, 12, 13], completions, batch_size=2)
-    assert [n for _, n in found] == [1, 0, 4, 2, 5]
-    for (value, n), ids in zip(found, completions, strict=True):
-        if n:
-            assert value == pytest.approx(separate(model, [11, 12, 13], ids), abs=1e-4)
+    found = read_completions(model, [11, 12, 13], completions, batch_size=2)
+    assert [one.n_tokens for one in found] == [1, 0, 4, 2, 5]
+    for one, ids in zip(found, completions, strict=True):
+        if ids:
+            assert one.log_likelihood == pytest.approx(separate(model, [11, 12, 13], ids), abs=1e-4)
 
 
 def test_fluency_and_perplexity_by_hand() -> None:

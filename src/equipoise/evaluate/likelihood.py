@@ -5,32 +5,19 @@ Reward models and repetition counts do not notice gibberish; the untouched model
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from equipoise.evaluate.intervals import bootstrap, prompt_weights
-from equipoise.models.reading import read_completions
+from equipoise.models.reading import Answer, read_answers, read_completions
 from equipoise.types import Delivery, DialSetting, Estimate, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from equipoise.dials.encode import Encoder
-
-
-def log_likelihood(
-    model: PreTrainedModel,
-    prefix_ids: Sequence[int],
-    completions: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 32,
-) -> list[tuple[float, int]]:
-    """Return (summed log-likelihood in nats, tokens) of each completion after one shared prefix."""
-    found = read_completions(model, prefix_ids, completions, batch_size=batch_size)
-    return [(reading.log_likelihood, reading.n_tokens) for reading in found]
 
 
 def fluency(
@@ -53,27 +40,9 @@ def fluency(
         encoder: The untouched model's encoder.
         batch_size: Completions per forward pass.
     """
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, delivery in enumerate(deliveries):
-        places[delivery.prompt_id].append(place)
-    values = [float("nan")] * len(deliveries)
-    for prompt_id, found in places.items():
-        completions = [
-            encoder.completion_ids(
-                deliveries[place].text, finished=deliveries[place].finish == "stop"
-            )
-            for place in found
-        ]
-        sums = log_likelihood(
-            model,
-            encoder.prompt_ids(prompts[prompt_id].messages),
-            completions,
-            batch_size=batch_size,
-        )
-        for place, (total, n_tokens) in zip(found, sums, strict=True):
-            if n_tokens:
-                values[place] = total / n_tokens
-    return values
+    answers = [Answer(d.prompt_id, d.text, d.finish == "stop") for d in deliveries]
+    found = read_answers(model, encoder, answers, prompts, batch_size=batch_size)
+    return [reading.mean for reading in found]
 
 
 def perplexity(
@@ -100,6 +69,7 @@ def perplexity(
     for prompt, text, finished in references:
         prefix = encoder.prompt_ids(prompt.messages) + control
         ids = encoder.completion_ids(text, finished=finished)
-        rows.append(log_likelihood(model, prefix, [ids])[0])
+        reading = read_completions(model, prefix, [ids])[0]
+        rows.append((reading.log_likelihood, reading.n_tokens))
     weights = prompt_weights(len(rows), draws=draws, seed=seed)
     return bootstrap(np.array(rows, float), weights, lambda m: np.exp(-m[:, 0] / m[:, 1]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from equipoise.dials.encode import Encoder
+    from equipoise.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,56 @@ class Reading:
     def mean(self) -> float:
         """Mean log-likelihood per token; NaN without a token."""
         return self.log_likelihood / self.n_tokens if self.n_tokens else float("nan")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion by its text, and whose it is."""
+
+    prompt_id: str
+    text: str
+    finished: bool
+    """Whether the end token belongs to it."""
+
+
+def read_answers(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    answers: Sequence[Answer],
+    prompts: Mapping[str, Prompt],
+    *,
+    layer: int | None = None,
+    batch_size: int = 32,
+    on_prompt: Callable[[int], None] | None = None,
+) -> list[Reading]:
+    """Read answers to any prompts, in any order; a prompt is computed once for all of its own.
+
+    Args:
+        model: A causal language model.
+        encoder: Its encoder.
+        answers: N of them.
+        prompts: Prompt id to prompt.
+        layer: See :func:`read_completions`.
+        batch_size: Completions per forward pass.
+        on_prompt: Called with 1 after each prompt.
+
+    Returns:
+        N readings, in the order of the answers.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, answer in enumerate(answers):
+        places[answer.prompt_id].append(place)
+    readings = [Reading(0.0, 0)] * len(answers)
+    for prompt_id, found in places.items():
+        prefix = encoder.prompt_ids(prompts[prompt_id].messages)
+        chosen = [answers[place] for place in found]
+        ids = [encoder.completion_ids(one.text, finished=one.finished) for one in chosen]
+        read = read_completions(model, prefix, ids, layer=layer, batch_size=batch_size)
+        for place, reading in zip(found, read, strict=True):
+            readings[place] = reading
+        if on_prompt is not None:
+            on_prompt(1)
+    return readings
 
 
 def read_completions(

@@ -22,7 +22,6 @@ from equipoise.store.stagedir import Stage
 from equipoise.types import Completion, Prompt, Sampling, SteeredCompletion
 
 if TYPE_CHECKING:
-    from equipoise.dials.encode import Encoder
     from equipoise.models.load import LoadedPolicy
     from equipoise.models.sampling import TransformersEngine
     from equipoise.steer.directions import Directions
@@ -87,6 +86,7 @@ def regenerate(job: Job) -> None:
     if stage is None:
         return
     from equipoise.models.load import load_causal
+    from equipoise.models.reading import Answer, read_answers
     from equipoise.pool.score import score
     from equipoise.steer.regeneration import batches_of
     from equipoise.steer.regeneration import regenerate as sample
@@ -115,7 +115,9 @@ def regenerate(job: Job) -> None:
     with job.progress.task("regenerate", len(prompts), done=held) as advance:
         for number, rows in sampled:
             kept = _shortened(rows)
-            fluency = _fluency([completion for completion, _ in kept], by_id, policy)
+            answers = [Answer(one.prompt_id, one.text, one.finish == "stop") for one, _ in kept]
+            read = read_answers(policy.model, policy.encoder, answers, by_id)
+            fluency = [reading.mean for reading in read]
             scored = [
                 row for part in score([one for one, _ in kept], by_id, models) for row in part
             ]
@@ -215,24 +217,6 @@ def _shortened(
 
     texts = [(shorten(one.text, one.finish), one, strengths) for one, strengths in rows]
     return [(replace(one, text=text), strengths) for text, one, strengths in texts if text]
-
-
-def _fluency(
-    completions: list[Completion], prompts: dict[str, Prompt], policy: LoadedPolicy
-) -> list[float]:
-    from equipoise.models.reading import read_completions
-
-    encoder: Encoder = policy.encoder
-    by_prompt: dict[str, list[Completion]] = defaultdict(list)
-    for one in completions:
-        by_prompt[one.prompt_id].append(one)
-    means: list[float] = []
-    # Completions come prompt by prompt, so the groups keep their order.
-    for prompt_id, found in by_prompt.items():
-        ids = [encoder.completion_ids(one.text, finished=one.finish == "stop") for one in found]
-        prefix = encoder.prompt_ids(prompts[prompt_id].messages)
-        means += [one.mean for one in read_completions(policy.model, prefix, ids)]
-    return means
 
 
 def _shard(number: int) -> str:

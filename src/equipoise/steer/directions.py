@@ -118,29 +118,20 @@ def read_pool(
         on_prompt: Called with 1 after each prompt.
     """
     from equipoise.models.layers import layer_index
-    from equipoise.models.reading import read_completions
+    from equipoise.models.reading import Answer, read_answers
 
     chosen = layer_index(policy.model, layer)
-    encoder = policy.encoder
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, row in enumerate(scored):
-        places[row.completion.prompt_id].append(place)
-    states: list[torch.Tensor | None] = [None] * len(scored)
-    means = [float("nan")] * len(scored)
-    for prompt_id, found in places.items():
-        rows = [scored[place].completion for place in found]
-        readings = read_completions(
-            policy.model,
-            encoder.prompt_ids(prompts[prompt_id].messages),
-            [encoder.completion_ids(row.text, finished=row.finish == "stop") for row in rows],
-            layer=chosen,
-            batch_size=batch_size,
-        )
-        for place, reading in zip(found, readings, strict=True):
-            states[place], means[place] = reading.state, reading.mean
-        if on_prompt is not None:
-            on_prompt(1)
-    return PoolReading(states, means, chosen)
+    rows = [row.completion for row in scored]
+    readings = read_answers(
+        policy.model,
+        policy.encoder,
+        [Answer(row.prompt_id, row.text, row.finish == "stop") for row in rows],
+        prompts,
+        layer=chosen,
+        batch_size=batch_size,
+        on_prompt=on_prompt,
+    )
+    return PoolReading([one.state for one in readings], [one.mean for one in readings], chosen)
 
 
 def find_directions(
