@@ -20,7 +20,7 @@ from equipoise.pipeline import run_stage
 from equipoise.progress import Progress
 from equipoise.recipe_io import load_recipe
 from equipoise.stages.inputs import read_prompts
-from equipoise.stages.quality_of import benign, group_of
+from equipoise.stages.quality_of import benign, group_of, spread
 from equipoise.store.rundir import RunDir
 from equipoise.types import Delivery, DialSetting, Message, Prompt
 from equipoise.worlds.workshop.tables import REFUSALS
@@ -154,3 +154,10 @@ def test_the_full_recipe_takes_another_model_in_one_line(model: str) -> None:
     assert other.model_copy(update={"model": plain.model}) == plain
     assert resolve_model(other.model) == model
     assert plain.prompts.n_dev == 40 and plain.steer is not None
+
+
+@pytest.mark.parametrize(
+    ("n", "chosen"), [(1, [0]), (3, [0, 3, 6]), (9, list(range(9))), (20, list(range(9)))]
+)
+def test_a_part_of_the_prompts_is_spread_over_all(n: int, chosen: list[int]) -> None:
+    assert spread(list(range(9)), n) == chosen

@@ -1,6 +1,6 @@
 """What the study of a real model runs: each a set of overrides of the recipe ``smollm2``.
 
-All tunings read the same pool, for as many tokens as the winner's.
+All tunings read the same pool, at the winner's budget (``run.budget``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLAIN: Overrides = {
     "evaluate.responders": "[tuned]",
 }
 BRANCHES: Mapping[str, int] = {"exmate": 2, "clm": 1, "raw-clm": 1}
-"""Of an example, asked setting included; these points read as many tokens as the reference."""
+"""Of an example, asked setting included; these points get the reference's budget."""
 
 
 POINTS: Mapping[str, Overrides] = {

@@ -31,8 +31,11 @@ from benchmarks.smollm2.points import (
     TRAINING_FREE,
     make_recipe,
 )
+from transformers import AutoConfig
 
 from equipoise.evaluate.report import plain, render
+from equipoise.models.load import resolve_model
+from equipoise.stages.tuning import START_CURVE
 
 HERE = Path(__file__).parent
 JUDGES = ("optimization", "generalization")
@@ -57,12 +60,18 @@ def run_point(name: str, data: str | None) -> Path:
 
 
 def budget(name: str) -> dict[str, str]:
-    """Return the steps in which a point reads as many tokens as the reference's tuning."""
+    """Return the steps in which a point reads as many tokens as the reference's tuning did.
+
+    A token of the steered start goes through the layers up to that of the directions only, and
+    counts as their share of all.
+    """
     reference = RUNS / REFERENCE
-    tokens = _cost(read_report(reference), "tuned")["tuning_tokens"]
-    batch = make_recipe({}, None).tune.batch_size
+    recipe = make_recipe({}, None)
+    tokens = json.loads((reference / "tune" / START_CURVE).read_text())[-1]["tokens"]
+    layers = AutoConfig.from_pretrained(resolve_model(recipe.model)).num_hidden_layers
+    share = (_steering()["layer"] + 1) / layers
     row = row_lengths(reference).read(BRANCHES[name])
-    return {"tune.steps": str(steps_within(tokens, batch, row))}
+    return {"tune.steps": str(steps_within(share * tokens, recipe.tune.batch_size, row))}
 
 
 def finished() -> dict[str, Json]:

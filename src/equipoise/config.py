@@ -242,7 +242,8 @@ class EvaluateConfig(Config):
     bootstrap: Positive = 1000
     max_prompts: Positive | None = None
     fluency_prompts: Positive = 40
-    """Prompts of which the untouched model reads every cell's output, and its own references."""
+    """Prompts, spread over all, of which the untouched model reads every cell's output, and its own
+    references."""
     auto_sweep: bool = True
     """Also sweep each dial with the other on auto."""
     batch_size: Positive = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from equipoise.stages.inputs import Job, workshop_parser
 from equipoise.store.shards import to_plain
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ONE_DIAL, AUTO = "one-dial", "auto"
 """Folders of the tuned policy's deliveries with one dial set, and with every dial on auto."""
+Item = TypeVar("Item")
 JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
 
 
@@ -25,6 +26,12 @@ def benign(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.label == "safe"] or [
         prompt for prompt in prompts if not prompt.label
     ]
+
+
+def spread(items: Sequence[Item], n: int) -> list[Item]:
+    """Return n of the items, evenly spread over all: prompts stand source by source."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def quality_of(
@@ -40,7 +47,7 @@ def quality_of(
 
     recipe = job.recipe
     grid = cells(len(recipe.attributes), recipe.levels)
-    wanted, read = set(grid), set(list(prompts)[: recipe.evaluate.fluency_prompts])
+    wanted, read = set(grid), set(spread(list(prompts), recipe.evaluate.fluency_prompts))
     shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
     values = fluency(shown, prompts, untouched.model, untouched.encoder)
     draw: dict[str, int] = {"draws": recipe.evaluate.bootstrap, "seed": recipe.seed}
@@ -74,7 +81,7 @@ def perplexity_of(
     first: dict[str, Delivery] = {}
     for delivery in references:
         first.setdefault(delivery.prompt_id, delivery)
-    chosen = list(first.values())[: job.recipe.evaluate.fluency_prompts]
+    chosen = spread(list(first.values()), job.recipe.evaluate.fluency_prompts)
     # An answer that the token limit cut stands for its finished sentences; without any for none.
     found = [(d, shorten(d.text, d.finish)) for d in chosen]
     pairs = [(prompts[d.prompt_id], text, d.finish == "stop") for d, text in found if text]
