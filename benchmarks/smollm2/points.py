@@ -17,14 +17,27 @@ RECIPE = "smollm2"
 RUNS = Path("runs/smollm2")
 POOL = ("prompts", "fit-reward", "generate", "score", "judge", "steer")
 REFERENCE = "best"
-TRAINING_FREE = ("prompting", "rerank8", "rerank16", "steering")
+TRAINING_FREE = {
+    "prompting": ("prompting",),
+    "reranking": ("rerank8", "rerank16"),
+    "steering": ("steering",),
+}
+"""Point to its methods."""
 ATTRIBUTES = ("helpfulness", "safety")
 
 PLAIN: Overrides = {
     "steer": "null",
     "tune.steered_start": "null",
+    # XSTest: enough to tell chance from control.
+    "evaluate.max_prompts": "40",
     "evaluate.auto_sweep": "false",
     "evaluate.responders": "[tuned]",
+}
+UNTUNED: Overrides = {
+    # A run has to tune something.
+    "tune.steps": "1",
+    "tune.steered_start": "null",
+    "evaluate.auto_sweep": "false",
 }
 BRANCHES: Mapping[str, int] = {"exmate": 2, "clm": 1, "raw-clm": 1}
 """Of an example, asked setting included; these points get the reference's budget."""
@@ -33,12 +46,9 @@ BRANCHES: Mapping[str, int] = {"exmate": 2, "clm": 1, "raw-clm": 1}
 POINTS: Mapping[str, Overrides] = {
     # The recipe itself. The untouched model is here, as perplexity and drift compare with it.
     REFERENCE: {"evaluate.responders": "[start, tuned]"},
-    "training-free": {
-        "tune.steps": "1",
-        "tune.steered_start": "null",
-        "evaluate.auto_sweep": "false",
-        "evaluate.responders": f"[{', '.join(TRAINING_FREE)}]",
-    },
+    "prompting": {**UNTUNED, "steer": "null", "evaluate.responders": "[prompting]"},
+    "reranking": {**UNTUNED, "steer": "null", "evaluate.responders": "[rerank8, rerank16]"},
+    "steering": {**UNTUNED, "evaluate.responders": "[steering]"},
     "exmate": {**PLAIN, "tune.objective": "exmate", "tune.weight": "1.0"},
     "clm": {**PLAIN, "tune.objective": "clm"},
     "raw-clm": {**PLAIN, "tune.objective": "clm", "distil.data": "raw"},

@@ -160,9 +160,9 @@ def _curves(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
 def _methods(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
     """Yield every method of the bench; the tuned ones under their point's name."""
     yield "start", reports[REFERENCE]["methods"]["start"]
-    for name in TRAINING_FREE:
-        if "training-free" in reports:
-            yield name, reports["training-free"]["methods"][name]
+    for point, names in TRAINING_FREE.items():
+        for name in names if point in reports else ():
+            yield name, reports[point]["methods"][name]
     for name, report in reports.items():
         if "tuned" in report["methods"]:
             yield name, report["methods"]["tuned"]
