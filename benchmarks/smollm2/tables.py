@@ -50,13 +50,17 @@ def tables(result: Json) -> dict[str, str]:
     }
 
 
+def _there(head: Json) -> list[tuple[str, str]]:
+    return [(name, said) for name, said in METHODS.items() if f"{name}.degenerate" in head]
+
+
 def _control(head: Json, judge: str) -> tuple[list[str], list[list[str]]]:
     columns = [(f"{said}{',' if said != 'leakage into' else ''} {attribute}", metric, attribute)
                for said, metric in CONTROL.items()
                for attribute in ("helpfulness", "safety")]  # fmt: skip
     rows = [
         [said, *(_interval(head, f"{name}.{judge}.{metric}.{a}") for _, metric, a in columns)]
-        for name, said in METHODS.items()
+        for name, said in _there(head)
     ]
     if judge == "generalization":
         bounds = [_number(head[f"bound.{a}"]) for a in ("helpfulness", "safety")]
@@ -74,7 +78,7 @@ def _fluency(head: Json) -> tuple[list[str], list[list[str]]]:
             ),
             f"{100 * head[f'{name}.degenerate']:.1f} %",
         ]
-        for name, said in METHODS.items()
+        for name, said in _there(head)
     ]
     return ["method", "below the untouched model's own, mean", "worst corner", "degenerate"], rows
 
