@@ -301,6 +301,16 @@ def test_lora_learns_and_is_reloaded_in_a_new_process(tmp_path: Path) -> None:
     )
     again = torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]))
     assert (again - torch.stack(logits)).abs().max() < 1e-5
+    # As for an engine that cannot load such adapters: merged, it is a plain model with its dials.
+    loaded = load_causal(str(saved))
+    merged = loaded.model.merge_and_unload()
+    save_dial_model(merged, loaded.tokenizer, loaded.manifest, tmp_path / "merged")
+    plain = load_causal(str(tmp_path / "merged")).model
+    assert not hasattr(plain, "peft_config")
+    with torch.no_grad():
+        found = torch.stack([plain(torch.tensor([ids])).logits[0, -1] for ids in asked])
+    others = [i for i in range(found.shape[1]) if i not in manifest.all_ids]
+    assert (found - again)[:, others].abs().max() < 1e-4
 
 
 def test_objective_counts_completion_tokens_only() -> None:
