@@ -12,13 +12,22 @@ from equipoise.dials.encode import Encoder
 from equipoise.errors import ConfigError, TrainingError
 from equipoise.models.layers import decoder_layers, states_behind, watched
 from equipoise.recipe_io import load_recipe
-from equipoise.tune.steered_start import ShiftBatch, ShiftPlan, collate, shift_of, unexplained
+from equipoise.steer.strengths import Tried
+from equipoise.tune.steered_start import (
+    ShiftBatch,
+    ShiftPlan,
+    Steering,
+    collate,
+    shift_of,
+    unexplained,
+)
 from equipoise.tune.trainer import Tuned, tune
 from equipoise.types import DialSetting
 from steering_kit import SHIFT
 from tuning_kit import ATTRIBUTES, examples, lively_policy
 
 VECTORS = 3 * SHIFT
+STEERING = Steering(VECTORS, 0)
 START = SteeredStartConfig(
     steps=100, batch_size=8, strength=1.0, learning_rate=1e-2, rows_learning_rate=2e-2,
     checkpoint_every=40,
@@ -40,14 +49,14 @@ def run(folder: Path, made: TuneConfig, **more: object) -> Tuned:
         levels=5,
         seed=1,
         checkpoints=folder,
-        steering=(VECTORS, 0),
+        steering=STEERING,
         **more,  # type: ignore[arg-type]
     )
 
 
 def test_a_level_has_its_share_of_the_direction() -> None:
     def shift(*levels: int | None) -> torch.Tensor:
-        return shift_of(DialSetting(levels), SHIFT, FREE, 5)
+        return shift_of(DialSetting(levels), Steering(SHIFT, 0), FREE, 5)
 
     assert torch.allclose(shift(4, 2), 2 * SHIFT[0])
     assert torch.allclose(shift(3, None), SHIFT[0])
@@ -57,12 +66,24 @@ def test_a_level_has_its_share_of_the_direction() -> None:
 
 
 def test_directions_that_add_up_are_held_back_and_keep_their_way() -> None:
-    alike = torch.stack([SHIFT[0], SHIFT[0]])
-    held = shift_of(DialSetting((4, 4)), alike, SteeredStartConfig(max_shift=1.5), 5)
-    assert torch.allclose(held, 1.5 * SHIFT[0], atol=1e-5)
-    assert torch.allclose(
-        shift_of(DialSetting((3, 2)), alike, SteeredStartConfig(max_shift=1.5), 5), SHIFT[0]
+    alike, held_back = (
+        Steering(torch.stack([SHIFT[0], SHIFT[0]]), 0),
+        SteeredStartConfig(max_shift=1.5),
     )
+    held = shift_of(DialSetting((4, 4)), alike, held_back, 5)
+    assert torch.allclose(held, 1.5 * SHIFT[0], atol=1e-5)
+    assert torch.allclose(shift_of(DialSetting((3, 2)), alike, held_back, 5), SHIFT[0])
+
+
+def test_a_limit_on_fluency_takes_the_place_of_strength_and_longest_shift() -> None:
+    costs = {-2.0: 0.2, -1.0: 0.1, 0.0: 0.0, 1.0: 0.1, 2.0: 0.2}
+    tried = [Tried(strength, 0.5, -2.0 - cost) for strength, cost in costs.items()]
+    steering = Steering(SHIFT, 0, {"helpfulness": tried, "safety": tried})
+    config = SteeredStartConfig(strength=9.0, max_shift=0.01, max_fluency_drop=0.1)
+    shift = shift_of(DialSetting((4, None)), steering, config, 5)
+    assert torch.allclose(shift, SHIFT[0], atol=1e-4)
+    with pytest.raises(ValueError, match="that were tried"):
+        shift_of(DialSetting((4, None)), Steering(SHIFT, 0), config, 5)
 
 
 def test_states_behind_a_layer_are_those_of_the_whole_pass_and_nothing_above_is_computed() -> None:
@@ -85,7 +106,7 @@ def test_both_readings_meet_at_the_same_tokens_and_the_text_tells_no_setting() -
 
     manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
     encoder = Encoder(policy.tokenizer, manifest)
-    plan = ShiftPlan(examples(), encoder, VECTORS, START, levels=5, auto_rate=0.2, seed=3)
+    plan = ShiftPlan(examples(), encoder, STEERING, START, levels=5, auto_rate=0.2, seed=3)
     rows = [plan[index] for index in range(48)]
     batch = collate(rows)
     assert batch.plain_at.sum(1).tolist() == batch.dialled_at.sum(1).tolist()
@@ -114,7 +135,7 @@ def test_the_start_teaches_the_shift_and_its_curve_says_so(tmp_path: Path) -> No
         row["tokens"] for row in tuned.start_curve
     )
     encoder = Encoder(tuned.tokenizer, tuned.manifest)
-    plan = ShiftPlan(examples(), encoder, VECTORS, START, levels=5, auto_rate=0.0, seed=77)
+    plan = ShiftPlan(examples(), encoder, STEERING, START, levels=5, auto_rate=0.0, seed=77)
     rows = [plan[index] for index in range(24)]
     batch: ShiftBatch = collate(rows)
     read = sum(2 * (len(r.prompt_ids) + len(r.completion_ids)) + len(r.control_ids) for r in rows)
@@ -155,7 +176,7 @@ def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite"):
         tune(
             lively_policy(), examples(), config(), attributes=ATTRIBUTES, levels=5, seed=1,
-            checkpoints=tmp_path, steering=(VECTORS * torch.nan, 0),
+            checkpoints=tmp_path, steering=Steering(VECTORS * torch.nan, 0),
         )  # fmt: skip
 
 
@@ -165,6 +186,7 @@ def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
         (["steer=null", "regenerate=null"], "needs the directions of `steer`"),
         (["tune.lora_rank=0"], "set `tune.lora_rank`"),
         (["tune.objective=rlhf"], "set `tune.lora_rank`"),
+        (["tune.steered_start.max_fluency_drop=0.3", "prompts.n_dev=0"], "on dev prompts: set"),
         (["tune.steered_start=null", "tune.steps=0"], "nothing would be tuned"),
     ],
 )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
     from equipoise.models.sampling import TransformersEngine
     from equipoise.steer.directions import Directions
+    from equipoise.steer.strengths import Tried
 
 DIRECTIONS = "directions"
 STRENGTHS = "strengths.json"
@@ -59,6 +60,14 @@ def read_directions(stage: Any) -> Directions:
     from equipoise.steer.directions import Directions
 
     return Directions.load(stage.directory(DIRECTIONS))
+
+
+def read_tried(stage: Any) -> dict[str, list[Tried]]:
+    """Return the strengths that a ``steer`` stage tried on dev prompts, by attribute."""
+    from equipoise.steer.strengths import Tried
+
+    tried = stage.read_json(STRENGTHS)["tried"]
+    return {name: [Tried(**one) for one in found] for name, found in tried.items()}
 
 
 def steered_engine(

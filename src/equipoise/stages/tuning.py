@@ -11,7 +11,7 @@ from equipoise.stages.inputs import Job, policy_hash, read_calibration, reward_h
 from equipoise.stages.rlhf import tune_by_rlhf
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from equipoise.tune.steered_start import Steering
 
 MODEL = "model"
 START_CURVE = "start.json"
@@ -47,7 +47,7 @@ def tune(job: Job) -> None:
                 seed=recipe.seed,
                 checkpoints=checkpoints,
                 base_model=job.run.recipe.model,
-                steering=_directions(job),
+                steering=_steering(job),
                 on_step=on_step,
             )
     manifest = tuned.manifest.model_copy(
@@ -67,10 +67,14 @@ def tune(job: Job) -> None:
     stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)
 
 
-def _directions(job: Job) -> tuple[Tensor, int] | None:
-    if job.recipe.tune.steered_start is None:
+def _steering(job: Job) -> Steering | None:
+    start = job.recipe.tune.steered_start
+    if start is None:
         return None
-    from equipoise.stages.steering import read_directions
+    from equipoise.stages.steering import read_directions, read_tried
+    from equipoise.tune.steered_start import Steering
 
-    found = read_directions(job.run.done("steer"))
-    return found.vectors, found.layer
+    stage = job.run.done("steer")
+    found = read_directions(stage)
+    tried = read_tried(stage) if start.max_fluency_drop is not None else None
+    return Steering(found.vectors, found.layer, tried)

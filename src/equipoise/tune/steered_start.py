@@ -11,7 +11,7 @@ The settings are drawn at random and have nothing to do with the text, so the te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,23 @@ from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed
+from equipoise.steer.strengths import FluentStrengths, Tried
 from equipoise.tune.checkpoints import Curve, OnStep
 from equipoise.tune.counterfactual import drop_to_auto
 from equipoise.tune.ordered import OrderedTrainer
 from equipoise.types import ControlledExample, DialSetting
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What the start teaches: the ``steer`` stage's directions and what it found about them."""
+
+    vectors: Tensor
+    """(A, D): directions of the untouched model."""
+    layer: int
+    """Behind which they apply."""
+    tried: Mapping[str, Sequence[Tried]] | None = None
+    """Attribute to the strengths tried on dev prompts, for ``max_fluency_drop``."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +75,28 @@ class ShiftBatch:
 
 
 def shift_of(
-    setting: DialSetting, vectors: Tensor, config: SteeredStartConfig, levels: int
+    setting: DialSetting, steering: Steering, config: SteeredStartConfig, levels: int
 ) -> Tensor:
     """Return what a setting adds to the states: its share of each direction, (A, D) to (D,).
 
-    Level ``l`` of L gets ``strength·(2l/(L-1) - 1)`` of its direction, auto nothing. The sum is
-    scaled down to ``max_shift`` mean lengths where it is longer.
+    With ``max_fluency_drop`` the shares are :class:`FluentStrengths`. Without, level ``l`` of L
+    gets ``strength·(2l/(L-1) - 1)`` of its direction, auto nothing, and the sum is scaled down to
+    ``max_shift`` mean lengths where it is longer.
+
+    Raises:
+        ValueError: ``max_fluency_drop`` without strengths that were tried.
     """
+    vectors = steering.vectors.float()
+    if config.max_fluency_drop is not None:
+        if steering.tried is None:
+            raise ValueError("max_fluency_drop needs the strengths that were tried")
+        fluent = FluentStrengths(steering.tried, levels, config.max_fluency_drop)
+        return torch.tensor(fluent.of(setting)) @ vectors
     leans = [
         0.0 if level is None else config.strength * (2 * level / (levels - 1) - 1)
         for level in setting.levels
     ]
-    shift = torch.tensor(leans) @ vectors.float()
+    shift = torch.tensor(leans) @ vectors
     longest = config.max_shift * vectors.norm(dim=1).mean()
     return shift * min(1.0, float(longest / shift.norm().clamp(min=1e-12)))
 
@@ -85,7 +108,7 @@ class ShiftPlan(Dataset[ShiftRow]):
         self,
         examples: Sequence[ControlledExample],
         encoder: Encoder,
-        vectors: Tensor,
+        steering: Steering,
         config: SteeredStartConfig,
         *,
         levels: int,
@@ -93,9 +116,9 @@ class ShiftPlan(Dataset[ShiftRow]):
         seed: int,
     ) -> None:
         self._examples, self._encoder, self._config = examples, encoder, config
-        self._vectors, self._levels, self._auto_rate = vectors, levels, auto_rate
+        self._steering, self._levels, self._auto_rate = steering, levels, auto_rate
         self._seed = seed
-        self._cells = cells(len(vectors), levels)
+        self._cells = cells(len(steering.vectors), levels)
         needed = config.steps * config.batch_size
         rng = np.random.default_rng(derive_seed(seed, "steered start order"))
         epochs = [rng.permutation(len(examples)) for _ in range(-(-needed // len(examples)))]
@@ -114,7 +137,7 @@ class ShiftPlan(Dataset[ShiftRow]):
             tuple(self._encoder.prompt_ids(example.prompt.messages)),
             tuple(self._encoder.control_ids(setting)),
             tuple(completion[: self._config.tokens]),
-            shift_of(setting, self._vectors, self._config, self._levels),
+            shift_of(setting, self._steering, self._config, self._levels),
         )
 
 
@@ -167,7 +190,7 @@ def steered_start(
     model: Any,
     examples: Sequence[ControlledExample],
     encoder: Encoder,
-    steering: tuple[Tensor, int],
+    steering: Steering,
     config: SteeredStartConfig,
     *,
     levels: int,
@@ -183,7 +206,7 @@ def steered_start(
         model: With dials installed and LoRA added.
         examples: Their texts are read; their settings are not.
         encoder: Of the model with dials.
-        steering: Directions (A, D) of the untouched model, and the layer behind which they apply.
+        steering: The directions, and what was found about them.
         config: Budget and strength.
         levels: L.
         auto_rate: Probability, per attribute, of auto, which is taught to add nothing.
@@ -200,7 +223,7 @@ def steered_start(
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     trainer = ShiftTrainer(
-        layer=steering[1],
+        layer=steering.layer,
         config=config,
         checkpoints=checkpoints,
         dtype=dtype,
@@ -208,7 +231,7 @@ def steered_start(
         on_step=on_step,
         model=model,
         train_dataset=ShiftPlan(
-            examples, encoder, steering[0], config, levels=levels, auto_rate=auto_rate, seed=seed
+            examples, encoder, steering, config, levels=levels, auto_rate=auto_rate, seed=seed
         ),
         data_collator=lambda rows: vars(collate(rows)),
     )

@@ -27,7 +27,7 @@ from equipoise.tune.objectives import (
 )
 from equipoise.tune.ordered import OrderedTrainer
 from equipoise.tune.prefix import branch_log_likelihoods
-from equipoise.tune.steered_start import steered_start
+from equipoise.tune.steered_start import Steering, steered_start
 from equipoise.types import ControlledExample
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def tune(
     seed: int,
     checkpoints: Path,
     base_model: str = "",
-    steering: tuple[Tensor, int] | None = None,
+    steering: Steering | None = None,
     on_step: OnStep | None = None,
 ) -> Tuned:
     """Tune a policy on distilled examples; resumes from the newest complete checkpoint.
@@ -77,7 +77,7 @@ def tune(
         seed: Everything random derives from it.
         checkpoints: Folder of the checkpoints; created if missing.
         base_model: Name of the untouched model, for the manifest.
-        steering: Directions (A, D) and their layer, for ``config.steered_start``.
+        steering: The directions, for ``config.steered_start``.
         on_step: Called with (steps done, steps in all), those of a steered start included.
 
     Raises:
