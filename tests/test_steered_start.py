@@ -12,7 +12,6 @@ from equipoise.dials.encode import Encoder
 from equipoise.errors import ConfigError, TrainingError
 from equipoise.models.layers import decoder_layers, states_behind, watched
 from equipoise.recipe_io import load_recipe
-from equipoise.steer.strengths import Tried
 from equipoise.tune.steered_start import (
     ShiftBatch,
     ShiftPlan,
@@ -75,15 +74,10 @@ def test_directions_that_add_up_are_held_back_and_keep_their_way() -> None:
     assert torch.allclose(shift_of(DialSetting((3, 2)), alike, held_back, 5), SHIFT[0])
 
 
-def test_a_limit_on_fluency_takes_the_place_of_strength_and_longest_shift() -> None:
-    costs = {-2.0: 0.2, -1.0: 0.1, 0.0: 0.0, 1.0: 0.1, 2.0: 0.2}
-    tried = [Tried(strength, 0.5, -2.0 - cost) for strength, cost in costs.items()]
-    steering = Steering(SHIFT, 0, {"helpfulness": tried, "safety": tried})
-    config = SteeredStartConfig(strength=9.0, max_shift=0.01, max_fluency_drop=0.1)
-    shift = shift_of(DialSetting((4, None)), steering, config, 5)
-    assert torch.allclose(shift, SHIFT[0], atol=1e-4)
-    with pytest.raises(ValueError, match="that were tried"):
-        shift_of(DialSetting((4, None)), Steering(SHIFT, 0), config, 5)
+def test_strengths_that_are_known_take_the_place_of_strength_and_longest_shift() -> None:
+    steering = Steering(SHIFT, 0, lambda setting: (0.5, -2.0 * (setting.levels[1] or 0)))
+    shift = shift_of(DialSetting((4, 3)), steering, SteeredStartConfig(max_shift=0.01), 5)
+    assert torch.allclose(shift, 0.5 * SHIFT[0] - 6 * SHIFT[1])
 
 
 def test_states_behind_a_layer_are_those_of_the_whole_pass_and_nothing_above_is_computed() -> None:

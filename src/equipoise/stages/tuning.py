@@ -47,7 +47,7 @@ def tune(job: Job) -> None:
                 seed=recipe.seed,
                 checkpoints=checkpoints,
                 base_model=job.run.recipe.model,
-                steering=_steering(job),
+                steering=steering_of(job),
                 on_step=on_step,
             )
     manifest = tuned.manifest.model_copy(
@@ -67,14 +67,18 @@ def tune(job: Job) -> None:
     stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)
 
 
-def _steering(job: Job) -> Steering | None:
+def steering_of(job: Job) -> Steering | None:
+    """Return the directions for a steered start, and how far each setting goes; none without."""
     start = job.recipe.tune.steered_start
     if start is None:
         return None
     from equipoise.stages.steering import read_directions, read_tried
+    from equipoise.steer.strengths import FluentStrengths
     from equipoise.tune.steered_start import Steering
 
     stage = job.run.done("steer")
     found = read_directions(stage)
-    tried = read_tried(stage) if start.max_fluency_drop is not None else None
-    return Steering(found.vectors, found.layer, tried)
+    if start.max_fluency_drop is None:
+        return Steering(found.vectors, found.layer)
+    fluent = FluentStrengths(read_tried(stage), job.recipe.levels, start.max_fluency_drop)
+    return Steering(found.vectors, found.layer, fluent.of)

@@ -11,7 +11,7 @@ The settings are drawn at random and have nothing to do with the text, so the te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed
-from equipoise.steer.strengths import FluentStrengths, Tried
 from equipoise.tune.checkpoints import Curve, OnStep
 from equipoise.tune.counterfactual import drop_to_auto
 from equipoise.tune.ordered import OrderedTrainer
@@ -41,8 +40,8 @@ class Steering:
     """(A, D): directions of the untouched model."""
     layer: int
     """Behind which they apply."""
-    tried: Mapping[str, Sequence[Tried]] | None = None
-    """Attribute to the strengths tried on dev prompts, for ``max_fluency_drop``."""
+    strengths_of: Callable[[DialSetting], tuple[float, ...]] | None = None
+    """One strength per attribute for a setting, in place of ``strength`` and ``max_shift``."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,13 @@ def shift_of(
 ) -> Tensor:
     """Return what a setting adds to the states: its share of each direction, (A, D) to (D,).
 
-    With ``max_fluency_drop`` the shares are :class:`FluentStrengths`. Without, level ``l`` of L
-    gets ``strength·(2l/(L-1) - 1)`` of its direction, auto nothing, and the sum is scaled down to
-    ``max_shift`` mean lengths where it is longer.
-
-    Raises:
-        ValueError: ``max_fluency_drop`` without strengths that were tried.
+    Unless ``steering`` knows the strengths, level ``l`` of L gets ``strength·(2l/(L-1) - 1)`` of
+    its direction, auto nothing, and the sum is scaled down to ``max_shift`` mean lengths where it
+    is longer.
     """
     vectors = steering.vectors.float()
-    if config.max_fluency_drop is not None:
-        if steering.tried is None:
-            raise ValueError("max_fluency_drop needs the strengths that were tried")
-        fluent = FluentStrengths(steering.tried, levels, config.max_fluency_drop)
-        return torch.tensor(fluent.of(setting)) @ vectors
+    if steering.strengths_of is not None:
+        return torch.tensor(steering.strengths_of(setting)) @ vectors
     leans = [
         0.0 if level is None else config.strength * (2 * level / (levels - 1) - 1)
         for level in setting.levels
