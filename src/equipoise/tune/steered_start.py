@@ -41,7 +41,7 @@ class Steering:
     layer: int
     """Behind which they apply."""
     strengths_of: Callable[[DialSetting], tuple[float, ...]] | None = None
-    """One strength per attribute for a setting, in place of ``strength`` and ``max_shift``."""
+    """One strength per attribute for a setting, in place of ``strength``."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,18 @@ def shift_of(
     """Return what a setting adds to the states: its share of each direction, (A, D) to (D,).
 
     Unless ``steering`` knows the strengths, level ``l`` of L gets ``strength·(2l/(L-1) - 1)`` of
-    its direction, auto nothing, and the sum is scaled down to ``max_shift`` mean lengths where it
-    is longer.
+    its direction, auto nothing. The sum is scaled down to ``max_shift`` mean lengths where it is
+    longer.
     """
     vectors = steering.vectors.float()
     if steering.strengths_of is not None:
-        return torch.tensor(steering.strengths_of(setting)) @ vectors
-    leans = [
-        0.0 if level is None else config.strength * (2 * level / (levels - 1) - 1)
-        for level in setting.levels
-    ]
-    shift = torch.tensor(leans) @ vectors
+        strengths = steering.strengths_of(setting)
+    else:
+        strengths = tuple(
+            0.0 if level is None else config.strength * (2 * level / (levels - 1) - 1)
+            for level in setting.levels
+        )
+    shift = torch.tensor(strengths) @ vectors
     longest = config.max_shift * vectors.norm(dim=1).mean()
     return shift * min(1.0, float(longest / shift.norm().clamp(min=1e-12)))
 
