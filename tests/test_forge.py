@@ -162,6 +162,7 @@ def test_wording_uses_the_phrases_of_the_world() -> None:
 def test_the_operators_setting_is_the_same_for_every_prompt() -> None:
     door = Listening(lambda said: None)
     judges = {"optimization": {a: FakeRewardModel(1) for a in ATTRIBUTES}}
+    answered: list[int] = []
     found = measure_forge(
         door,
         [prompt("a"), prompt("b")],
@@ -171,7 +172,9 @@ def test_the_operators_setting_is_the_same_for_every_prompt() -> None:
         attributes=ATTRIBUTES,
         levels=5,
         draws=20,
+        on_answers=answered.append,
     )
+    assert sum(answered) == 4 * 2 * 2 * 2 == len(door.asked) * 2
     assert set(door.asked) == {DialSetting((None, 3))}
     assert found["setting"] == [None, 3] and found["n_prompts"] == 2
     assert list(found["families"]) == list(FAMILIES)

@@ -157,6 +157,7 @@ def measure_forge(
     seed: int = 0,
     families: Sequence[Family] = FAMILIES,
     phrases: Mapping[str, Sequence[str]] | None = None,
+    on_answers: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Answer forged prompts at one setting and return BT by family, attribute and judge, as JSON.
 
@@ -175,6 +176,8 @@ def measure_forge(
         seed: Every answer derives its own seed.
         families: Which families to try.
         phrases: Wording: per attribute one sentence per level.
+        on_answers: Called with the number of new answers, of
+            ``len(families)·A·2·repeats·P`` in all.
 
     Raises:
         RewardError: A judge broke its contract.
@@ -191,10 +194,12 @@ def measure_forge(
                     forge(prompt, family, asked, index, said[level] if said else "")
                     for index, prompt in enumerate(prompts)
                 ]
-                texts = [
-                    _answers(responder, forged, setting, seed, family, attribute, level, repeat)
-                    for repeat in range(repeats)
-                ]
+                texts = []
+                for repeat in range(repeats):
+                    what = (family, attribute, level, repeat)
+                    texts.append(_answers(responder, forged, setting, seed, *what))
+                    if on_answers is not None:
+                        on_answers(len(forged))
                 units[level] = _judged(prompts, texts, judges, calibrations, attribute)
             lifts = {
                 judge: forge_lift(units[levels - 1][judge], units[0][judge], draws=draws, seed=seed)

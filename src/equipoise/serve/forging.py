@@ -40,7 +40,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
     Raises:
         ServingError: The door gave no answers.
     """
-    from equipoise.evaluate.forge import measure_forge
+    from equipoise.evaluate.forge import FAMILIES, measure_forge
     from equipoise.evaluate.report import plain
     from equipoise.models.load import load_causal
     from equipoise.serve.client import HttpResponder
@@ -53,7 +53,12 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
     loaded = load_causal(str(job.run.done("tune").directory(MODEL)))
     bench = read_bench(job)
     sampling = Sampling(**config.sampling.model_dump())
-    with served(loaded, file, policy) as (url, key):
+    prompts = evaluated_prompts(job)
+    answers = len(FAMILIES) * len(recipe.attributes) * 2 * repeats * len(prompts)
+    with (
+        served(loaded, file, policy) as (url, key),
+        job.progress.task("forge", answers) as advance,
+    ):
         measured = measure_forge(
             HttpResponder(
                 url,
@@ -67,7 +72,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
                     min(sampling.max_tokens, policy.limits.max_tokens),
                 ),
             ),
-            evaluated_prompts(job),
+            prompts,
             setting,
             bench.judges,
             bench.calibrations,
@@ -77,6 +82,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
             draws=config.bootstrap,
             seed=recipe.seed,
             phrases=config.phrases,
+            on_answers=advance,
         )
     facts = {
         "scenario": scenario,
