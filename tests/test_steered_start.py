@@ -14,8 +14,8 @@ from equipoise.models.layers import decoder_layers, states_behind, watched
 from equipoise.recipe_io import load_recipe
 from equipoise.tune.steered_start import (
     ShiftBatch,
+    ShiftDirections,
     ShiftPlan,
-    Steering,
     collate,
     shift_of,
     unexplained,
@@ -26,7 +26,7 @@ from steering_kit import SHIFT
 from tuning_kit import ATTRIBUTES, examples, lively_policy
 
 VECTORS = 3 * SHIFT
-STEERING = Steering(VECTORS, 0)
+STEERING = ShiftDirections(VECTORS, 0)
 START = SteeredStartConfig(
     steps=100, batch_size=8, strength=1.0, learning_rate=1e-2, rows_learning_rate=2e-2,
     checkpoint_every=40,
@@ -55,7 +55,7 @@ def run(folder: Path, made: TuneConfig, **more: object) -> Tuned:
 
 def test_a_level_has_its_share_of_the_direction() -> None:
     def shift(*levels: int | None) -> torch.Tensor:
-        return shift_of(DialSetting(levels), Steering(SHIFT, 0), FREE, 5)
+        return shift_of(DialSetting(levels), ShiftDirections(SHIFT, 0), FREE, 5)
 
     assert torch.allclose(shift(4, 2), 2 * SHIFT[0])
     assert torch.allclose(shift(3, None), SHIFT[0])
@@ -66,7 +66,7 @@ def test_a_level_has_its_share_of_the_direction() -> None:
 
 def test_directions_that_add_up_are_held_back_and_keep_their_way() -> None:
     alike, held_back = (
-        Steering(torch.stack([SHIFT[0], SHIFT[0]]), 0),
+        ShiftDirections(torch.stack([SHIFT[0], SHIFT[0]]), 0),
         SteeredStartConfig(max_shift=1.5),
     )
     held = shift_of(DialSetting((4, 4)), alike, held_back, 5)
@@ -75,7 +75,7 @@ def test_directions_that_add_up_are_held_back_and_keep_their_way() -> None:
 
 
 def test_strengths_that_are_known_take_the_place_of_strength() -> None:
-    steering = Steering(SHIFT, 0, lambda setting: (0.5, -2.0 * (setting.levels[1] or 0)))
+    steering = ShiftDirections(SHIFT, 0, lambda setting: (0.5, -2.0 * (setting.levels[1] or 0)))
     free = shift_of(DialSetting((4, 3)), steering, FREE, 5)
     assert torch.allclose(free, 0.5 * SHIFT[0] - 6 * SHIFT[1])
     held = shift_of(DialSetting((4, 3)), steering, SteeredStartConfig(max_shift=1.5), 5)
@@ -172,7 +172,7 @@ def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite"):
         tune(
             lively_policy(), examples(), config(), attributes=ATTRIBUTES, levels=5, seed=1,
-            checkpoints=tmp_path, steering=Steering(VECTORS * torch.nan, 0),
+            checkpoints=tmp_path, steering=ShiftDirections(VECTORS * torch.nan, 0),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from equipoise.stages.inputs import Job, policy_hash, read_calibration, reward_h
 from equipoise.stages.rlhf import tune_by_rlhf
 
 if TYPE_CHECKING:
-    from equipoise.tune.steered_start import Steering
+    from equipoise.tune.steered_start import ShiftDirections
 
 MODEL = "model"
 START_CURVE = "start.json"
@@ -67,18 +67,18 @@ def tune(job: Job) -> None:
     stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)
 
 
-def steering_of(job: Job) -> Steering | None:
+def steering_of(job: Job) -> ShiftDirections | None:
     """Return the directions for a steered start, and how far each setting goes; none without."""
     start = job.recipe.tune.steered_start
     if start is None:
         return None
     from equipoise.stages.steering import read_directions, read_tried
     from equipoise.steer.strengths import FluentStrengths
-    from equipoise.tune.steered_start import Steering
+    from equipoise.tune.steered_start import ShiftDirections
 
     stage = job.run.done("steer")
     found = read_directions(stage)
     if start.max_fluency_drop is None:
-        return Steering(found.vectors, found.layer)
+        return ShiftDirections(found.vectors, found.layer)
     fluent = FluentStrengths(read_tried(stage), job.recipe.levels, start.max_fluency_drop)
-    return Steering(found.vectors, found.layer, fluent.of)
+    return ShiftDirections(found.vectors, found.layer, fluent.of)

@@ -33,7 +33,7 @@ from equipoise.types import ControlledExample, DialSetting
 
 
 @dataclass(frozen=True)
-class Steering:
+class ShiftDirections:
     """What the start teaches: the ``steer`` stage's directions and what it found about them."""
 
     vectors: Tensor
@@ -74,7 +74,7 @@ class ShiftBatch:
 
 
 def shift_of(
-    setting: DialSetting, steering: Steering, config: SteeredStartConfig, levels: int
+    setting: DialSetting, steering: ShiftDirections, config: SteeredStartConfig, levels: int
 ) -> Tensor:
     """Return what a setting adds to the states: its share of each direction, (A, D) to (D,).
 
@@ -102,7 +102,7 @@ class ShiftPlan(Dataset[ShiftRow]):
         self,
         examples: Sequence[ControlledExample],
         encoder: Encoder,
-        steering: Steering,
+        steering: ShiftDirections,
         config: SteeredStartConfig,
         *,
         levels: int,
@@ -184,7 +184,7 @@ def steered_start(
     model: Any,
     examples: Sequence[ControlledExample],
     encoder: Encoder,
-    steering: Steering,
+    steering: ShiftDirections,
     config: SteeredStartConfig,
     *,
     levels: int,

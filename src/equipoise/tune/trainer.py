@@ -27,7 +27,7 @@ from equipoise.tune.objectives import (
 )
 from equipoise.tune.ordered import OrderedTrainer
 from equipoise.tune.prefix import branch_log_likelihoods
-from equipoise.tune.steered_start import Steering, steered_start
+from equipoise.tune.steered_start import ShiftDirections, steered_start
 from equipoise.types import ControlledExample
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def tune(
     seed: int,
     checkpoints: Path,
     base_model: str = "",
-    steering: Steering | None = None,
+    steering: ShiftDirections | None = None,
     on_step: OnStep | None = None,
 ) -> Tuned:
     """Tune a policy on distilled examples; resumes from the newest complete checkpoint.
