@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from equipoise.config import Recipe
 from equipoise.dials.encode import Encoder
 from equipoise.models.load import load_tokenizer, resolve_model
-from equipoise.store.rundir import RunDir
+from equipoise.store.rundir import stored_recipe
+from equipoise.store.stagefiles import StageFiles
 from equipoise.types import ControlledExample
 
 
@@ -27,10 +27,10 @@ class RowLengths:
 
 def row_lengths(folder: Path) -> RowLengths:
     """Return the lengths of the distilled set of a run."""
-    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text())
+    recipe = stored_recipe(folder)
     encoder = Encoder(load_tokenizer(resolve_model(recipe.model)))
-    with RunDir.open(folder, recipe) as opened:
-        examples = opened.done("distil").read_shard("examples.parquet", ControlledExample)
+    # Read without the run's lock: the reference may still be at work on a later stage.
+    examples = StageFiles(folder / "distil").read_shard("examples.parquet", ControlledExample)
     prompts = sum(len(encoder.prompt_ids(e.prompt.messages)) for e in examples)
     completions = sum(len(encoder.completion_ids(e.text, finished=e.finished)) for e in examples)
     return RowLengths(

@@ -158,6 +158,28 @@ def test_a_start_within_a_limit_is_taught_what_the_stage_measured(
     assert wanted.of(DialSetting((2, 2))) != (2.0, 2.0)
 
 
+def test_natural_gradients_take_the_place_of_mean_differences(
+    steered: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(steered, copy)
+    with RunDir.open(steered, stored_recipe(steered)) as run:
+        before, usual = read_directions(run.done("steer")), run.done("steer").read_json(FLUENCY)
+    changed = stored_recipe(copy).model_dump(mode="json")
+    changed["steer"] |= {"directions": "natural_gradient", "layer": 0}
+    with RunDir.open(copy, Recipe.model_validate(changed), fresh=True) as run:
+        run_stage("steer", run, progress=Progress(quiet=True))
+        stage = run.done("steer")
+        found, again = read_directions(stage), stage.read_json(FLUENCY)
+        assert {name: len(tries) for name, tries in read_tried(stage).items()} == {
+            "helpfulness": 3,
+            "safety": 3,
+        }
+    assert found.attributes == before.attributes and found.layer == 0
+    assert found.vectors.shape == before.vectors.shape
+    assert again == pytest.approx(usual, abs=1e-4)
+
+
 def test_a_damaged_shard_is_made_again_with_the_same_bytes(steered: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(steered, copy)

@@ -127,10 +127,16 @@ class ScoreConfig(Config):
 class SteerConfig(Config):
     """Directions from the scored pool, and the strength that each level needs."""
 
+    directions: Literal["difference_of_means", "natural_gradient"] = "difference_of_means"
+    """What sets good completions apart inside, or what buys most score per nat of likelihood."""
+    damping: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of the natural gradient; a larger one trusts the pool less."""
     layer: Annotated[int, Field(ge=0)] | None = None
-    """Decoder layer, counted from 0; by default two fifths of the way up."""
+    """Decoder layer, counted from 0; by default two fifths of the way up (difference of means) or
+    three (natural gradient)."""
     strengths: list[float] = Field([-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0], min_length=1)
-    """Tried on dev prompts, besides 0, in units of the direction's own length."""
+    """Tried on dev prompts, besides 0, in units of the direction's own length: the mean difference
+    of best and worst, or (natural gradient) a nat per completion."""
     max_fluency_drop: Annotated[float, Field(gt=0.0)] | None = 0.5
     """Strengths whose outputs the untouched model finds less likely than its own by more than
     this (nats per token) are not used; ``null`` = use all."""

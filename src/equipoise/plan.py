@@ -179,6 +179,8 @@ def _steering_seconds(
     row += 2 * ((speed.prompt_tokens + length) * rewards + length * policy) / speed.flops
     pool = counts["train"] * recipe.generate.completions_per_prompt
     own = 2 * pool * length * policy / speed.flops
+    if recipe.steer is not None and recipe.steer.directions == "natural_gradient":
+        own *= 2  # there and back
     return {"steer": own + tried * row, "regenerate": steered * row}
 
 

@@ -43,16 +43,16 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return next(iter(outermost.values()))
 
 
-def layer_index(model: PreTrainedModel, layer: int | None) -> int:
-    """Return a layer's index in [0, number of layers); by default two fifths of the way up.
+def layer_index(model: PreTrainedModel, layer: int | None, *, fifths: int = 2) -> int:
+    """Return a layer's index in [0, number of layers); by default so many fifths of the way up.
 
-    There the directions of helpfulness and safety were found on SmolLM2 (layer 12 of 30).
+    Two fifths up the difference of means was found on SmolLM2 (layer 12 of 30).
 
     Raises:
         ModelError: The model has no layer of that index.
     """
     count = len(decoder_layers(model))
-    chosen = 2 * count // 5 if layer is None else layer
+    chosen = fifths * count // 5 if layer is None else layer
     if not 0 <= chosen < count:
         raise ModelError(
             f"there is no layer {chosen}",

@@ -154,15 +154,24 @@ def _find(job: Job, stage: Stage, policy: LoadedPolicy, config: SteerConfig) -> 
     """Let the model read its own pool: directions, and its usual log-likelihood per prompt."""
     from equipoise.pool.calibrate import own_pool
     from equipoise.steer.directions import find_directions, read_pool
+    from equipoise.steer.natural_gradient import natural_directions, read_gradients
 
     scored = own_pool(read_scored(job.run))
     by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
     n_prompts = len({row.completion.prompt_id for row in scored})
     with job.progress.task("steer: read the pool", n_prompts) as advance:
-        reading = read_pool(scored, by_id, policy, layer=config.layer, on_prompt=advance)
-    directions = find_directions(scored, reading, attributes=job.recipe.attributes)
+        if config.directions == "natural_gradient":
+            answers = read_gradients(scored, by_id, policy, layer=config.layer, on_prompt=advance)
+            directions = natural_directions(
+                scored, answers, attributes=job.recipe.attributes, damping=config.damping
+            )
+            read = answers.means
+        else:
+            reading = read_pool(scored, by_id, policy, layer=config.layer, on_prompt=advance)
+            directions = find_directions(scored, reading, attributes=job.recipe.attributes)
+            read = reading.means
     means: dict[str, list[float]] = defaultdict(list)
-    for row, mean in zip(scored, reading.means, strict=True):
+    for row, mean in zip(scored, read, strict=True):
         if mean == mean:  # not NaN
             means[row.completion.prompt_id].append(mean)
     usual = {prompt_id: sum(found) / len(found) for prompt_id, found in means.items()}
