@@ -191,7 +191,8 @@ class SteeredStartConfig(Config):
     """Teach the control tokens the steering directions before the objective begins."""
 
     steps: Positive = 160
-    batch_size: Positive = 8
+    batch_size: Positive = 4
+    """Texts; each is read under a drawn setting and its mirror images on every dial."""
     strength: Annotated[float, Field(gt=0.0)] = 2.0
     """Of the top level, in units of the direction's own length; the bottom level gets the
     negative, the levels between lie on a straight line, auto gets 0."""

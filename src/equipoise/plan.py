@@ -138,22 +138,26 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         "fit-reward": _fitting_flops(job) / speed.flops,
         "generate": pool * length / speed.sampled,
         "score": 2 * pool * (speed.prompt_tokens + length) * rewards / speed.flops,
-        "tune": _tuning_seconds(tune, speed, row, rewards),
+        "tune": _tuning_seconds(tune, len(recipe.attributes), speed, row, rewards),
         "judge": 2 * pool * (speed.prompt_tokens + length) * judged / speed.flops,
         "evaluate": sampling / speed.sampled + scoring / speed.flops,
     }
     return {name: value / 60 for name, value in seconds.items()}
 
 
-def _tuning_seconds(tune: TuneConfig, speed: Speed, row: float, rewards: float) -> float:
+def _tuning_seconds(
+    tune: TuneConfig, n_attributes: int, speed: Speed, row: float, rewards: float
+) -> float:
     """Seconds of tuning with rows of ``row`` tokens; RLHF also samples, scores and compares."""
     if tune.objective != "rlhf":
         start = 0.0
         if tune.steered_start is not None:
-            # Read twice, once of it forward only, up to a layer two fifths of the way up.
+            # Behind one prompt under 2^A settings, and once without controls, forward only; up to
+            # a layer about half of the way up.
             shown = tune.steered_start.steps * tune.steered_start.batch_size
-            length = speed.prompt_tokens + tune.steered_start.tokens
-            start = 0.4 * 4 / 3 * shown * length / speed.trained
+            prompt, text = speed.prompt_tokens, float(tune.steered_start.tokens)
+            length = prompt + 2**n_attributes * text + (prompt + text) / 3
+            start = 0.5 * shown * length / speed.trained
         return start + tune.steps * tune.batch_size * row / speed.trained
     warm = tune.rlhf.warm_start * tune.batch_size * row / speed.trained
     completion = tune.rlhf.sampling.max_tokens

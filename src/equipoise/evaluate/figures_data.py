@@ -63,7 +63,10 @@ def _estimate(found: Any) -> dict[str, Any] | None:
 
 
 _CURVES = {
-    "unexplained": ("share of the shift that is missing", {"unexplained": "unexplained"}),
+    "unexplained": (
+        "share of the shift",
+        {"unexplained": "missing between settings", "disturbance": "disturbance"},
+    ),
     "loss": ("what is minimised", {"loss": "loss"}),
     "asked": (
         "log-likelihood per token",

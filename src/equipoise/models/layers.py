@@ -87,10 +87,13 @@ class _Reached(Exception):  # noqa: N818 - it is no error
     """The layer whose output was wanted has been computed."""
 
 
-def states_behind(model: PreTrainedModel, layer: int, input_ids: torch.Tensor) -> torch.Tensor:
+def states_behind(
+    model: PreTrainedModel, layer: int, input_ids: torch.Tensor, **inputs: torch.Tensor
+) -> torch.Tensor:
     """Return the output (R, T, D) of one layer; the layers above it and the head are not computed.
 
     Rows may be padded on the right: in a causal model no real token looks at what follows it.
+    Whatever else the model shall be called with (mask, positions) is ``inputs``.
     """
     seen: list[torch.Tensor] = []
 
@@ -100,7 +103,7 @@ def states_behind(model: PreTrainedModel, layer: int, input_ids: torch.Tensor) -
 
     handle = decoder_layers(model)[layer].register_forward_hook(hook)
     try:
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, use_cache=False, **inputs)
     except _Reached:
         pass
     finally:

@@ -33,6 +33,30 @@ def branch_mask(branch_ids: Tensor) -> Tensor:
     return allowed[:, None]
 
 
+def branch_inputs(model: PreTrainedModel, batch: ControlledBatch) -> dict[str, Tensor]:
+    """Return what ``model`` is called with to read all branches of a batch apart."""
+    mask = branch_mask(batch.branch_ids)
+    if getattr(model.config, "_attn_implementation", "sdpa") != "sdpa":
+        additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+        mask = additive.masked_fill(~mask, torch.finfo(model.dtype).min)
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "attention_mask": mask,
+    }
+
+
+def before_labels(batch: ControlledBatch) -> Tensor:
+    """Return where completion tokens are predicted, one position earlier: (B, T)."""
+    labelled = batch.completion_mask
+    n_rows, n_branches, length = labelled.shape
+    before = torch.zeros_like(labelled)
+    before[..., :-1] = labelled[..., 1:]
+    places = torch.zeros_like(batch.branch_ids, dtype=torch.bool)
+    places[:, -n_branches * length :] = before.reshape(n_rows, -1)
+    return places
+
+
 def branch_log_likelihoods(model: PreTrainedModel, batch: ControlledBatch) -> tuple[Tensor, Tensor]:
     """Return the log-likelihood of every branch's completion, and its number of tokens.
 
@@ -49,21 +73,8 @@ def branch_log_likelihoods(model: PreTrainedModel, batch: ControlledBatch) -> tu
     """
     labelled = batch.completion_mask  # (B, N, R); never true at position 0
     n_rows, n_branches, length = labelled.shape
-    before = torch.zeros_like(labelled)
-    before[..., :-1] = labelled[..., 1:]  # a label is predicted one position earlier
-    read = torch.zeros_like(batch.branch_ids, dtype=torch.bool)  # (B, T)
-    read[:, -n_branches * length :] = before.reshape(n_rows, -1)
-    mask = branch_mask(batch.branch_ids)
-    if getattr(model.config, "_attn_implementation", "sdpa") != "sdpa":
-        additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-        mask = additive.masked_fill(~mask, torch.finfo(model.dtype).min)
-    with _head_at(model, read):
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=mask,
-            use_cache=False,
-        )
+    with _head_at(model, before_labels(batch)):
+        output = model(**branch_inputs(model, batch), use_cache=False)
     ids = batch.input_ids[:, -n_branches * length :].reshape(labelled.shape)
     tokens = token_log_likelihoods(output.logits, ids[labelled])  # (n labels,)
     sums = tokens.new_zeros(n_rows * n_branches)

@@ -6,13 +6,16 @@ states of a completion read under a setting shall be those of the untouched mode
 share of the directions. Every position is a target of D numbers, where likelihood gives one bit of
 label for a whole completion; and only the layers up to that one are computed.
 
-The settings are drawn at random and have nothing to do with the text, so the text gives no hint.
+The settings are drawn at random and have nothing to do with the text, so the text gives no hint. A
+text is read under several settings at once, each with its mirror images on every dial: what a text
+alone would teach the adapter cancels between them, and what is left is what the dials shall do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equipoise.config import SteeredStartConfig
-from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed
+from equipoise.tune.batch import ControlledBatch, Presentation
+from equipoise.tune.batch import collate as lay_out
 from equipoise.tune.checkpoints import Curve, OnStep
 from equipoise.tune.counterfactual import drop_to_auto
 from equipoise.tune.ordered import OrderedTrainer
+from equipoise.tune.prefix import before_labels, branch_inputs
 from equipoise.types import ControlledExample, DialSetting
+
+_AT_FIRST, _IN_FULL_AFTER = 0.1, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -46,31 +53,28 @@ class ShiftDirections:
 
 @dataclass(frozen=True)
 class ShiftRow:
-    """One text under one setting."""
+    """One text under N settings."""
 
-    prompt_ids: tuple[int, ...]
-    control_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    shift: Tensor
-    """(D,): what the setting shall add to the states."""
+    text: Presentation
+    """The prompt, and the completion behind the controls of each setting."""
+    shifts: Tensor
+    """(N, D): what each setting shall add to the states."""
 
 
 @dataclass(frozen=True)
 class ShiftBatch:
-    """Texts without controls (what the untouched model reads) and with them."""
+    """Texts without controls (what the untouched model reads), and behind those of N settings."""
 
     plain_ids: Tensor
     """(B, T): prompt and completion, padded on the right."""
-    dialled_ids: Tensor
-    """(B, T + A): controls between them."""
     plain_at: Tensor
     """(B, T): true where the next token is one of the completion's."""
-    dialled_at: Tensor
-    """(B, T + A): the same; as many per row as in ``plain_at``."""
+    dialled: ControlledBatch
+    """The settings of a text as branches behind its prompt."""
     shifts: Tensor
-    """(B, D): what shall be added to the states."""
+    """(B, N, D): what shall be added to the states."""
     n_tokens: int
-    """Tokens in both rectangles, padding left out."""
+    """Tokens that are read, padding left out."""
 
 
 def shift_of(
@@ -96,7 +100,7 @@ def shift_of(
 
 
 class ShiftPlan(Dataset[ShiftRow]):
-    """Text i of ``steps * batch_size`` under a random setting, a function of (seed, i) only."""
+    """Text i of ``steps * batch_size`` under random settings, a function of (seed, i) only."""
 
     def __init__(
         self,
@@ -110,9 +114,12 @@ class ShiftPlan(Dataset[ShiftRow]):
         seed: int,
     ) -> None:
         self._examples, self._encoder, self._config = examples, encoder, config
-        self._steering, self._levels, self._auto_rate = steering, levels, auto_rate
-        self._seed = seed
-        self._cells = cells(len(steering.vectors), levels)
+        self._levels, self._auto_rate, self._seed = levels, auto_rate, seed
+        count = len(steering.vectors)
+        self._shifts = {
+            setting: shift_of(setting, steering, config, levels)
+            for setting in map(DialSetting, product((*range(levels), None), repeat=count))
+        }
         needed = config.steps * config.batch_size
         rng = np.random.default_rng(derive_seed(seed, "steered start order"))
         epochs = [rng.permutation(len(examples)) for _ in range(-(-needed // len(examples)))]
@@ -121,51 +128,77 @@ class ShiftPlan(Dataset[ShiftRow]):
     def __len__(self) -> int:
         return len(self._order)
 
+    @property
+    def wanted(self) -> float:
+        """Mean squared length of the shifts over the grid."""
+        squares = [
+            float(shift.square().sum())
+            for setting, shift in self._shifts.items()
+            if None not in setting.levels
+        ]
+        return sum(squares) / len(squares)
+
     def __getitem__(self, index: int) -> ShiftRow:
         rng = np.random.default_rng(derive_seed(self._seed, "steered start", index))
         example = self._examples[int(self._order[index])]
-        cell = self._cells[int(rng.integers(len(self._cells)))]
-        setting = drop_to_auto(cell, self._auto_rate, rng)
+        drawn = rng.integers(self._levels, size=len(next(iter(self._shifts)).levels))
+        settings = [
+            drop_to_auto(setting, self._auto_rate, rng)
+            for setting in mirrored([int(level) for level in drawn], self._levels)
+        ]
         completion = self._encoder.completion_ids(example.text, finished=example.finished)
+        text = tuple(completion[: self._config.tokens])
+        controls = [tuple(self._encoder.control_ids(setting)) for setting in settings]
         return ShiftRow(
-            tuple(self._encoder.prompt_ids(example.prompt.messages)),
-            tuple(self._encoder.control_ids(setting)),
-            tuple(completion[: self._config.tokens]),
-            shift_of(setting, self._steering, self._config, self._levels),
+            Presentation(
+                tuple(self._encoder.prompt_ids(example.prompt.messages)),
+                tuple((*ids, *text) for ids in controls),
+                n_control=len(controls[0]),
+                weight=1.0,
+            ),
+            torch.stack([self._shifts[setting] for setting in settings]),
         )
+
+
+def mirrored(levels: Sequence[int], count: int) -> list[DialSetting]:
+    """Return a setting with its mirror images on every dial of ``count`` levels: 2^A settings."""
+    pairs = ((level, count - 1 - level) for level in levels)
+    return [DialSetting(setting) for setting in product(*pairs)]
 
 
 def collate(rows: Sequence[ShiftRow]) -> ShiftBatch:
     """Lay texts out as two rectangles; see :class:`ShiftBatch`."""
-    plain = [(row.prompt_ids, row.completion_ids) for row in rows]
-    dialled = [((*row.prompt_ids, *row.control_ids), row.completion_ids) for row in rows]
-    plain_ids, plain_at = _rectangle(plain)
-    dialled_ids, dialled_at = _rectangle(dialled)
+    texts = [row.text for row in rows]
+    plain = [(text.prompt_ids, text.branches[0][text.n_control :]) for text in texts]
+    width = max(len(prompt) + len(completion) for prompt, completion in plain)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    at = torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, (prompt, completion) in enumerate(plain):
+        ids[b, : len(prompt) + len(completion)] = torch.tensor((*prompt, *completion))
+        at[b, len(prompt) - 1 : len(prompt) - 1 + len(completion)] = True
+    dialled = lay_out(texts)
     return ShiftBatch(
-        plain_ids,
-        dialled_ids,
-        plain_at,
-        dialled_at,
-        shifts=torch.stack([row.shift for row in rows]),
-        n_tokens=sum(len(before) + len(text) for before, text in (*plain, *dialled)),
+        ids,
+        at,
+        dialled,
+        shifts=torch.stack([row.shifts for row in rows]),
+        n_tokens=sum(len(prompt) + len(text) for prompt, text in plain)
+        + int((dialled.branch_ids >= 0).sum()),
     )
 
 
-def _rectangle(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Tensor, Tensor]:
-    width = max(len(before) + len(completion) for before, completion in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    at = torch.zeros(len(rows), width, dtype=torch.bool)
-    for b, (before, completion) in enumerate(rows):
-        ids[b, : len(before) + len(completion)] = torch.tensor((*before, *completion))
-        at[b, len(before) - 1 : len(before) - 1 + len(completion)] = True
-    return ids, at
+@dataclass(frozen=True)
+class Missing:
+    """How far the states are from where they shall be: mean squared lengths over all positions."""
+
+    control: Tensor
+    """Of what differs between the settings of a text."""
+    disturbance: Tensor
+    """Of what the control tokens do whatever they say: the mean over the settings of a text."""
 
 
-def unexplained(model: Any, batch: ShiftBatch, layer: int) -> tuple[Tensor, Tensor]:
-    """Return how far the states are from where they shall be, and how far they shall move.
-
-    Both are sums of squares over all positions: their ratio is 1 for a model that is deaf and
-    undisturbed by the control tokens, and 0 at the aim.
+def missing(model: Any, batch: ShiftBatch, layer: int) -> Missing:
+    """Return how far the states of a batch are from the untouched model's plus the shifts.
 
     Args:
         model: A peft model; without its adapter it is the untouched one.
@@ -173,11 +206,30 @@ def unexplained(model: Any, batch: ShiftBatch, layer: int) -> tuple[Tensor, Tens
         layer: Behind which the directions are added.
     """
     with torch.no_grad(), model.disable_adapter():
-        aim = states_behind(model, layer, batch.plain_ids)[batch.plain_at].float()  # (n, D)
-    states = states_behind(model, layer, batch.dialled_ids)[batch.dialled_at].float()
-    counts = batch.plain_at.sum(dim=1)
-    shifts = batch.shifts.repeat_interleave(counts, dim=0)  # (n, D)
-    return (states - aim - shifts).square().sum(), shifts.square().sum()
+        plain = states_behind(model, layer, batch.plain_ids)[batch.plain_at].float()  # (n, D)
+    read = before_labels(batch.dialled)
+    states = states_behind(model, layer, **branch_inputs(model, batch.dialled))[read].float()
+    n_settings, width = batch.shifts.shape[1:]  # N, D
+    total = disturbance = states.new_zeros(())
+    end, own_end = 0, 0
+    for count, shifts in zip(batch.plain_at.sum(dim=1).tolist(), batch.shifts, strict=True):
+        start, own_start = end, own_end
+        end, own_end = start + n_settings * count, own_start + count
+        got = states[start:end].view(n_settings, count, width)
+        error = got - plain[own_start:own_end] - shifts[:, None]
+        total = total + error.square().sum()
+        disturbance = disturbance + n_settings * error.mean(dim=0).square().sum()
+    return Missing((total - disturbance) / len(states), disturbance / len(states))
+
+
+def disturbance_weight(progress: float) -> float:
+    """Return how much the disturbance counts in the loss, by the share of the steps done.
+
+    A tenth at first, all of it after a third of the way: counted in full from the start it teaches
+    attention to look away from tokens that as yet only disturb, and the dials are found late or
+    never.
+    """
+    return min(1.0, _AT_FIRST + (1 - _AT_FIRST) * progress / _IN_FULL_AFTER)
 
 
 def steered_start(
@@ -210,34 +262,45 @@ def steered_start(
         on_step: Called with (steps done, steps in all).
 
     Returns:
-        Per step ``unexplained`` (share of the squared shift; 1 = deaf) and ``tokens`` so far.
+        Per step, as shares of the squared shift, ``unexplained`` (of what differs between settings;
+        1 = deaf) and ``disturbance`` (of what does not), and ``tokens`` so far.
 
     Raises:
         TrainingError: The states are not finite.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
+    plan = ShiftPlan(
+        examples, encoder, steering, config, levels=levels, auto_rate=auto_rate, seed=seed
+    )
     trainer = ShiftTrainer(
         layer=steering.layer,
+        wanted=plan.wanted,
         config=config,
         checkpoints=checkpoints,
         dtype=dtype,
         seed=seed,
         on_step=on_step,
         model=model,
-        train_dataset=ShiftPlan(
-            examples, encoder, steering, config, levels=levels, auto_rate=auto_rate, seed=seed
-        ),
-        data_collator=lambda rows: vars(collate(rows)),
+        train_dataset=plan,
+        data_collator=_inputs,
     )
     return trainer.run()
+
+
+def _inputs(rows: Sequence[ShiftRow]) -> dict[str, Any]:
+    batch = collate(rows)
+    return {**vars(batch), "dialled": vars(batch.dialled)}
 
 
 class ShiftTrainer(OrderedTrainer):
     """The shift that is still missing, on :class:`ShiftBatch`."""
 
-    def __init__(self, *, layer: int, config: SteeredStartConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, *, layer: int, wanted: float, config: SteeredStartConfig, **kwargs: Any
+    ) -> None:
         super().__init__(config=config, **kwargs)
         self.layer, self.rows_learning_rate = layer, config.rows_learning_rate
+        self.wanted = max(wanted, 1e-12)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Give the control rows a rate of their own: one row is seen once in L examples."""
@@ -260,15 +323,23 @@ class ShiftTrainer(OrderedTrainer):
     ) -> Any:
         """Return the share of the squared shift that is not there yet, and note it."""
         step = self.state.global_step + 1
-        missing, wanted = unexplained(model, ShiftBatch(**inputs), self.layer)
-        loss = missing / wanted.clamp(min=1e-12)
+        batch = ShiftBatch(**{**inputs, "dialled": ControlledBatch(**inputs["dialled"])})
+        found = missing(model, batch, self.layer)
+        control, disturbance = found.control / self.wanted, found.disturbance / self.wanted
+        weight = disturbance_weight(self.state.global_step / self.state.max_steps)
+        loss = control + weight * disturbance
         self.stop_unless_finite(
             loss,
             why="the adapter overflowed, most often from a learning rate that is too high",
             fix="lower tune.steered_start.learning_rate",
         )
         last = self.curve[-1] if self.curve else {"tokens": 0}
-        tokens = last["tokens"] + inputs["n_tokens"]
-        row = {"step": step, "unexplained": loss.item(), "tokens": tokens}
-        self.curve.append(row)
+        self.curve.append(
+            {
+                "step": step,
+                "unexplained": control.item(),
+                "disturbance": disturbance.item(),
+                "tokens": last["tokens"] + inputs["n_tokens"],
+            }
+        )
         return (loss, None) if return_outputs else loss
