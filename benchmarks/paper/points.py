@@ -55,7 +55,7 @@ class Scale:
         return Path("runs") / self.name
 
 
-FULL = Scale("paper", seeds=(0, 1, 2, 3, 4), steps=400)
+FULL = Scale("paper", seeds=(0, 1, 2, 3, 4, 5, 6, 7), steps=400)
 QUICK = Scale(
     "paper-quick",
     seeds=(0, 1),
