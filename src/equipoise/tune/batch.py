@@ -80,7 +80,12 @@ class TuningPlan(Dataset[Presentation]):
         for example in examples:
             by_prompt[example.prompt.id].append(example.setting)
         self._occupied = [by_prompt[e.prompt.id] for e in examples]
-        self._order = self._draw_order()
+        self._order = draw_order(
+            [len(p) + len(c) for p, c in zip(self._prompt_ids, self._completion_ids, strict=True)],
+            steps=config.steps,
+            batch_size=config.batch_size,
+            rng=np.random.default_rng(derive_seed(seed, "order")),
+        )
 
     def __len__(self) -> int:
         return len(self._order)
@@ -104,21 +109,25 @@ class TuningPlan(Dataset[Presentation]):
             weight=self._weights[example],
         )
 
-    def _draw_order(self) -> np.ndarray:
-        """Epochs of permutations, sorted by length within buckets, batches shuffled in each."""
-        needed = self._config.steps * self._config.batch_size
-        rng = np.random.default_rng(derive_seed(self._seed, "order"))
-        lengths = np.array(
-            [len(p) + len(c) for p, c in zip(self._prompt_ids, self._completion_ids, strict=True)]
-        )
-        n_epochs = max(1, -(-needed // len(lengths)))
-        order = np.concatenate([rng.permutation(len(lengths)) for _ in range(n_epochs)])[:needed]
-        size, step = self._config.batch_size * _BUCKET, self._config.batch_size
-        for start in range(0, needed, size):
-            bucket = order[start : start + size]
-            bucket = bucket[np.argsort(lengths[bucket], kind="stable")].reshape(-1, step)
-            order[start : start + size] = bucket[rng.permutation(len(bucket))].ravel()
-        return order
+
+def draw_order(
+    lengths: Sequence[int], *, steps: int, batch_size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return which row is shown when: ``steps * batch_size`` indices into ``lengths``.
+
+    Epochs of permutations, sorted by length within buckets of batches, the batches of a bucket
+    shuffled.
+    """
+    needed = steps * batch_size
+    n_epochs = max(1, -(-needed // len(lengths)))
+    order = np.concatenate([rng.permutation(len(lengths)) for _ in range(n_epochs)])[:needed]
+    size = batch_size * _BUCKET
+    for start in range(0, needed, size):
+        bucket = order[start : start + size]
+        bucket = bucket[np.argsort(np.asarray(lengths)[bucket], kind="stable")]
+        bucket = bucket.reshape(-1, batch_size)
+        order[start : start + size] = bucket[rng.permutation(len(bucket))].ravel()
+    return order
 
 
 def collate(rows: Sequence[Presentation]) -> ControlledBatch:

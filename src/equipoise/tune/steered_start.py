@@ -28,7 +28,7 @@ from equipoise.config import SteeredStartConfig
 from equipoise.dials.encode import Encoder
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed
-from equipoise.tune.batch import ControlledBatch, Presentation
+from equipoise.tune.batch import ControlledBatch, Presentation, draw_order
 from equipoise.tune.batch import collate as lay_out
 from equipoise.tune.checkpoints import Curve, OnStep
 from equipoise.tune.counterfactual import drop_to_auto
@@ -113,17 +113,28 @@ class ShiftPlan(Dataset[ShiftRow]):
         auto_rate: float,
         seed: int,
     ) -> None:
-        self._examples, self._encoder, self._config = examples, encoder, config
-        self._levels, self._auto_rate, self._seed = levels, auto_rate, seed
+        self._encoder, self._levels, self._auto_rate = encoder, levels, auto_rate
+        self._seed = seed
+        self._texts = [
+            (
+                tuple(encoder.prompt_ids(example.prompt.messages)),
+                tuple(encoder.completion_ids(example.text, finished=example.finished))[
+                    : config.tokens
+                ],
+            )
+            for example in examples
+        ]
+        self._order = draw_order(
+            [len(prompt) + len(completion) for prompt, completion in self._texts],
+            steps=config.steps,
+            batch_size=config.batch_size,
+            rng=np.random.default_rng(derive_seed(seed, "steered start order")),
+        )
         count = len(steering.vectors)
         self._shifts = {
             setting: shift_of(setting, steering, config, levels)
             for setting in map(DialSetting, product((*range(levels), None), repeat=count))
         }
-        needed = config.steps * config.batch_size
-        rng = np.random.default_rng(derive_seed(seed, "steered start order"))
-        epochs = [rng.permutation(len(examples)) for _ in range(-(-needed // len(examples)))]
-        self._order = np.concatenate(epochs)[:needed]
 
     def __len__(self) -> int:
         return len(self._order)
@@ -140,19 +151,17 @@ class ShiftPlan(Dataset[ShiftRow]):
 
     def __getitem__(self, index: int) -> ShiftRow:
         rng = np.random.default_rng(derive_seed(self._seed, "steered start", index))
-        example = self._examples[int(self._order[index])]
+        prompt, completion = self._texts[int(self._order[index])]
         drawn = rng.integers(self._levels, size=len(next(iter(self._shifts)).levels))
         settings = [
             drop_to_auto(setting, self._auto_rate, rng)
             for setting in mirrored([int(level) for level in drawn], self._levels)
         ]
-        completion = self._encoder.completion_ids(example.text, finished=example.finished)
-        text = tuple(completion[: self._config.tokens])
         controls = [tuple(self._encoder.control_ids(setting)) for setting in settings]
         return ShiftRow(
             Presentation(
-                tuple(self._encoder.prompt_ids(example.prompt.messages)),
-                tuple((*ids, *text) for ids in controls),
+                prompt,
+                tuple((*ids, *completion) for ids in controls),
                 n_control=len(controls[0]),
                 weight=1.0,
             ),
