@@ -80,14 +80,6 @@ def test_directions_that_add_up_are_held_back_and_keep_their_way() -> None:
     assert torch.allclose(shift_of(DialSetting((3, 2)), alike, held_back, 5), SHIFT[0])
 
 
-def test_strengths_that_are_known_take_the_place_of_strength() -> None:
-    steering = ShiftDirections(SHIFT, 0, lambda setting: (0.5, -2.0 * (setting.levels[1] or 0)))
-    free = shift_of(DialSetting((4, 3)), steering, FREE, 5)
-    assert torch.allclose(free, 0.5 * SHIFT[0] - 6 * SHIFT[1])
-    held = shift_of(DialSetting((4, 3)), steering, SteeredStartConfig(max_shift=1.5), 5)
-    assert torch.allclose(held, free * 1.5 * SHIFT.norm(dim=1).mean() / free.norm())
-
-
 def test_states_behind_a_layer_are_those_of_the_whole_pass_and_nothing_above_is_computed() -> None:
     model = lively_policy().model
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -226,7 +218,6 @@ def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
         (["steer=null", "regenerate=null"], "needs the directions of `steer`"),
         (["tune.lora_rank=0"], "set `tune.lora_rank`"),
         (["tune.objective=rlhf"], "set `tune.lora_rank`"),
-        (["tune.steered_start.max_fluency_drop=0.3", "prompts.n_dev=0"], "on dev prompts: set"),
         (["tune.steered_start=null", "tune.steps=0"], "nothing would be tuned"),
     ],
 )

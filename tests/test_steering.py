@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
-from equipoise.dials.attributes import cells
 from equipoise.errors import DataError, ModelError
 from equipoise.models.layers import decoder_layers, layer_index, shifted, watched
 from equipoise.models.reading import read_completions
@@ -21,7 +20,7 @@ from equipoise.seeds import derive_seed
 from equipoise.steer.branches import steered_request
 from equipoise.steer.directions import Directions, PoolReading, find_directions, read_pool
 from equipoise.steer.steering import Steering
-from equipoise.steer.strengths import FluentStrengths, Strengths, Tried, strengths_for_levels
+from equipoise.steer.strengths import Strengths, Tried, strengths_for_levels
 from equipoise.types import (
     Branch,
     Completion,
@@ -278,52 +277,6 @@ def test_strengths_never_fall_with_the_level(units: list[float], levels: int) ->
         tries(dict(zip(grid, units, strict=True))), levels, max_fluency_drop=None
     )
     assert list(found) == sorted(found) and found[0] >= -3 and found[-1] <= 3
-
-
-def costing(costs: dict[float, float]) -> list[Tried]:
-    return [Tried(strength, 0.5, -2.0 - cost) for strength, cost in costs.items()]
-
-
-DEAR = costing({-2.0: 0.4, -1.0: 0.1, 0.0: 0.0, 1.0: 0.2, 2.0: 0.8})
-CHEAP = costing({2.0: -0.1, 0.0: 0.0, -2.0: 0.0, 4.0: 0.2, -4.0: float("nan")})
-
-
-def test_each_side_is_pushed_as_far_as_its_fluency_allows() -> None:
-    """By hand: .3 is met at -1⅔ and 1⅙ of the dear one, and nowhere up to 4 of the cheap one."""
-    fluent = FluentStrengths({"helpfulness": DEAR, "safety": CHEAP}, levels=5, max_drop=0.3)
-    assert fluent.of(DialSetting((0, None))) == pytest.approx((-5 / 3, 0), abs=1e-4)
-    assert fluent.of(DialSetting((4, None))) == pytest.approx((7 / 6, 0), abs=1e-4)
-    assert fluent.of(DialSetting((3, 2))) == pytest.approx((7 / 12, 0), abs=1e-4)
-    assert fluent.of(DialSetting((None, 4))) == (0, 4)
-    # What could not be read is never used, nor anything near it.
-    assert -2.01 < fluent.of(DialSetting((None, 0)))[1] <= -2
-    assert fluent.of(DialSetting((None, None))) == (0, 0)
-
-
-def test_a_corner_that_costs_too_much_is_scaled_down_as_a_whole() -> None:
-    fluent = FluentStrengths({"helpfulness": DEAR, "safety": DEAR}, levels=5, max_drop=0.2)
-    up, down = fluent.of(DialSetting((4, None)))[0], fluent.of(DialSetting((None, 0)))[1]
-    both = fluent.of(DialSetting((4, 0)))
-    assert both[0] / up == pytest.approx(both[1] / down) and 0 < both[0] < up
-    # By hand: c·(1, -4/3) costs .2c + .1·4c/3 up to c = 3/4, .25 there; so .2 at c = .6.
-    assert both == pytest.approx((0.6, -0.8), abs=1e-4)
-
-
-@given(
-    costs=st.lists(st.floats(-0.5, 3) | st.just(float("nan")), min_size=8, max_size=8),
-    levels=st.integers(2, 7),
-    limit=st.floats(0, 2),
-)
-def test_no_setting_costs_more_than_the_limit_and_levels_rise(
-    costs: list[float], levels: int, limit: float
-) -> None:
-    grid = (-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0)
-    curve = costing({0.0: 0.0, **dict(zip(grid, costs, strict=True))})
-    fluent = FluentStrengths({"helpfulness": curve, "safety": DEAR}, levels, limit)
-    alone = [fluent.of(DialSetting((level, None)))[0] for level in range(levels)]
-    assert alone == sorted(alone) and -4 <= alone[0] <= 0 <= alone[-1] <= 4
-    for setting in cells(2, levels):
-        assert fluent._cost(fluent.of(setting)) <= limit + 1e-6
 
 
 def test_the_responder_answers_every_setting_and_leaves_auto_alone() -> None:

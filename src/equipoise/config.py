@@ -199,9 +199,6 @@ class SteeredStartConfig(Config):
     max_shift: Annotated[float, Field(gt=0.0)] = 2.0
     """A setting whose directions add up to more than this (in mean lengths of a direction) is
     pushed by so much only: directions that agree would push it out of the language."""
-    max_fluency_drop: Annotated[float, Field(ge=0.0)] | None = None
-    """Instead of ``strength``: every setting is pushed as far as its outputs lose no more than
-    this, in nats per token, by what ``steer`` measured on dev prompts one attribute at a time."""
     tokens: Positive = 32
     """Of a completion; the rest teaches nothing new."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3

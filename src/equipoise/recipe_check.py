@@ -133,12 +133,6 @@ def _optional_contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
                 (place, "`tune.steered_start` teaches a LoRA before CLM or ExMATE: "
                  "set `tune.lora_rank`")
             )  # fmt: skip
-        if recipe.tune.steered_start.max_fluency_drop is not None and recipe.prompts.n_dev == 0:
-            place = ("tune", "steered_start", "max_fluency_drop")
-            found.append(
-                (place, "what a push costs in fluency is measured on dev prompts: set "
-                 "`prompts.n_dev`")
-            )  # fmt: skip
     elif recipe.tune.steps == 0:
         found.append((("tune", "steps"), "`tune.steps` is 0: nothing would be tuned"))
     if "steering" in recipe.evaluate.responders:

@@ -62,14 +62,6 @@ def read_directions(stage: Any) -> Directions:
     return Directions.load(stage.directory(DIRECTIONS))
 
 
-def read_tried(stage: Any) -> dict[str, list[Tried]]:
-    """Return the strengths that a ``steer`` stage tried on dev prompts, by attribute."""
-    from equipoise.steer.strengths import Tried
-
-    tried = stage.read_json(STRENGTHS)["tried"]
-    return {name: [Tried(**one) for one in found] for name, found in tried.items()}
-
-
 def steered_engine(
     policy: LoadedPolicy, directions: Directions, *, batch_size: int
 ) -> TransformersEngine:

@@ -68,17 +68,11 @@ def tune(job: Job) -> None:
 
 
 def steering_of(job: Job) -> ShiftDirections | None:
-    """Return the directions for a steered start, and how far each setting goes; none without."""
-    start = job.recipe.tune.steered_start
-    if start is None:
+    """Return the directions for a steered start; none without."""
+    if job.recipe.tune.steered_start is None:
         return None
-    from equipoise.stages.steering import read_directions, read_tried
-    from equipoise.steer.strengths import FluentStrengths
+    from equipoise.stages.steering import read_directions
     from equipoise.tune.steered_start import ShiftDirections
 
-    stage = job.run.done("steer")
-    found = read_directions(stage)
-    if start.max_fluency_drop is None:
-        return ShiftDirections(found.vectors, found.layer)
-    fluent = FluentStrengths(read_tried(stage), job.recipe.levels, start.max_fluency_drop)
-    return ShiftDirections(found.vectors, found.layer, fluent.of)
+    found = read_directions(job.run.done("steer"))
+    return ShiftDirections(found.vectors, found.layer)

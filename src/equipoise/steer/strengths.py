@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,67 +45,6 @@ class Strengths:
             0.0 if level is None else levels[level]
             for level, levels in zip(setting.levels, self.by_level.values(), strict=True)
         )
-
-
-@dataclass(frozen=True)
-class FluentStrengths:
-    """Strengths that together cost no more fluency than a limit, as measured on dev prompts.
-
-    Attributes differ in what a push costs, and so do the two sides of one attribute. The top and
-    the bottom level of each get the furthest strength that stays within the limit alone, the levels
-    between lie on straight lines to the middle, which is not pushed, and a setting whose costs add
-    up to more is scaled down as a whole.
-    """
-
-    tried: Mapping[str, Sequence[Tried]]
-    """Attribute to different strengths, 0 among them, in any order."""
-    levels: int
-    """L."""
-    max_drop: float
-    """In nats per token below the fluency of strength 0."""
-
-    def of(self, setting: DialSetting) -> tuple[float, ...]:
-        """Return one strength per attribute; 0 on auto."""
-        pushed = [
-            0.0 if level is None else self._alone(curve, 2 * level / (self.levels - 1) - 1)
-            for level, curve in zip(setting.levels, self.tried.values(), strict=True)
-        ]
-        share = _furthest(lambda part: self._cost([part * one for one in pushed]), self.max_drop)
-        return tuple(share * one for one in pushed)
-
-    def _alone(self, curve: Sequence[Tried], lean: float) -> float:
-        """Return a share in [-1, 1] of the furthest strength on its side."""
-        end = max(abs(one.strength) for one in curve if one.strength * lean >= 0)
-        way = math.copysign(end, lean)
-        return lean * end * _furthest(lambda part: _drop(curve, part * way), self.max_drop)
-
-    def _cost(self, strengths: Sequence[float]) -> float:
-        curves = self.tried.values()
-        return sum(_drop(curve, one) for curve, one in zip(curves, strengths, strict=True))
-
-
-def _drop(curve: Sequence[Tried], strength: float) -> float:
-    """Return what a strength costs, straight between those tried, never falling on the way out."""
-    own = next(one.fluency for one in curve if one.strength == 0)
-    side = sorted(
-        (one for one in curve if one.strength * strength >= 0), key=lambda one: abs(one.strength)
-    )
-    # Outputs that cannot be read at all (NaN) cost everything.
-    drops = [own - one.fluency if one.fluency == one.fluency else math.inf for one in side]
-    rising = _isotonic([max(0.0, drop) for drop in drops])
-    far = [abs(one.strength) for one in side]
-    return float(np.interp(abs(strength), far, rising))
-
-
-def _furthest(cost: Callable[[float], float], limit: float) -> float:
-    """Return the largest share of the way, in [0, 1], that costs no more than the limit."""
-    if cost(1.0) <= limit:
-        return 1.0
-    inside, outside = 0.0, 1.0
-    for _ in range(30):
-        middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if cost(middle) <= limit else (inside, middle)
-    return inside
 
 
 def try_strength(

@@ -13,7 +13,7 @@ alone would teach the adapter cancels between them, and what is left is what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -41,14 +41,12 @@ _AT_FIRST, _IN_FULL_AFTER = 0.1, 1 / 3
 
 @dataclass(frozen=True)
 class ShiftDirections:
-    """What the start teaches: the ``steer`` stage's directions and what it found about them."""
+    """What the start teaches: the directions of the ``steer`` stage."""
 
     vectors: Tensor
     """(A, D): directions of the untouched model."""
     layer: int
     """Behind which they apply."""
-    strengths_of: Callable[[DialSetting], tuple[float, ...]] | None = None
-    """One strength per attribute for a setting, in place of ``strength``."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,14 @@ def shift_of(
 ) -> Tensor:
     """Return what a setting adds to the states: its share of each direction, (A, D) to (D,).
 
-    Unless ``steering`` knows the strengths, level ``l`` of L gets ``strength·(2l/(L-1) - 1)`` of
-    its direction, auto nothing. The sum is scaled down to ``max_shift`` mean lengths where it is
-    longer.
+    Level ``l`` of L gets ``strength·(2l/(L-1) - 1)`` of its direction, auto nothing. The sum is
+    scaled down to ``max_shift`` mean lengths where it is longer.
     """
     vectors = steering.vectors.float()
-    if steering.strengths_of is not None:
-        strengths = steering.strengths_of(setting)
-    else:
-        strengths = tuple(
-            0.0 if level is None else config.strength * (2 * level / (levels - 1) - 1)
-            for level in setting.levels
-        )
+    strengths = tuple(
+        0.0 if level is None else config.strength * (2 * level / (levels - 1) - 1)
+        for level in setting.levels
+    )
     shift = torch.tensor(strengths) @ vectors
     longest = config.max_shift * vectors.norm(dim=1).mean()
     return shift * min(1.0, float(longest / shift.norm().clamp(min=1e-12)))
