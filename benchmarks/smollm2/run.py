@@ -3,7 +3,6 @@
     equipoise fetch smollm2
     python -m benchmarks.smollm2.run --data DIR              # all of it; resumes where it stopped
     python -m benchmarks.smollm2.run --data DIR --only clm   # one point of points.py, or: collect
-    python -m benchmarks.smollm2.run --alone steering        # a finished point, to steering.json
 
 DIR is the folder of ``docs/real-models.md``. One seed, one pool for all points; what was chosen was
 chosen on dev prompts (``dev.py``), the test prompts are read here. Run directories lie in
@@ -150,29 +149,6 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
     )
 
 
-def alone(name: str) -> dict[str, Any]:
-    """Return the result of one training-free point, for a run whose other points are not there."""
-    report = read_report(RUNS / name)
-    headline: dict[str, float] = {}
-    for key, estimate in _estimates({m: report["methods"][m] for m in TRAINING_FREE[name]}):
-        headline |= _flat(key, estimate)
-    fluency = {m: report["methods"][m]["quality"]["fluency"] for m in TRAINING_FREE[name]}
-    return plain(
-        {
-            "made_by": f"python -m benchmarks.smollm2.run --alone {name}",
-            "machine": {"processor": processor(), "system": platform.system()},
-            "interval": "95 %, bootstrap over prompts; one seed",
-            "n": report["n"],
-            "intersections": report["intersections"],
-            "recipe": {key: report["recipe"][key] for key in ("steer", "generate", "evaluate")},
-            "headline": {key: _rounded(value) for key, value in headline.items()},
-            "fluency": fluency,
-            "steering": _steering(),
-            "minutes": report["stages"],
-        }
-    )
-
-
 def _curves(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
     """Yield the tuning curves: of the steered start under its own name, else by point."""
     for point, report in reports.items():
@@ -262,13 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="folder of the sources")
     parser.add_argument("--only", choices=(*POINTS, "collect"))
-    parser.add_argument("--alone", choices=TRAINING_FREE, help="a point's result by itself")
     arguments = parser.parse_args()
-    if arguments.alone:
-        file = HERE / f"{arguments.alone}.json"
-        file.write_text(json.dumps(alone(arguments.alone), indent=1) + "\n")
-        print(f"wrote {file}")
-        return
     for name in POINTS:
         if arguments.only in (None, name):
             run_point(name, arguments.data)
