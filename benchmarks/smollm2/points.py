@@ -30,6 +30,7 @@ PLAIN: Overrides = {
     "tune.steered_start": "null",
     # XSTest: enough to tell chance from control.
     "evaluate.max_prompts": "40",
+    # Reading every cell of every prompt takes as long as sampling it.
     "evaluate.fluency_prompts": "16",
     "evaluate.auto_sweep": "false",
     "evaluate.responders": "[tuned]",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.config import RewardModelConfig, SourceConfig, TuneConfig
+from equipoise.config import RewardModelConfig, SourceConfig
 from equipoise.recipe_check import rerank_size
 from equipoise.stages.inputs import Job, read_prompts
 from equipoise.store.fingerprint import OPTIONAL
@@ -138,26 +138,26 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         "fit-reward": _fitting_flops(job) / speed.flops,
         "generate": pool * length / speed.sampled,
         "score": 2 * pool * (speed.prompt_tokens + length) * rewards / speed.flops,
-        "tune": _tuning_seconds(tune, len(recipe.attributes), speed, row, rewards),
+        "tune": _tuning_seconds(recipe, speed, row, rewards),
         "judge": 2 * pool * (speed.prompt_tokens + length) * judged / speed.flops,
         "evaluate": sampling / speed.sampled + scoring / speed.flops,
     }
     return {name: value / 60 for name, value in seconds.items()}
 
 
-def _tuning_seconds(
-    tune: TuneConfig, n_attributes: int, speed: Speed, row: float, rewards: float
-) -> float:
+def _tuning_seconds(recipe: Recipe, speed: Speed, row: float, rewards: float) -> float:
     """Seconds of tuning with rows of ``row`` tokens; RLHF also samples, scores and compares."""
+    tune = recipe.tune
     if tune.objective != "rlhf":
         start = 0.0
         if tune.steered_start is not None:
             # Behind one prompt under 2^A settings, and once without controls, forward only; up to
-            # a layer about half of the way up.
+            # the directions' layer.
+            depth = 0.6 if _natural(recipe) else 0.4
             shown = tune.steered_start.steps * tune.steered_start.batch_size
             prompt, text = speed.prompt_tokens, float(tune.steered_start.tokens)
-            length = prompt + 2**n_attributes * text + (prompt + text) / 3
-            start = 0.5 * shown * length / speed.trained
+            length = prompt + 2 ** len(recipe.attributes) * text + (prompt + text) / 3
+            start = depth * shown * length / speed.trained
         return start + tune.steps * tune.batch_size * row / speed.trained
     warm = tune.rlhf.warm_start * tune.batch_size * row / speed.trained
     completion = tune.rlhf.sampling.max_tokens
@@ -166,6 +166,10 @@ def _tuning_seconds(
     per_row = completion / speed.sampled + 4 / 3 * text / speed.trained
     per_row += 2 * text * rewards / speed.flops
     return warm + tune.steps * tune.batch_size * per_row
+
+
+def _natural(recipe: Recipe) -> bool:
+    return recipe.steer is not None and recipe.steer.directions == "natural_gradient"
 
 
 def _steering_seconds(
@@ -183,7 +187,7 @@ def _steering_seconds(
     row += 2 * ((speed.prompt_tokens + length) * rewards + length * policy) / speed.flops
     pool = counts["train"] * recipe.generate.completions_per_prompt
     own = 2 * pool * length * policy / speed.flops
-    if recipe.steer is not None and recipe.steer.directions == "natural_gradient":
+    if _natural(recipe):
         own *= 2  # there and back
     return {"steer": own + tried * row, "regenerate": steered * row}
 

@@ -65,7 +65,7 @@ def _estimate(found: Any) -> dict[str, Any] | None:
 _CURVES = {
     "unexplained": (
         "share of the shift",
-        {"unexplained": "missing between settings", "disturbance": "disturbance"},
+        {"unexplained": "of the dials, missing", "disturbance": "disturbance beside it"},
     ),
     "loss": ("what is minimised", {"loss": "loss"}),
     "asked": (

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
     from equipoise.models.sampling import TransformersEngine
     from equipoise.steer.directions import Directions
-    from equipoise.steer.strengths import Tried
 
 DIRECTIONS = "directions"
 STRENGTHS = "strengths.json"

@@ -29,7 +29,10 @@ LOOK_EVERY = 10
 
 @dataclass(frozen=True)
 class Presentation:
-    """One example as it is shown once: a prompt and N branches, the asked one first."""
+    """One example as it is shown once: a prompt and N branches.
+
+    The asked one first; in a steered start, the settings of a text.
+    """
 
     prompt_ids: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
@@ -47,7 +50,7 @@ class ControlledBatch:
     position_ids: Tensor
     """(B, T); every branch goes on counting where the prompt ends."""
     branch_ids: Tensor
-    """(B, T): -1 padding, 0 prompt, 1 asked, 2.. counterfactual."""
+    """(B, T): -1 padding, 0 prompt, 1 asked, 2.. counterfactual (settings of a steered start: 1..)."""
     completion_mask: Tensor
     """(B, N, R) true on completion tokens."""
     exists: Tensor

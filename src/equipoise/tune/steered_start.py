@@ -1,14 +1,15 @@
 """Control tokens that already move the model: the steering directions, taught before tuning.
 
-A difference-of-means direction steers the untouched model well, but needs a vector added at every
+A steering direction steers the untouched model well, but needs a vector added at every
 step. Here the adapter and the control rows learn to put it there themselves: behind one layer, the
 states of a completion read under a setting shall be those of the untouched model plus the setting's
 share of the directions. Every position is a target of D numbers, where likelihood gives one bit of
 label for a whole completion; and only the layers up to that one are computed.
 
 The settings are drawn at random and have nothing to do with the text, so the text gives no hint. A
-text is read under several settings at once, each with its mirror images on every dial: what a text
-alone would teach the adapter cancels between them, and what is left is what the dials shall do.
+text is read under a setting and its mirror images on every dial at once: what a text alone would teach
+the adapter cancels between them (but for auto, which is drawn per reading), and what is left is what
+the dials shall do.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ from equipoise.tune.counterfactual import drop_to_auto
 from equipoise.tune.ordered import OrderedTrainer
 from equipoise.tune.prefix import before_labels, branch_inputs
 from equipoise.types import ControlledExample, DialSetting
-
-_AT_FIRST, _IN_FULL_AFTER = 0.1, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,12 @@ class ShiftPlan(Dataset[ShiftRow]):
             batch_size=config.batch_size,
             rng=np.random.default_rng(derive_seed(seed, "steered start order")),
         )
-        count = len(steering.vectors)
+        self._n_attributes = len(steering.vectors)
         self._shifts = {
             setting: shift_of(setting, steering, config, levels)
-            for setting in map(DialSetting, product((*range(levels), None), repeat=count))
+            for setting in map(
+                DialSetting, product((*range(levels), None), repeat=self._n_attributes)
+            )
         }
 
     def __len__(self) -> int:
@@ -146,7 +147,7 @@ class ShiftPlan(Dataset[ShiftRow]):
     def __getitem__(self, index: int) -> ShiftRow:
         rng = np.random.default_rng(derive_seed(self._seed, "steered start", index))
         prompt, completion = self._texts[int(self._order[index])]
-        drawn = rng.integers(self._levels, size=len(next(iter(self._shifts)).levels))
+        drawn = rng.integers(self._levels, size=self._n_attributes)
         settings = [
             drop_to_auto(setting, self._auto_rate, rng)
             for setting in mirrored([int(level) for level in drawn], self._levels)
@@ -194,7 +195,7 @@ def collate(rows: Sequence[ShiftRow]) -> ShiftBatch:
 class Missing:
     """How far the states are from where they shall be: mean squared lengths over all positions."""
 
-    control: Tensor
+    unexplained: Tensor
     """Of what differs between the settings of a text."""
     disturbance: Tensor
     """Of what the control tokens do whatever they say: the mean over the settings of a text."""
@@ -222,7 +223,8 @@ def missing(model: Any, batch: ShiftBatch, layer: int) -> Missing:
         error = got - plain[own_start:own_end] - shifts[:, None]
         total = total + error.square().sum()
         disturbance = disturbance + n_settings * error.mean(dim=0).square().sum()
-    return Missing((total - disturbance) / len(states), disturbance / len(states))
+    count = max(1, len(states))
+    return Missing((total - disturbance) / count, disturbance / count)
 
 
 def disturbance_weight(progress: float) -> float:
@@ -232,7 +234,8 @@ def disturbance_weight(progress: float) -> float:
     attention to look away from tokens that as yet only disturb, and the dials are found late or
     never.
     """
-    return min(1.0, _AT_FIRST + (1 - _AT_FIRST) * progress / _IN_FULL_AFTER)
+    at_first, in_full_after = 0.1, 1 / 3
+    return min(1.0, at_first + (1 - at_first) * progress / in_full_after)
 
 
 def steered_start(
@@ -255,7 +258,7 @@ def steered_start(
         model: With dials installed and LoRA added.
         examples: Their texts are read; their settings are not.
         encoder: Of the model with dials.
-        steering: The directions, and what was found about them.
+        steering: The directions.
         config: Budget and strength.
         levels: L.
         auto_rate: Probability, per attribute, of auto, which is taught to add nothing.
@@ -265,8 +268,9 @@ def steered_start(
         on_step: Called with (steps done, steps in all).
 
     Returns:
-        Per step, as shares of the squared shift, ``unexplained`` (of what differs between settings;
-        1 = deaf) and ``disturbance`` (of what does not), and ``tokens`` so far.
+        Per step, as shares of the mean squared shift, ``unexplained`` (of what differs between
+        settings; about ``1 - auto_rate`` for a deaf model) and ``disturbance`` (of what does not),
+        and ``tokens`` so far. Single steps scatter with the settings drawn: read a mean.
 
     Raises:
         TrainingError: The states are not finite.
@@ -306,7 +310,7 @@ class ShiftTrainer(OrderedTrainer):
         self.wanted = max(wanted, 1e-12)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Give the control rows a rate of their own: one row is seen once in L examples."""
+        """Give the control rows a rate of their own: a row is in few of the readings."""
         if self.optimizer is None:
             learner: Any = self.model
             learnt = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
@@ -324,13 +328,13 @@ class ShiftTrainer(OrderedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the share of the squared shift that is not there yet, and note it."""
+        """Return what is unexplained and, weighted, the disturbance; note both in the curve."""
         step = self.state.global_step + 1
         batch = ShiftBatch(**{**inputs, "dialled": ControlledBatch(**inputs["dialled"])})
         found = missing(model, batch, self.layer)
-        control, disturbance = found.control / self.wanted, found.disturbance / self.wanted
+        unexplained, disturbance = found.unexplained / self.wanted, found.disturbance / self.wanted
         weight = disturbance_weight(self.state.global_step / self.state.max_steps)
-        loss = control + weight * disturbance
+        loss = unexplained + weight * disturbance
         self.stop_unless_finite(
             loss,
             why="the adapter overflowed, most often from a learning rate that is too high",
@@ -340,7 +344,7 @@ class ShiftTrainer(OrderedTrainer):
         self.curve.append(
             {
                 "step": step,
-                "unexplained": control.item(),
+                "unexplained": unexplained.item(),
                 "disturbance": disturbance.item(),
                 "tokens": last["tokens"] + inputs["n_tokens"],
             }
