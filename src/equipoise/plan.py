@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.config import RewardModelConfig, SourceConfig
+from equipoise.config import Recipe, RewardModelConfig, SourceConfig
 from equipoise.recipe_check import rerank_size
 from equipoise.stages.inputs import Job, read_prompts
 from equipoise.store.fingerprint import OPTIONAL
