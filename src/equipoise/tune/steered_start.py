@@ -7,9 +7,9 @@ share of the directions. Every position is a target of D numbers, where likeliho
 label for a whole completion; and only the layers up to that one are computed.
 
 The settings are drawn at random and have nothing to do with the text, so the text gives no hint. A
-text is read under a setting and its mirror images on every dial at once: what a text alone would teach
-the adapter cancels between them (but for auto, which is drawn per reading), and what is left is what
-the dials shall do.
+text is read under a setting and its mirror images on every dial at once: what a text alone would
+teach the adapter cancels between them (but for auto, which is drawn per reading), and what is left
+is what the dials shall do.
 """
 
 from __future__ import annotations
@@ -124,11 +124,10 @@ class ShiftPlan(Dataset[ShiftRow]):
             rng=np.random.default_rng(derive_seed(seed, "steered start order")),
         )
         self._n_attributes = len(steering.vectors)
+        grid = product((*range(levels), None), repeat=self._n_attributes)
         self._shifts = {
             setting: shift_of(setting, steering, config, levels)
-            for setting in map(
-                DialSetting, product((*range(levels), None), repeat=self._n_attributes)
-            )
+            for setting in map(DialSetting, grid)
         }
 
     def __len__(self) -> int:
