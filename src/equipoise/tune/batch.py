@@ -50,7 +50,7 @@ class ControlledBatch:
     position_ids: Tensor
     """(B, T); every branch goes on counting where the prompt ends."""
     branch_ids: Tensor
-    """(B, T): -1 padding, 0 prompt, 1.. branches: asked, counterfactuals; or settings of a start."""
+    """(B, T): -1 padding, 0 prompt, 1.. branches."""
     completion_mask: Tensor
     """(B, N, R) true on completion tokens."""
     exists: Tensor
