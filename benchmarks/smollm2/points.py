@@ -25,13 +25,16 @@ TRAINING_FREE = {
 """Point to its methods."""
 ATTRIBUTES = ("helpfulness", "safety")
 
-PLAIN: Overrides = {
-    "steer": "null",
-    "tune.steered_start": "null",
+CHANCE: Overrides = {
     # XSTest: enough to tell chance from control.
     "evaluate.max_prompts": "40",
     # Reading every cell of every prompt takes as long as sampling it.
     "evaluate.fluency_prompts": "16",
+}
+PLAIN: Overrides = {
+    **CHANCE,
+    "steer": "null",
+    "tune.steered_start": "null",
     "evaluate.auto_sweep": "false",
     "evaluate.responders": "[tuned]",
 }
@@ -48,7 +51,12 @@ BRANCHES: Mapping[str, int] = {"exmate": 2, "clm": 1, "raw-clm": 1}
 POINTS: Mapping[str, Overrides] = {
     # The recipe itself. The untouched model is here, as perplexity and drift compare with it.
     REFERENCE: {"evaluate.responders": "[start, tuned]"},
-    "prompting": {**UNTUNED, "steer": "null", "evaluate.responders": "[prompting]"},
+    "prompting": {
+        **UNTUNED,
+        **CHANCE,
+        "steer": "null",
+        "evaluate.responders": "[prompting]",
+    },
     "reranking": {**UNTUNED, "steer": "null", "evaluate.responders": "[rerank8, rerank16]"},
     "steering": {**UNTUNED, "evaluate.responders": "[steering]"},
     "exmate": {**PLAIN, "tune.objective": "exmate", "tune.weight": "1.0"},

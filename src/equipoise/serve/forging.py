@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 RESULT = "forge.json"
 _NAME = "model"
+_AT_ONCE = 48
+"""Requests under way, each in a slot: a step of many rows costs little more than one of few."""
 
 
 def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
@@ -71,6 +73,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
                     sampling.top_k,
                     min(sampling.max_tokens, policy.limits.max_tokens),
                 ),
+                workers=_AT_ONCE,
             ),
             prompts,
             setting,
@@ -134,7 +137,7 @@ def served(loaded: LoadedPolicy, file: Path, policy: DialPolicy) -> Iterator[tup
         levels=model.levels,
         fixed_keys=(_key(digest(secret), policy),),
     )
-    engine = ContinuousBatcher(loaded.model, loaded.encoder)
+    engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=_AT_ONCE)
     app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS)
     with on_loopback(app) as port:
         yield f"http://127.0.0.1:{port}", secret
