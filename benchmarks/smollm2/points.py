@@ -28,7 +28,7 @@ ATTRIBUTES = ("helpfulness", "safety")
 CHANCE: Overrides = {
     # XSTest: enough to tell chance from control.
     "evaluate.max_prompts": "40",
-    # Reading every cell of every prompt takes as long as sampling it.
+    # Reading all cells of a prompt takes half as long as sampling them.
     "evaluate.fluency_prompts": "16",
 }
 PLAIN: Overrides = {
