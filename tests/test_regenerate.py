@@ -165,9 +165,8 @@ def test_natural_gradients_take_the_place_of_mean_differences(
         run_stage("steer", run, progress=Progress(quiet=True))
         stage = run.done("steer")
         found, again = read_directions(stage), stage.read_json(FLUENCY)
-        assert {
-            name: len(tries) for name, tries in stage.read_json(STRENGTHS)["tried"].items()
-        } == {
+        tried = stage.read_json(STRENGTHS)["tried"]
+        assert {name: len(tries) for name, tries in tried.items()} == {
             "helpfulness": 3,
             "safety": 3,
         }

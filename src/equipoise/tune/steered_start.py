@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equipoise.config import SteeredStartConfig
+from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed
@@ -136,12 +137,8 @@ class ShiftPlan(Dataset[ShiftRow]):
     @property
     def wanted(self) -> float:
         """Mean squared length of the shifts over the grid."""
-        squares = [
-            float(shift.square().sum())
-            for setting, shift in self._shifts.items()
-            if None not in setting.levels
-        ]
-        return sum(squares) / len(squares)
+        grid = [self._shifts[cell] for cell in cells(self._n_attributes, self._levels)]
+        return float(torch.stack(grid).square().sum(dim=1).mean())
 
     def __getitem__(self, index: int) -> ShiftRow:
         rng = np.random.default_rng(derive_seed(self._seed, "steered start", index))
@@ -212,18 +209,16 @@ def missing(model: Any, batch: ShiftBatch, layer: int) -> Missing:
         plain = states_behind(model, layer, batch.plain_ids)[batch.plain_at].float()  # (n, D)
     read = before_labels(batch.dialled)
     states = states_behind(model, layer, **branch_inputs(model, batch.dialled))[read].float()
+    counts = batch.plain_at.sum(dim=1).tolist()
     n_settings, width = batch.shifts.shape[1:]  # N, D
+    of_texts = torch.split(states, [n_settings * count for count in counts])
     total = disturbance = states.new_zeros(())
-    end, own_end = 0, 0
-    for count, shifts in zip(batch.plain_at.sum(dim=1).tolist(), batch.shifts, strict=True):
-        start, own_start = end, own_end
-        end, own_end = start + n_settings * count, own_start + count
-        got = states[start:end].view(n_settings, count, width)
-        error = got - plain[own_start:own_end] - shifts[:, None]
+    for got, own, shifts in zip(of_texts, torch.split(plain, counts), batch.shifts, strict=True):
+        error = got.view(n_settings, len(own), width) - own - shifts[:, None]
         total = total + error.square().sum()
         disturbance = disturbance + n_settings * error.mean(dim=0).square().sum()
-    count = max(1, len(states))
-    return Missing((total - disturbance) / count, disturbance / count)
+    n = max(1, len(states))
+    return Missing((total - disturbance) / n, disturbance / n)
 
 
 def disturbance_weight(progress: float) -> float:
