@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.smollm2.points import BRANCHES, POINTS, REFERENCE, make_recipe  # noqa: E402
-from benchmarks.smollm2.run import listening  # noqa: E402
+from benchmarks.smollm2.run import added, listening  # noqa: E402
 from benchmarks.smollm2.tables import RESULT, tables  # noqa: E402
 
 
@@ -50,3 +50,43 @@ def test_the_page_shows_the_tables_of_the_result() -> None:
     page = (ROOT / "docs" / "smollm2.md").read_text("utf-8")
     for name, table in tables(json.loads(RESULT.read_text("utf-8"))).items():
         assert table in page, f"docs/smollm2.md: table {name!r} is not that of results.json"
+
+
+def test_a_point_that_ran_elsewhere_is_added_and_the_others_stay() -> None:
+    one = {"value": 0.5, "low": 0.4, "high": 0.6}
+    shares = dict.fromkeys(("helpfulness", "safety"), one)
+    scores = {
+        **dict.fromkeys(("mp", "bt", "bt_neighbours", "leakage", "rmse", "range"), shares),
+        "coverage": one,
+    }
+    read = {"value": -2.5, "low": -2.6, "high": -2.4}
+    tuned = {
+        "optimization": scores,
+        "generalization": scores,
+        "quality": {"degenerate": one, "fluency": [read] * 25, "fluency_mean": read},
+        "refusals": {},
+        "cost": {"tokens": 1.0},
+    }
+    report = {
+        "methods": {"tuned": tuned},
+        "moec": {"n_kept": 3},
+        "backdoor": {},
+        "planned": None,
+        "stages": {"tune": 1.0},
+        "recipe": {"tune": {"batch_size": 8}},
+        "losses": {},
+        "differences": {},
+        "pool": {"no_finished_sentence": 7},
+    }
+    before = json.loads(RESULT.read_text("utf-8"))
+    before["fluency"]["start"] = [{"value": -2.0}] * 25
+    for key in ("headline", "moec", "tuning", "minutes"):
+        before[key] = {k: v for k, v in before[key].items() if not k.startswith("clm")}
+    after = added(before, {"clm": report, "best": {"this": "report is not read"}})
+    new = {k: v for k, v in after["headline"].items() if k not in before["headline"]}
+    assert new["clm.optimization.mp.safety.low"] == 0.4
+    assert new["clm.fluency_drop.worst_corner"] == 0.5
+    assert all(key.startswith("clm.") for key in new)
+    assert {k: after["headline"][k] for k in before["headline"]} == before["headline"]
+    assert after["added"]["clm"] == {"no_finished_sentence": 7}
+    assert after["moec"] == {**before["moec"], "clm": {"n_kept": 3}}

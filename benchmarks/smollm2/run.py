@@ -3,10 +3,12 @@
     equipoise fetch smollm2
     python -m benchmarks.smollm2.run --data DIR              # all of it; resumes where it stopped
     python -m benchmarks.smollm2.run --data DIR --only clm   # one point of points.py, or: collect
+    python -m benchmarks.smollm2.run --only add              # points that the result lacks
 
 DIR is the folder of ``docs/real-models.md``. One seed, one pool for all points; what was chosen was
 chosen on dev prompts (``dev.py``), the test prompts are read here. Run directories lie in
-``runs/smollm2``; ``results.json`` and ``report/`` hold no text of any prompt or completion.
+``runs/smollm2``; ``results.json`` and ``report/`` hold no text of any prompt or completion. ``add``
+is for points that ran elsewhere, on a pool made anew by the same recipe: its facts are kept beside.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from equipoise.models.load import resolve_model
 from equipoise.stages.tuning import START_CURVE
 
 HERE = Path(__file__).parent
+RESULT = HERE / "results.json"
 JUDGES = ("optimization", "generalization")
 METRICS = ("mp", "bt", "bt_neighbours", "leakage", "rmse", "range")
 WINDOW = 200
@@ -93,21 +96,16 @@ def merged(reports: Mapping[str, Json]) -> dict[str, Any]:
 def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
     """Gather the finished points into one result; a point that is not there is left out."""
     best = reports[REFERENCE]
-    found = dict(_methods(reports))
-    headline: dict[str, float] = {}
-    for key, estimate in _estimates(found):
-        headline |= _flat(key, estimate)
-    own = found["start"]["quality"]["fluency_mean"]["value"]
-    for name, method in found.items():
-        headline |= _fluency(name, method["quality"], own, best["recipe"]["levels"])
     quality = best["methods"]
-    headline["best.perplexity_ratio"] = (
+    own = quality["start"]["quality"]["fluency_mean"]["value"]
+    found = sections(reports, own)
+    found["headline"]["best.perplexity_ratio"] = _rounded(
         quality["tuned"]["quality"]["perplexity"]["value"]
         / quality["start"]["quality"]["perplexity"]["value"]
     )
     for attribute in ATTRIBUTES:
         bound = best["pool"][attribute]["within_prompt_judge_correlation"]
-        headline[f"bound.{attribute}"] = bound
+        found["headline"][f"bound.{attribute}"] = _rounded(bound)
     return plain(
         {
             "made_by": "python -m benchmarks.smollm2.run --data DIR",
@@ -115,38 +113,74 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
             "interval": "95 %, bootstrap over prompts; one seed",
             "n": best["n"],
             "intersections": best["intersections"],
-            "headline": {key: _rounded(value) for key, value in headline.items()},
+            "headline": found.pop("headline"),
             "bound": "mean over prompts of the correlation between training reward and judge on "
             "the untouched model's own completions: what generalization can show",
             "pool": best["pool"],
-            "moec": {name: report["moec"] for name, report in reports.items()},
-            "backdoor": {name: report["backdoor"] for name, report in reports.items()},
             "reward_models": {
                 name: card.get("held_out") for name, card in best["reward_models"].items()
             },
             "steering": _steering(),
-            "minutes": {
-                name: {"planned": report.get("planned"), "spent": report["stages"]}
-                for name, report in reports.items()
-            },
-            "tuning": {
-                name: {"recipe": report["recipe"]["tune"], "cost": _cost(report, "tuned")}
-                for name, report in reports.items()
-                if "tuned" in report["methods"]
-            },
-            "refusals": {name: method.get("refusals") for name, method in found.items()},
-            "fluency": {name: method["quality"]["fluency"] for name, method in found.items()},
+            **found,
             "drift": quality["tuned"]["quality"].get("drift"),
             "auto_mp": {j: quality["tuned"][j]["auto_mp"] for j in JUDGES},
-            "listening": {
-                name: list(listening(curve, reports[name]["recipe"]["tune"]))
-                for name, curve in _curves(reports)
-                if "preferred" in curve
-            },
             "steered_start": best["losses"].get("steered start"),
-            "differences": {name: report["differences"] for name, report in reports.items()},
         }
     )
+
+
+def added(result: Json, reports: Mapping[str, Json]) -> dict[str, Any]:
+    """Return a result with the points that it lacks, and with the facts of their own pool.
+
+    The untouched model's own fluency is that of the result.
+    """
+    missing = {name: report for name, report in reports.items() if name not in result["moec"]}
+    cells = [cell["value"] for cell in result["fluency"]["start"]]
+    new = plain(sections(missing, sum(cells) / len(cells)))
+    pools = {name: plain(report["pool"]) for name, report in missing.items()}
+    return {
+        **result,
+        **{key: {**result[key], **section} for key, section in new.items()},
+        "added": {**result.get("added", {}), **pools},
+    }
+
+
+def sections(reports: Mapping[str, Json], own: float) -> dict[str, dict[str, Any]]:
+    """Return what a result holds per point or method.
+
+    Args:
+        reports: By point.
+        own: Mean log-likelihood per token of the untouched model's own outputs.
+    """
+    found = dict(_methods(reports))
+    headline: dict[str, float] = {}
+    for key, estimate in _estimates(found):
+        headline |= _flat(key, estimate)
+    levels = make_recipe({}, None).levels
+    for name, method in found.items():
+        headline |= _fluency(name, method["quality"], own, levels)
+    return {
+        "headline": {key: _rounded(value) for key, value in headline.items()},
+        "moec": {name: report["moec"] for name, report in reports.items()},
+        "backdoor": {name: report["backdoor"] for name, report in reports.items()},
+        "minutes": {
+            name: {"planned": report.get("planned"), "spent": report["stages"]}
+            for name, report in reports.items()
+        },
+        "tuning": {
+            name: {"recipe": report["recipe"]["tune"], "cost": _cost(report, "tuned")}
+            for name, report in reports.items()
+            if "tuned" in report["methods"]
+        },
+        "refusals": {name: method.get("refusals") for name, method in found.items()},
+        "fluency": {name: method["quality"]["fluency"] for name, method in found.items()},
+        "listening": {
+            name: list(listening(curve, reports[name]["recipe"]["tune"]))
+            for name, curve in _curves(reports)
+            if "preferred" in curve
+        },
+        "differences": {name: report["differences"] for name, report in reports.items()},
+    }
 
 
 def _curves(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
@@ -159,7 +193,8 @@ def _curves(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
 
 def _methods(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
     """Yield every method of the bench; the tuned ones under their point's name."""
-    yield "start", reports[REFERENCE]["methods"]["start"]
+    if REFERENCE in reports:
+        yield "start", reports[REFERENCE]["methods"]["start"]
     for point, names in TRAINING_FREE.items():
         for name in names if point in reports else ():
             yield name, reports[point]["methods"][name]
@@ -237,16 +272,20 @@ def main() -> None:
     """Run what is missing, then write ``results.json``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="folder of the sources")
-    parser.add_argument("--only", choices=(*POINTS, "collect"))
+    parser.add_argument("--only", choices=(*POINTS, "collect", "add"))
     arguments = parser.parse_args()
     for name in POINTS:
         if arguments.only in (None, name):
             run_point(name, arguments.data)
     if arguments.only in (None, "collect"):
         reports = finished()
-        (HERE / "results.json").write_text(json.dumps(collect(reports), indent=1) + "\n")
+        RESULT.write_text(json.dumps(collect(reports), indent=1) + "\n")
         page = render(merged(reports), HERE / "report", text=False)
-        print(f"wrote {HERE / 'results.json'} and {page}")
+        print(f"wrote {RESULT} and {page}")
+    if arguments.only == "add":
+        result = added(json.loads(RESULT.read_text()), finished())
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {RESULT}: {', '.join(result['moec'])}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RESULT = "forge.json"
 _NAME = "model"
-_AT_ONCE = 48
+_AT_ONCE = 64
 """Requests under way, each in a slot: a step of many rows costs little more than one of few."""
 
 
