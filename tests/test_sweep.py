@@ -12,7 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from equipoise.denoise import is_degenerate
 from equipoise.dials.attributes import cells
 from equipoise.errors import RewardError
-from equipoise.evaluate.likelihood import fluency, perplexity
+from equipoise.evaluate.likelihood import (
+    fluency,
+    perplexity,
+    perplexity_ratio,
+    read_references,
+)
 from equipoise.evaluate.quality import (
     degenerate_share,
     length_per_level,
@@ -202,5 +207,23 @@ def test_fluency_and_perplexity_by_hand() -> None:
     cell = per_setting(rows, values)
     assert set(cell) == {DialSetting((0, 0)), DialSetting((1, 0))}
     assert cell[DialSetting((0, 0))].value == pytest.approx((values[0] + values[3]) / 2)
-    kept = perplexity(model, encoder, [(PROMPTS[0], "ab", True)])
-    assert kept.value == pytest.approx(np.exp(-values[0]), rel=1e-4)
+    read = read_references(model, encoder, [(PROMPTS[0], "ab", True)])
+    assert perplexity(read).value == pytest.approx(np.exp(-values[0]), rel=1e-4)
+
+
+def test_a_long_reference_counts_by_its_first_tokens() -> None:
+    model, encoder = tiny_model(), FakeEncoder()
+    read = read_references(model, encoder, [(PROMPTS[0], "ab" * 200, True)])
+    cut = read_references(model, encoder, [(PROMPTS[0], "ab" * 128, False)])
+    assert read[0, 1] == 256 and np.array_equal(read, cut)
+
+
+def test_the_ratio_of_perplexities_is_paired_over_references() -> None:
+    before = np.array([[-10.0, 5], [-80.0, 10], [-3.0, 3]])
+    after = before * [1.1, 1.0]
+    # Every reference by 10 % of its own: what differs between references cancels only in pairs.
+    same = perplexity_ratio(before, before)
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+    more = perplexity_ratio(before, after)
+    assert more.value == pytest.approx(np.exp(0.1 * 93 / 18))
+    assert more.low < more.value < more.high

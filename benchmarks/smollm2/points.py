@@ -30,13 +30,15 @@ CHANCE: Overrides = {
     "evaluate.max_prompts": "40",
     # Reading all cells of a prompt takes half as long as sampling them.
     "evaluate.fluency_prompts": "16",
+    "evaluate.references": "[]",
 }
 PLAIN: Overrides = {
     **CHANCE,
     "steer": "null",
     "tune.steered_start": "null",
     "evaluate.auto_sweep": "false",
-    "evaluate.responders": "[tuned]",
+    # Fluency compares with the untouched model's on the same prompts.
+    "evaluate.responders": "[start, tuned]",
 }
 UNTUNED: Overrides = {
     # A run has to tune something.
@@ -55,7 +57,7 @@ POINTS: Mapping[str, Overrides] = {
         **UNTUNED,
         **CHANCE,
         "steer": "null",
-        "evaluate.responders": "[prompting]",
+        "evaluate.responders": "[start, prompting]",
     },
     "reranking": {**UNTUNED, "steer": "null", "evaluate.responders": "[rerank8, rerank16]"},
     "steering": {**UNTUNED, "evaluate.responders": "[steering]"},

@@ -99,10 +99,8 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
     quality = best["methods"]
     own = quality["start"]["quality"]["fluency_mean"]["value"]
     found = sections(reports, own)
-    found["headline"]["best.perplexity_ratio"] = _rounded(
-        quality["tuned"]["quality"]["perplexity"]["value"]
-        / quality["start"]["quality"]["perplexity"]["value"]
-    )
+    ratio = _flat("best.perplexity_ratio", quality["tuned"]["quality"]["perplexity_ratio"])
+    found["headline"] |= {key: _rounded(value) for key, value in ratio.items()}
     for attribute in ATTRIBUTES:
         bound = best["pool"][attribute]["within_prompt_judge_correlation"]
         found["headline"][f"bound.{attribute}"] = _rounded(bound)
@@ -130,10 +128,7 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
 
 
 def added(result: Json, reports: Mapping[str, Json]) -> dict[str, Any]:
-    """Return a result with the points that it lacks, and with the facts of their own pool.
-
-    The untouched model's own fluency is that of the result.
-    """
+    """Return a result with the points that it lacks, and with the facts of their own pool."""
     missing = {name: report for name, report in reports.items() if name not in result["moec"]}
     cells = [cell["value"] for cell in result["fluency"]["start"]]
     new = plain(sections(missing, sum(cells) / len(cells)))
@@ -150,15 +145,17 @@ def sections(reports: Mapping[str, Json], own: float) -> dict[str, dict[str, Any
 
     Args:
         reports: By point.
-        own: Mean log-likelihood per token of the untouched model's own outputs.
+        own: Mean log-likelihood per token of the untouched model's own outputs, for points that
+            did not evaluate it on their prompts themselves.
     """
     found = dict(_methods(reports))
     headline: dict[str, float] = {}
     for key, estimate in _estimates(found):
         headline |= _flat(key, estimate)
     levels = make_recipe({}, None).levels
+    owns = dict(_owns(reports, own))
     for name, method in found.items():
-        headline |= _fluency(name, method["quality"], own, levels)
+        headline |= _fluency(name, method["quality"], owns[name], levels)
     return {
         "headline": {key: _rounded(value) for key, value in headline.items()},
         "moec": {name: report["moec"] for name, report in reports.items()},
@@ -201,6 +198,15 @@ def _methods(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
     for name, report in reports.items():
         if "tuned" in report["methods"]:
             yield name, report["methods"]["tuned"]
+
+
+def _owns(reports: Mapping[str, Json], own: float) -> Iterator[tuple[str, float]]:
+    """Yield per method of the bench what its fluency compares with: the same prompts' own."""
+    for point, report in reports.items():
+        start = report["methods"].get("start")
+        here = start["quality"]["fluency_mean"]["value"] if start else own
+        for name, _ in _methods({point: report}):
+            yield name, here
 
 
 def _estimates(found: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:

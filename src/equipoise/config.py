@@ -249,8 +249,10 @@ class EvaluateConfig(Config):
     bootstrap: Positive = 1000
     max_prompts: Positive | None = None
     fluency_prompts: Positive = 40
-    """Prompts, spread over all, of which the untouched model reads every cell's output, and its own
-    references."""
+    """Prompts, spread over all, of which the untouched model reads every cell's output."""
+    references: list[SourceConfig] = []
+    """Dialogues that no training saw: perplexity is that of their last answers. None: of the
+    untouched model's own answers."""
     auto_sweep: bool = True
     """Also sweep each dial with the other on auto."""
     batch_size: Positive = 128

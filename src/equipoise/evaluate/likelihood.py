@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equipoise.evaluate.intervals import bootstrap, prompt_weights
+from equipoise.evaluate.intervals import Array, bootstrap, prompt_weights
 from equipoise.models.reading import Answer, read_answers, read_completions
 from equipoise.types import Delivery, DialSetting, Estimate, Prompt
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from equipoise.dials.encode import Encoder
+
+_REFERENCE_TOKENS = 256
 
 
 def fluency(
@@ -45,31 +47,53 @@ def fluency(
     return [reading.mean for reading in found]
 
 
-def perplexity(
+def read_references(
     model: PreTrainedModel,
     encoder: Encoder,
     references: Sequence[tuple[Prompt, str, bool]],
     *,
     setting: DialSetting | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Return exp(−log-likelihood per token) of held-out reference completions.
+) -> Array:
+    """Return the log-likelihood of each reference's first tokens, and their number: (N, 2).
 
     Args:
         model: The tuned or the untouched model.
         encoder: Its encoder.
-        references: Prompts with completions that no training saw, and whether each ended by itself.
+        references: N prompts with completions that no training saw, and whether each ended by
+            itself; of a long one the first 256 tokens count.
         setting: Usually all dials on auto; ``None`` for a model without dials.
-        draws: Bootstrap draws over references.
-        seed: Seed of the draws.
     """
     control = [] if setting is None else list(encoder.control_ids(setting))
     rows = []
     for prompt, text, finished in references:
         prefix = encoder.prompt_ids(prompt.messages) + control
-        ids = encoder.completion_ids(text, finished=finished)
+        ids = encoder.completion_ids(text, finished=finished)[:_REFERENCE_TOKENS]
         reading = read_completions(model, prefix, [ids])[0]
         rows.append((reading.log_likelihood, reading.n_tokens))
-    weights = prompt_weights(len(rows), draws=draws, seed=seed)
-    return bootstrap(np.array(rows, float), weights, lambda m: np.exp(-m[:, 0] / m[:, 1]))
+    return np.array(rows, float)
+
+
+def perplexity(read: Array, *, draws: int = 1000, seed: int = 0) -> Estimate:
+    """Return exp(−log-likelihood per token) of references as :func:`read_references` gives them.
+
+    Args:
+        read: (N, 2).
+        draws: Bootstrap draws over references.
+        seed: Seed of the draws.
+    """
+    weights = prompt_weights(len(read), draws=draws, seed=seed)
+    return bootstrap(read, weights, lambda m: np.exp(-m[:, 0] / m[:, 1]))
+
+
+def perplexity_ratio(before: Array, after: Array, *, draws: int = 1000, seed: int = 0) -> Estimate:
+    """Return the perplexity of one model over that of another, paired over the same references.
+
+    Args:
+        before: (N, 2) of the untouched model, see :func:`read_references`.
+        after: (N, 2) of the tuned one.
+        draws: Bootstrap draws over references.
+        seed: Seed of the draws.
+    """
+    both = np.concatenate([before, after], axis=1)  # (N, 4)
+    weights = prompt_weights(len(both), draws=draws, seed=seed)
+    return bootstrap(both, weights, lambda m: np.exp(m[:, 0] / m[:, 1] - m[:, 2] / m[:, 3]))

@@ -13,6 +13,7 @@ is :func:`plain` of a :class:`~equipoise.evaluate.measure.ControlReport`::
          "cost": {"seconds": 1.0, "tokens": 1, "steps": 0},
          "quality": {"degenerate": E,           # quality.degenerate_share
                      "perplexity": E,           # tuned model, all dials on auto
+                     "perplexity_ratio": E,     # of the tuned over the untouched model, paired
                      "fluency": [E, …],         # one per control cell, in the order of cells()
                      "fluency_mean": E,         # over all outputs of this method
                      "drift": {JUDGE: {ATTRIBUTE: E}},     # tuned model on auto, benign prompts

@@ -144,12 +144,14 @@ def quality_tables(report: Json) -> str:
     if not found:
         return ""
     head = ["method", "degenerate", "log-likelihood per token", "perplexity, dials on auto"]
+    head += ["beside the untouched model's"]
     rows = [
         [
             escape(label(method)),
             estimate(q.get("degenerate"), "{:.1%}"),
             estimate(q.get("fluency_mean")),
             estimate(q.get("perplexity")),
+            estimate(q.get("perplexity_ratio")),
         ]
         for method, q in found.items()
     ]

@@ -56,8 +56,8 @@ def measures_of(
             advance(1)
     if "tuned" in found and "start" in found:
         references = found["start"]
-        for name, estimate in perplexity_of(job, references, by_id, untouched()).items():
-            methods[name]["quality"]["perplexity"] = estimate
+        for name, figures in perplexity_of(job, references, by_id, untouched()).items():
+            methods[name]["quality"] |= figures
         methods["tuned"]["quality"]["drift"] = drift_of(job, stage, references)
     for name, curves in refusals_of(job, found, by_id).items():
         methods[name]["refusals"] = curves

@@ -68,40 +68,66 @@ def quality_of(
 
 def perplexity_of(
     job: Job,
-    references: Sequence[Delivery],
+    own: Sequence[Delivery],
     prompts: Mapping[str, Prompt],
     untouched: LoadedPolicy,
-) -> dict[str, Any]:
-    """Return the perplexity of both models on the untouched one's answers to evaluated prompts."""
-    from equipoise.denoise import shorten
-    from equipoise.evaluate.likelihood import perplexity
+) -> dict[str, dict[str, Any]]:
+    """Return the perplexity of both models on the references, and their ratio.
+
+    Args:
+        job: Of a run whose tune stage is complete.
+        own: The untouched model's answers to evaluated prompts: the references of a recipe that
+            names none.
+        prompts: Prompt id to prompt.
+        untouched: The untouched model.
+
+    Returns:
+        ``start`` and ``tuned`` to their figures, named as in the report; empty without references.
+    """
+    from equipoise.evaluate.likelihood import perplexity, perplexity_ratio, read_references
     from equipoise.models.load import load_causal
     from equipoise.stages.tuning import MODEL
 
+    recipe = job.recipe
+    pairs = _references(job) if recipe.evaluate.references else _own_answers(job, own, prompts)
+    if not pairs:
+        return {}
+    auto = DialSetting((None,) * len(recipe.attributes))
+    tuned = load_causal(str(job.run.done("tune").directory(MODEL)))
+    before = read_references(untouched.model, untouched.encoder, pairs)
+    after = read_references(tuned.model, tuned.encoder, pairs, setting=auto)
+    draw: dict[str, int] = {"draws": recipe.evaluate.bootstrap, "seed": recipe.seed}
+    return {
+        "start": {"perplexity": to_plain(perplexity(before, **draw))},
+        "tuned": {
+            "perplexity": to_plain(perplexity(after, **draw)),
+            "perplexity_ratio": to_plain(perplexity_ratio(before, after, **draw)),
+        },
+    }
+
+
+def _references(job: Job) -> list[tuple[Prompt, str, bool]]:
+    from equipoise.start.rows import load_rows
+
+    config = job.recipe.evaluate
+    rows = load_rows(
+        config.references, n_rows=config.fluency_prompts, data=job.data, seed=job.recipe.seed
+    )
+    return [(*row, True) for row in rows if not isinstance(row, str)]
+
+
+def _own_answers(
+    job: Job, own: Sequence[Delivery], prompts: Mapping[str, Prompt]
+) -> list[tuple[Prompt, str, bool]]:
+    from equipoise.denoise import shorten
+
     first: dict[str, Delivery] = {}
-    for delivery in references:
+    for delivery in own:
         first.setdefault(delivery.prompt_id, delivery)
     chosen = spread(list(first.values()), job.recipe.evaluate.fluency_prompts)
     # An answer that the token limit cut stands for its finished sentences; without any for none.
     found = [(d, shorten(d.text, d.finish)) for d in chosen]
-    pairs = [(prompts[d.prompt_id], text, d.finish == "stop") for d, text in found if text]
-    if not pairs:
-        return {}
-    auto = DialSetting((None,) * len(job.recipe.attributes))
-    tuned = load_causal(str(job.run.done("tune").directory(MODEL)))
-    return {
-        name: to_plain(
-            perplexity(
-                policy.model,
-                policy.encoder,
-                pairs,
-                setting=setting,
-                draws=job.recipe.evaluate.bootstrap,
-                seed=job.recipe.seed,
-            )
-        )
-        for name, policy, setting in (("start", untouched, None), ("tuned", tuned, auto))
-    }
+    return [(prompts[d.prompt_id], text, d.finish == "stop") for d, text in found if text]
 
 
 def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str, Any]:

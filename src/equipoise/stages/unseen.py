@@ -11,13 +11,16 @@ from equipoise.overlap import prompt_key
 from equipoise.stages.inputs import Job, read_prompts
 from equipoise.types import Prompt
 
+SAID = {"train": "training"}
+"""How a split is called where its own name reads badly."""
+
 
 def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
     """Compare the evaluated prompts with all that training and the judges saw.
 
     Returns:
-        Name of a set to the number of evaluated prompts in it, then how many training prompts are
-        among the rows of each model: no fault there, since what it says of them is not a result.
+        Name of a set to the number of evaluated prompts in it, then how many prompts of the other
+        splits are among the rows of each model: what it says of them is not a result of the test.
         ``None`` where the rows of a reward model from elsewhere are not known.
 
     Raises:
@@ -32,7 +35,7 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
         for split, found in keys.items()
         if split != job.recipe.evaluate.split
     }
-    trained: dict[str, int | None] = {}
+    others: dict[str, int | None] = {}
     refusal = job.recipe.refusal_judge
     for kind, configs in (
         ("reward model", job.recipe.reward_models),
@@ -42,8 +45,10 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
         for attribute, config in configs.items():
             rows, name = _rows_of(config, job), f"{kind} {attribute} rows"
             sizes[name] = None if rows is None else len(wanted & rows)
-            shared = None if rows is None else len(keys["train"] & rows)
-            trained[f"training prompts in {name}"] = shared
+            for split in ("train", "dev", "test"):
+                if split != job.recipe.evaluate.split:
+                    shared = None if rows is None else len(keys[split] & rows)
+                    others[f"{SAID.get(split, split)} prompts in {name}"] = shared
     seen = {name: size for name, size in sizes.items() if size}
     if seen:
         listed = ", ".join(f"{size} in {name}" for name, size in seen.items())
@@ -52,7 +57,7 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
             why="a dial measured on prompts that training or a judge saw proves nothing",
             fix="give the test split its own source, or take those rows out of the other one",
         )
-    return {**sizes, **trained}
+    return {**sizes, **others}
 
 
 def _rows_of(config: RewardModelConfig, job: Job) -> set[str] | None:
