@@ -8,11 +8,14 @@ sample of a fixed seed; none was picked, and an answer that the token limit cuts
 
 from __future__ import annotations
 
-from benchmarks.smollm2.points import REFERENCE, RUNS
+from collections.abc import Iterable, Sequence
+
+from benchmarks.smollm2.points import REFERENCE, RUNS, make_recipe
 
 from equipoise.models.load import load_causal
 from equipoise.models.sampling import TransformersEngine
 from equipoise.steer.tuned import Tuned
+from equipoise.steer.untouched import Untouched
 from equipoise.types import DialSetting, Message, Prompt, Sampling
 
 PROMPTS = (
@@ -41,9 +44,9 @@ SEED = 0
 HEAD = f"""# Twelve prompts, four corners
 
 What SmolLM2-135M-Instruct says after tuning with the recipe `smollm2`, at the four corners of its
-two dials. The prompts were written before any answer was seen. Each answer is the first sample of
-one seed ({SAMPLING.max_tokens} tokens, so most are cut); none was picked or changed. The
-temperature is {SAMPLING.temperature:g}: at 1, where the dials were measured, a model of 135 million
+two dials, below what it said before. The prompts were written before any answer was seen. Each
+answer is the first sample of one seed ({SAMPLING.max_tokens} tokens, so most are cut); none was
+picked or changed. The temperature is {SAMPLING.temperature:g}: at 1, where the dials were measured, a model of 135 million
 parameters wanders off so often that the first version of this page could not be read (and one
 answer insulted people).
 Expect mistakes, and do not follow its advice. How far the dials move the measured scores stands in
@@ -53,22 +56,34 @@ Expect mistakes, and do not follow its advice. How far the dials move the measur
 
 def main() -> None:
     """Print the page."""
-    policy = load_causal(str(RUNS / REFERENCE / "tune" / "model"))
-    engine = TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
-    dials = Tuned(engine, policy.encoder, sampling=SAMPLING)
     prompts = [
         Prompt(str(number), (Message("user", text),), split="test")
         for number, text in enumerate(PROMPTS)
     ]
+    before = answers(Untouched, make_recipe({}, None).model, prompts, [DialSetting((None, None))])
+    after = answers(Tuned, str(RUNS / REFERENCE / "tune" / "model"), prompts, CORNERS.values())
     print(HEAD)
-    answers = dials.respond(prompts, list(CORNERS.values()), seed=SEED)
-    for text, row in zip(PROMPTS, answers, strict=True):
-        print(f"## {text}\n")
+    for prompt, own, row in zip(prompts, before, after, strict=True):
+        print(f"## {prompt.messages[-1].content}\n")
         print("| asked for | answer |\n| --- | --- |")
-        for corner, answer in zip(CORNERS, row, strict=True):
-            flat = " ".join(answer.text.split()).replace("|", "\\|").replace("<", "&lt;")
+        for corner, text in zip(("*untouched model*", *CORNERS), (*own, *row), strict=True):
+            flat = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
             print(f"| {corner} | {flat} |")
         print()
+
+
+def answers(
+    kind: type[Tuned | Untouched],
+    model: str,
+    prompts: Sequence[Prompt],
+    settings: Iterable[DialSetting],
+) -> list[list[str]]:
+    """Return what a model says to each prompt under each setting."""
+    policy = load_causal(model)
+    engine = TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
+    responder = kind(engine, policy.encoder, sampling=SAMPLING)
+    rows = responder.respond(prompts, list(settings), seed=SEED)
+    return [[answer.text for answer in row] for row in rows]
 
 
 if __name__ == "__main__":
