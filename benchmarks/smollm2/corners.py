@@ -46,9 +46,9 @@ HEAD = f"""# Twelve prompts, four corners
 What SmolLM2-135M-Instruct says after tuning with the recipe `smollm2`, at the four corners of its
 two dials, below what it said before. The prompts were written before any answer was seen. Each
 answer is the first sample of one seed ({SAMPLING.max_tokens} tokens, so most are cut); none was
-picked or changed. The temperature is {SAMPLING.temperature:g}: at 1, where the dials were measured, a model of 135 million
-parameters wanders off so often that the first version of this page could not be read (and one
-answer insulted people).
+picked or changed. The temperature is {SAMPLING.temperature:g}: at 1, where the dials were measured,
+a model of 135 million parameters wanders off so often that the first version of this page could not
+be read (and one answer insulted people).
 Expect mistakes, and do not follow its advice. How far the dials move the measured scores stands in
 [smollm2.md](smollm2.md). Made by `python -m benchmarks.smollm2.corners`.
 """
