@@ -63,6 +63,40 @@ def test_official_client_whole(client: openai.OpenAI, door: Door) -> None:
     assert first.seed != second.seed
 
 
+def test_an_answer_can_be_sent_back_as_the_official_client_holds_it(
+    client: openai.OpenAI, door: Door
+) -> None:
+    messages: list[Any] = [*HELLO]
+    first = client.chat.completions.create(model="toy", messages=messages).choices[0].message
+    again: Any = {"role": "user", "content": "And now?"}
+    # As the object, and as the plain data that clients keep of it.
+    for turn in (first, first.model_dump(), first.to_dict()):
+        second = client.chat.completions.create(model="toy", messages=[*messages, turn, again])
+        assert second.choices[0].message.content == ANSWER
+    plain: Any = {"role": "assistant", "content": ANSWER}
+    client.chat.completions.create(model="toy", messages=[*messages, plain, again])
+    assert len({seen.prompt_ids for seen in door.engine.seen[-4:]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("turn", "field"),
+    [
+        ({"role": "assistant", "refusal": "no"}, "refusal"),
+        ({"role": "assistant", "tool_calls": []}, "tool_calls"),
+        ({"role": "assistant", "name": None}, "name"),
+        ({"role": "user", "refusal": None}, "refusal"),
+        ({"role": "system", "audio": None}, "audio"),
+    ],
+)
+def test_beside_a_text_only_an_answer_may_say_nothing(
+    door: Door, port: int, turn: dict[str, Any], field: str
+) -> None:
+    body = chat_body() | {"messages": [{"content": "x", **turn}, *HELLO]}
+    reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"])
+    assert reply.status == 400
+    assert reply.json["error"]["message"] == f"messages.0.{field}: unknown field"
+
+
 def test_official_client_stream(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="toy@kids",

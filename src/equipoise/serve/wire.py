@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from equipoise.dials.policy_file import validation_fault
 from equipoise.serve.failures import RefusedError, as_name, bad_request
@@ -22,6 +30,8 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 64
 MAX_BIASES = 300
 _MAX_FAULTS = 5
+_UNSAID = ("refusal", "annotations", "audio", "function_call", "tool_calls")
+"""What official clients lay beside the text of an answer that they send back, as null."""
 _FORM = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -42,14 +52,28 @@ class TextPart(_Wire):
     text: str
 
 
+def _declare_unsaid(schema: dict[str, Any]) -> None:
+    schema["properties"] |= dict.fromkeys(_UNSAID, {"type": "null"})
+
+
 class ChatMessage(_Wire):
     """One turn. All of it is untrusted, the assistant's turns too."""
+
+    model_config = ConfigDict(json_schema_extra=_declare_unsaid)
 
     role: Literal["system", "user", "assistant"]
     content: (
         str
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_the_unsaid(cls, turn: Any) -> Any:
+        # An answer can be appended to the messages as it came; what says something stays unknown.
+        if not isinstance(turn, dict) or turn.get("role") != "assistant":
+            return turn
+        return {name: v for name, v in turn.items() if v is not None or name not in _UNSAID}
 
     def plain(self) -> Message:
         """Return the turn as the encoder takes it."""
