@@ -131,6 +131,36 @@ def test_outside_is_clamped_or_refused() -> None:
     assert effective_setting({"safety": 0.8}, KEY, strict, SERVER) == DialSetting((None, 4))
 
 
+@pytest.mark.parametrize("outside", ["clamp", "refuse"])
+@pytest.mark.parametrize(
+    ("attribute", "ends", "asked", "expected"),
+    [
+        ("helpfulness", {"min": 0.3}, 0.35, 2),  # its nearest level, 1, is not allowed
+        ("helpfulness", {"min": 0.3}, 0.3, 2),
+        ("helpfulness", {"max": 0.7}, 0.7, 2),
+        ("safety", {"max": 0.8}, 0.78, 3),  # up would be out of the range
+        ("safety", {"max": 0.8}, 0.6, 3),
+        ("safety", {"min": 0.3}, 0.3, 2),
+    ],
+)
+def test_rounding_takes_no_value_out_of_the_range_that_it_is_in(
+    outside: str, attribute: str, ends: dict[str, float], asked: float, expected: int
+) -> None:
+    place = scenario(ranges={**OPEN.model_dump()["ranges"], attribute: ends}, outside=outside)
+    got = effective_setting({attribute: asked}, KEY, place, SERVER)
+    assert isinstance(got, DialSetting)
+    assert got.levels[ATTRIBUTES.index(attribute)] == expected
+
+
+@pytest.mark.parametrize("asked", [0.45, 0.49999, {"level": 1}, 0.81, {"level": 4}])
+def test_what_lies_outside_is_refused_though_rounding_would_bring_it_in(asked: object) -> None:
+    ranges = {"helpfulness": {}, "safety": {"min": 0.5, "max": 0.8}}
+    refusal = effective_setting(
+        {"safety": asked}, KEY, scenario(ranges=ranges, outside="refuse"), SERVER
+    )
+    assert isinstance(refusal, Refusal) and "0.5 to 0.75 (level 2 to 3)" in refusal.message
+
+
 def test_an_empty_intersection_is_refused() -> None:
     key = KEY.model_copy(update={"ranges": {"safety": Range(max=0.4)}})
     low = scenario(ranges={"helpfulness": {}, "safety": {"min": 0.5}})
@@ -166,10 +196,39 @@ def some_value(rng: random.Random) -> object:
     return rng.choice(kinds)
 
 
+def is_refusable(
+    refusal: Refusal, request: dict[str, object], key: Key, place: Scenario, server: Server
+) -> bool:
+    """Return whether there is a reason: no level, no dial value, or a value outside a range."""
+    name, top = refusal.attribute, server.levels - 1
+    ranges = [part[name] for part in (key.ranges, place.ranges, server.ranges) if name in part]
+    if not any(all(r.min <= k / top <= r.max for r in ranges) for k in range(server.levels)):
+        return True
+    asked = request.get(name, "auto")
+    if isinstance(asked, dict):
+        level = asked.get("level")
+        if type(level) is not int or not 0 <= level <= top or len(asked) > 1:
+            return True
+        asked = level / top
+    if type(asked) not in (int, float) or not 0 <= asked <= 1:  # type: ignore[operator]
+        return asked != "auto"
+    is_negative_zero = math.copysign(1.0, asked) < 0  # type: ignore[arg-type]
+    outside = not all(r.min <= asked <= r.max for r in ranges)  # type: ignore[operator]
+    return is_negative_zero or (outside and place.outside == "refuse")
+
+
+def is_well_rounded(level: int, asked: float, name: str, ranges: list[Range], top: int) -> bool:
+    """Return whether a level is the nearest allowed one, for safety the nearest that is above."""
+    allowed = [k for k in range(top + 1) if all(r.min <= k / top <= r.max for r in ranges)]
+    if name == "safety":
+        return level == next((k for k in allowed if k / top >= asked - 1e-9), allowed[-1])
+    return abs(level / top - asked) <= min(abs(k / top - asked) for k in allowed) + 1e-9
+
+
 def test_never_outside_of_key_scenario_and_server() -> None:
     """100,000 random combinations, judged by the level's dial value, not by our own range."""
     rng = random.Random(5)
-    outcomes = {"setting": 0, "auto": 0, "refused": 0}
+    outcomes = {"setting": 0, "auto": 0, "refused": 0, "within": 0}
     makers = [
         (
             KEY.model_copy(update={"ranges": some_ranges(rng, all_=False)}),
@@ -188,6 +247,7 @@ def test_never_outside_of_key_scenario_and_server() -> None:
         got = effective_setting(request, key, place, server)
         if isinstance(got, Refusal):
             outcomes["refused"] += 1
+            assert is_refusable(got, request, key, place, server)
             continue
         assert got == effective_setting(dict(request), key, place, server)
         for name, one in zip(ATTRIBUTES, got.levels, strict=True):
@@ -203,6 +263,14 @@ def test_never_outside_of_key_scenario_and_server() -> None:
                 assert 0 <= one < server.levels
                 values = [one / (server.levels - 1)]
             assert all(r.min - 1e-9 <= v <= r.max + 1e-9 for r in ranges for v in values)
+            asked = request.get(name)
+            if (
+                type(asked) is float
+                and one is not None
+                and all(r.min <= asked <= r.max for r in ranges)
+            ):
+                assert is_well_rounded(one, asked, name, ranges, server.levels - 1)
+                outcomes["within"] += 1
     assert min(outcomes.values()) > 10_000, outcomes
 
 

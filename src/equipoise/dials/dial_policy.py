@@ -89,15 +89,21 @@ def effective_setting(
 
 def allowed_levels(attribute: str, key: Key, scenario: Scenario, server: Server) -> range:
     """Return the levels that key, scenario and server allow together; may be empty."""
-    top = server.levels - 1
     if attribute not in scenario.ranges:
         return range(0)
-    low, high = 0, top
-    for ranges in (key.ranges, scenario.ranges, server.ranges):
-        allowed = ranges.get(attribute, Range())
-        low = max(low, math.ceil(allowed.min * top - _GRID_SLACK))
-        high = min(high, math.floor(allowed.max * top + _GRID_SLACK))
-    return range(low, high + 1)
+    low, high = _ends(attribute, key, scenario, server)
+    top = server.levels - 1
+    return range(math.ceil(low * top - _GRID_SLACK), math.floor(high * top + _GRID_SLACK) + 1)
+
+
+def _ends(attribute: str, key: Key, scenario: Scenario, server: Server) -> tuple[float, float]:
+    """Return the dial values at which key ∩ scenario ∩ server ends; they may be off the grid."""
+    parts = [r.get(attribute, Range()) for r in (key.ranges, scenario.ranges, server.ranges)]
+    return max(part.min for part in parts), min(part.max for part in parts)
+
+
+def _lies_within(value: float, ends: tuple[float, float]) -> bool:
+    return ends[0] - _GRID_SLACK <= value <= ends[1] + _GRID_SLACK
 
 
 def describe_levels(allowed: range, levels: int) -> str:
@@ -151,8 +157,8 @@ def _default_fault(attribute: str, scenario: Scenario, server: Server) -> str | 
     if default == "auto":
         whole = len(allowed) == server.levels
         return None if whole else "default auto needs the whole dial as range"
-    level = _asked_level(attribute, _plain(default), server)
-    if level in allowed:
+    value = _asked_value(_plain(default), server)
+    if value is not None and _lies_within(value, _ends(attribute, _ANYONE, scenario, server)):
         return None
     return f"the default is outside of {describe_levels(allowed, server.levels)}"
 
@@ -172,31 +178,34 @@ def _effective_level(
     if asked == "auto":
         # A default of auto, but the key narrows the range: its top, which for safety is the safest.
         return None if whole else allowed[-1]
-    level = _asked_level(attribute, asked, server)
-    if level is None:
+    value = _asked_value(asked, server)
+    if value is None:
         return Refusal(
             attribute,
             'must be a number from 0 to 1, {"level": k} or "auto"; allowed here: '
             + describe_levels(allowed, server.levels),
         )
-    if level not in allowed and given and scenario.outside == "refuse":
+    # What was asked for is judged, not what it is rounded to, which may be out of a range it is in.
+    within = _lies_within(value, _ends(attribute, key, scenario, server))
+    if not within and given and scenario.outside == "refuse":
         return Refusal(attribute, f"allowed here: {describe_levels(allowed, server.levels)}")
+    rounding: Literal["up", "nearest"] = "up" if attribute in server.round_up else "nearest"
+    level = level_for_value(value, server.levels, rounding=rounding)
     return min(max(level, allowed[0]), allowed[-1])
 
 
-def _asked_level(attribute: str, asked: object, server: Server) -> int | None:
-    """Return the level that a JSON value stands for, or ``None`` if it stands for none."""
+def _asked_value(asked: object, server: Server) -> float | None:
+    """Return the dial value that a JSON value stands for, or ``None`` if it stands for none."""
     if isinstance(asked, Mapping):
         level = asked.get("level")
         is_level = set(asked) == {"level"} and type(level) is int and 0 <= level < server.levels
-        return level if is_level else None
+        return level / (server.levels - 1) if is_level else None
     if type(asked) not in (int, float):  # a bool is an int to isinstance
         return None
     assert isinstance(asked, int | float)
     if not 0 <= asked <= 1 or math.copysign(1.0, asked) < 0:
         return None
-    rounding: Literal["up", "nearest"] = "up" if attribute in server.round_up else "nearest"
-    return level_for_value(asked, server.levels, rounding=rounding)
+    return asked
 
 
 def _plain(default: float | Level | Literal["auto"]) -> object:
