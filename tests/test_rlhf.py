@@ -17,7 +17,7 @@ from equipoise.config import SamplingConfig
 from equipoise.dials.attributes import cells
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
-from equipoise.errors import ModelError, RewardError, TrainingError
+from equipoise.errors import RewardError, TrainingError
 from equipoise.models.sampling import TransformersEngine
 from equipoise.pipeline import run_all
 from equipoise.progress import Progress
@@ -30,7 +30,7 @@ from equipoise.tune.trainer import Tuned
 from equipoise.types import DialSetting, Prompt, Sampling
 from pipeline_kit import save_assets, tiny_recipe, write_recipe
 from rlhf_kit import Constant, Scorer, config, models, run
-from tuning_kit import ATTRIBUTES, prompt, tiny_policy
+from tuning_kit import ATTRIBUTES, kept_steps, prompt, tiny_policy
 
 
 def weights(tuned: Tuned) -> dict[str, torch.Tensor]:
@@ -248,11 +248,6 @@ def test_lora_trains_adapter_and_control_rows_only(tmp_path: Path) -> None:
 # Guards
 
 
-def kept_steps(folder: Path) -> list[int]:
-    found = folder.glob("checkpoint-*/equipoise.json")
-    return sorted(int(path.parent.name.split("-")[1]) for path in found)
-
-
 def test_a_constant_reward_stops_within_three_steps(tmp_path: Path) -> None:
     done: list[int] = []
     with pytest.raises(TrainingError, match="no reward to learn from") as caught:
@@ -306,30 +301,6 @@ def test_a_reward_that_is_not_a_number_stops_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(RewardError, match="nan"):
         run(tmp_path, config(), reward_models=models(Broken))
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_before_the_weights(
-    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = tiny_policy()
-
-    def spoil(step: int, total: int) -> None:
-        if step != 3:
-            return
-        parameter = policy.model.get_input_embeddings().weight
-        if where == "loss":
-            with torch.no_grad():
-                parameter[:] = torch.nan
-        else:
-            parameter.register_hook(lambda gradient: gradient * torch.nan)
-
-    made = config(steps=10, checkpoint_every=1)
-    # A broken policy is noticed as soon as it samples.
-    error = ModelError if where == "loss" else TrainingError
-    with pytest.raises(error, match="not finite"):
-        run(tmp_path, made, policy=policy, on_step=spoil)
-    assert kept_steps(tmp_path)[-1] in (2, 3)
 
 
 # The stage

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from equipoise.config import TuneConfig
+import rlhf_kit
+from equipoise.config import AlignConfig, SftConfig, SourceConfig, TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install, save_dial_model
-from equipoise.errors import TrainingError
-from equipoise.models.load import load_causal
+from equipoise.errors import ModelError, TrainingError
+from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.start.align import align_by_dpo
+from equipoise.start.teach import encode_rows, teach
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
+from equipoise.tune.checkpoints import OnStep
 from equipoise.tune.counterfactual import counterfactuals, drop_to_auto
 from equipoise.tune.objectives import clm, exmate, mean_of, token_log_likelihoods
 from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.tune.trainer import Tuned, objective, tune
-from equipoise.types import DialSetting
+from equipoise.types import DialSetting, PreferencePair
 from tuning_kit import (
     ATTRIBUTES,
     examples,
+    kept_steps,
     lead_of_the_asked_cell,
     lively_policy,
     prompt,
+    spoiler,
     tiny_policy,
 )
 
@@ -231,20 +238,53 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         assert torch.equal(value, weights(resumed)[name]), name
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:
+SPOILT_STEPS = 5
+TINY = {"steps": SPOILT_STEPS, "batch_size": 8, "checkpoint_every": 1}
+
+
+def spoilt_tune(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
+    tune(
+        policy, examples(), TuneConfig(**TINY, dtype="float32"), attributes=ATTRIBUTES, levels=5,
+        seed=1, checkpoints=folder, on_step=on_step,
+    )  # fmt: skip
+
+
+def spoilt_teach(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
+    rows = [(prompt(i), f"number {i} it is") for i in range(12)]
+    teach(
+        policy.model,
+        policy.tokenizer,
+        encode_rows(rows, policy.encoder, max_length=99, answers_only=True),
+        SftConfig(sources=[SourceConfig(source="x")], **TINY),
+        seed=1, checkpoints=folder, dtype="float32", on_step=on_step,
+    )  # fmt: skip
+
+
+def spoilt_dpo(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
+    pairs = [PreferencePair(prompt(i), "no no no", "yes gladly") for i in range(16)]
+    made = AlignConfig(sources=[SourceConfig(source="x")], **TINY)
+    align_by_dpo(
+        policy, tiny_policy(), pairs, made, seed=1, checkpoints=folder, dtype="float32",
+        on_step=on_step,
+    )  # fmt: skip
+
+
+def spoilt_rlhf(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
+    rlhf_kit.run(folder, rlhf_kit.config(**TINY), policy=policy, on_step=on_step)
+
+
+@pytest.mark.parametrize("after", [3, SPOILT_STEPS - 1], ids=["middle", "last"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("train", [spoilt_tune, spoilt_teach, spoilt_dpo, spoilt_rlhf])
+def test_what_is_not_finite_stops_before_the_weights(
+    tmp_path: Path, train: Callable[[Path, LoadedPolicy, OnStep], None], where: str, after: int
+) -> None:
     policy = tiny_policy()
-    with torch.no_grad():
-        policy.model.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(TrainingError, match="not finite"):
-        tune(
-            policy,
-            examples(),
-            CONFIG,
-            attributes=ATTRIBUTES,
-            levels=5,
-            seed=1,
-            checkpoints=tmp_path,
-        )
+    # RLHF notices a broken policy as soon as it samples, before there is a loss.
+    with pytest.raises((TrainingError, ModelError), match="not finite"):
+        train(tmp_path, policy, spoiler(policy, where, after=after))
+    assert kept_steps(tmp_path)[-1] == after
+    assert all(bool(weight.isfinite().all()) for weight in policy.model.state_dict().values())
 
 
 def test_lora_learns_and_is_reloaded_in_a_new_process(tmp_path: Path) -> None:

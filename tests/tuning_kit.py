@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,3 +89,27 @@ def lead_of_the_asked_cell(model: Any, encoder: Encoder) -> torch.Tensor:
     with torch.no_grad():
         m = mean_of(*branch_log_likelihoods(model, batch))  # (24, 4)
     return m[:, 0] - m[:, 1:].mean(dim=1)
+
+
+def spoiler(policy: LoadedPolicy, where: str, *, after: int) -> Callable[[int, int], None]:
+    """Return an ``on_step`` that makes every loss or gradient NaN once ``after`` steps are done.
+
+    The weights stay as they are: only a step that is not refused could spoil them.
+    """
+
+    def on_step(done: int, total: int) -> None:
+        if done != after:
+            return
+        embeddings: Any = policy.model.get_input_embeddings()
+        if where == "gradient":
+            embeddings.weight.register_hook(lambda gradient: gradient * torch.nan)
+        else:
+            embeddings.register_forward_hook(lambda module, ids, vectors: vectors * torch.nan)
+
+    return on_step
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """Return the steps whose checkpoints are marked as complete."""
+    found = folder.glob("checkpoint-*/equipoise.json")
+    return sorted(int(path.parent.name.split("-")[1]) for path in found)

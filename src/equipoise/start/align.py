@@ -71,7 +71,7 @@ def align_by_dpo(
 
     Raises:
         DataError: No pair is short enough.
-        TrainingError: The loss is not finite.
+        TrainingError: A loss or a gradient is not finite; the last good checkpoint is kept.
     """
     encoder = policy.encoder
     columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}

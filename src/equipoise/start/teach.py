@@ -85,7 +85,7 @@ def teach(
         Per step ``step``, ``loss`` and ``tokens`` so far.
 
     Raises:
-        TrainingError: The loss is not finite; the last good checkpoint is kept.
+        TrainingError: A loss or a gradient is not finite; the last good checkpoint is kept.
     """
     ids, labels = (list(column) for column in zip(*rows, strict=True))
 

@@ -1,4 +1,4 @@
-"""Checkpoints that count only once every byte of them is on disk."""
+"""Checkpoints that are whole and sound: every byte is on disk, and no weight came from a NaN."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from equipoise.errors import TrainingError
 from equipoise.models.load import Dtype, torch_dtype
 from equipoise.store.publish import publish_bytes
 
@@ -57,7 +58,10 @@ def trainer_settings(folder: Path, budget: Budget, *, dtype: str, seed: int) -> 
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Marks a checkpoint as complete only when every byte of it is on disk.
+    """Keeps checkpoints that a run can go on from; every trainer of ours has it.
+
+    A checkpoint is marked as complete only when every byte of it is on disk. A gradient that is
+    not finite ends the run before it reaches the weights, so that the newest checkpoint is good.
 
     Args:
         curve: Rows so far; they travel with the checkpoint.
@@ -66,6 +70,23 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, curve: Curve, on_step: OnStep | None) -> None:
         self._curve, self._on_step = curve, on_step
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse gradients that are not finite; a finite loss does not rule them out.
+
+        Raises:
+            TrainingError: One is not; the last good checkpoint is kept.
+        """
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            raise TrainingError(
+                f"Training stopped at step {state.global_step + 1}: a gradient is not finite",
+                why="one step more would have spoilt the weights",
+                fix="lower the learning rate and run again with --fresh; the last good checkpoint "
+                "is kept",
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from equipoise.errors import TrainingError
@@ -22,18 +21,6 @@ class Guards(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self, curve: Curve, kl_limit: float) -> None:
         self._curve, self._kl_limit = curve, kl_limit
         self._still = self._away = 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse gradients that are not finite before they reach the weights."""
-        parameters = kwargs["model"].parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            raise TrainingError(
-                f"Tuning stopped at step {state.global_step + 1}: a gradient is not finite",
-                why="one step more would have spoilt the weights",
-                fix="lower the learning rate and run again with --fresh; the last good checkpoint "
-                "is kept",
-            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the steps without signal and the steps too far away."""

@@ -267,7 +267,7 @@ def steered_start(
         and ``tokens`` so far. Single steps scatter with the settings drawn: read a mean.
 
     Raises:
-        TrainingError: The states are not finite.
+        TrainingError: The states or a gradient are not finite.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     plan = ShiftPlan(

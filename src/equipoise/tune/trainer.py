@@ -81,7 +81,7 @@ def tune(
         on_step: Called with (steps done, steps in all), those of a steered start included.
 
     Raises:
-        TrainingError: If the loss is not finite; the last good checkpoint is kept.
+        TrainingError: A loss or a gradient is not finite; the last good checkpoint is kept.
     """
     model, manifest = with_dials(
         policy,
