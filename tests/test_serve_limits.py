@@ -8,6 +8,7 @@ import json
 import os
 import random
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.serve import connection
+from batcher_kit import dialled, generation
+from equipoise.errors import ServingError
+from equipoise.serve import batcher, connection
+from equipoise.serve.batcher import ContinuousBatcher
 from equipoise.serve.failures import RefusedError
 from equipoise.serve.limits import RateLimit, read_body
 from serve_kit import Door, ask, call, chat_body, make_door, running, served_model, wait_for
@@ -316,6 +320,77 @@ def test_a_dead_engine_is_not_ready(tmp_path: Path) -> None:
         assert call(port, "GET", "/healthz").status == 200
         door.engine.healthy, door.house.draining = True, True
         assert call(port, "POST", CHAT, chat_body(), key=key).status == 503
+
+
+def test_a_step_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not healthy while it hangs; given up with its requests when the server stops."""
+    monkeypatch.setattr(batcher, "_LAST_STEP_SECONDS", 0.05)
+    policy, free = dialled(), threading.Event()
+
+    def hang(module: Any, args: Any) -> None:
+        assert free.wait(120)
+
+    async def work() -> None:
+        engine = ContinuousBatcher(policy.model, policy.encoder, slots=1)
+        await engine.start()
+
+        async def read(index: int) -> None:
+            async for _ in engine.stream(generation(index)):
+                pass
+
+        readers = [asyncio.create_task(read(index)) for index in range(2)]
+        while engine._began is None:
+            await asyncio.sleep(0.001)
+        assert engine.healthy
+        monkeypatch.setattr(batcher, "_STEP_SECONDS", 0.0)
+        assert not engine.healthy
+        with pytest.raises(ServingError, match="takes no more"):
+            await read(2)
+        free.set()  # late, but not dead
+        for reader in readers:
+            await reader
+        while engine._began is not None:
+            await asyncio.sleep(0.001)
+        assert engine.healthy
+        free.clear()
+        monkeypatch.setattr(batcher, "_STEP_SECONDS", 60.0)
+        readers = [asyncio.create_task(read(index)) for index in range(2)]
+        while engine._began is None:
+            await asyncio.sleep(0.001)
+        await engine.drain(0)
+        assert not engine.healthy
+        ends = await asyncio.gather(*readers, return_exceptions=True)
+        assert [type(end) for end in ends] == [ServingError] * 2
+        free.set()
+
+    handle = policy.model.register_forward_pre_hook(hang)
+    try:
+        asyncio.run(asyncio.wait_for(work(), 100))
+    finally:
+        free.set()
+        handle.remove()
+
+
+def test_draining_does_not_wait_for_readers_who_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "_LAST_STEP_SECONDS", 0.05)
+    policy, free = dialled(), threading.Event()
+
+    async def work() -> None:
+        engine = ContinuousBatcher(policy.model, policy.encoder, slots=1)
+        await engine.start()
+        reader = asyncio.ensure_future(anext(aiter(engine.stream(generation(0)))))
+        while engine._began is None:
+            await asyncio.sleep(0.001)
+        reader.cancel()
+        await asyncio.wait([reader])
+        await engine.drain(10_000)
+
+    handle = policy.model.register_forward_pre_hook(lambda *_: free.wait(120) and None)
+    try:
+        asyncio.run(asyncio.wait_for(work(), 100))
+    finally:
+        free.set()
+        handle.remove()
 
 
 def test_half_a_body_does_not_hold_up_the_end(tmp_path: Path) -> None:

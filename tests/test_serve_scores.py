@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -169,7 +171,7 @@ def test_a_scorer_that_hangs_refuses_until_it_is_back(door: Door) -> None:
     *chunks, last = events(asked(door, stream=True))
     assert last["error"]["code"] == "scorer_unavailable" and "[DONE]" not in chunks
     wait_for(lambda: hanging.stuck, "the batch counts as failed")
-    n_sampled, n_queued = len(door.engine.seen), hanging._thread._work_queue.qsize()
+    n_sampled, n_queued = len(door.engine.seen), hanging._work.qsize()
     for stream in (False, True):
         reply = asked(door, stream=stream)
         assert reply.status == 503 and reply.json["error"]["code"] == "scorer_unavailable"
@@ -177,11 +179,38 @@ def test_a_scorer_that_hangs_refuses_until_it_is_back(door: Door) -> None:
             asyncio.run(hanging.score((), []))
     assert ready() == 503
     assert len(door.engine.seen) == n_sampled  # nothing is sampled for no one
-    assert hanging._thread._work_queue.qsize() == n_queued  # and no text waits
+    assert hanging._work.qsize() == n_queued  # and no text waits
     free.set()
     wait_for(lambda: not hanging.stuck, "the batch is back")
     assert ready() == 200 and asked(door).status == 200
     assert door.house.admission.completions == 0
+
+
+_HANGS = """
+import asyncio, threading
+from eval_kit import Identity
+from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
+
+class Hanging:
+    name = hash = "hanging"
+
+    def score(self, pairs):
+        threading.Event().wait()
+
+scorer = LiveScorer({"safety": Hanging()}, Identity(), levels=5, timeout=0.05)
+try:
+    asyncio.run(scorer.score((), [("text", "stop")]))
+except ScorerUnavailableError:
+    scorer.close()
+    print("given up", flush=True)
+"""
+
+
+def test_a_scorer_that_hangs_does_not_keep_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _HANGS], cwd=Path(__file__).parent, timeout=240, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"given up\n"), done.stderr
 
 
 def test_a_thousand_faults_and_no_unscored_answer(door: Door) -> None:

@@ -36,6 +36,10 @@ _GATHERED, _MAX_WAITED = 8, 4
 whether one row joins or four."""
 _MAX_FAILED_STEPS = 3
 """Steps in a row that may fail before the engine counts as broken."""
+_STEP_SECONDS = 60.0
+"""A step that takes longer counts as hung, until it ends."""
+_LAST_STEP_SECONDS = 5.0
+"""How long the step under way may take when the time to drain is up."""
 
 
 class ContinuousBatcher:
@@ -79,13 +83,18 @@ class ContinuousBatcher:
         self._changed = threading.Condition()  # guards the two lists and the flags below
         self._waited = 0
         """Steps since rows joined."""
+        self._began: float | None = None
+        """When the step under way began."""
         self._thread: threading.Thread | None = None
         self._stopping = self._draining = self._broken = False
 
     @property
     def healthy(self) -> bool:
-        """False once the model's thread has died, and after :meth:`drain`."""
-        return self._thread is not None and self._thread.is_alive() and not self._broken
+        """False once the model's thread has died, while a step hangs, and after :meth:`drain`."""
+        began = self._began
+        hangs = began is not None and time.monotonic() - began > _STEP_SECONDS
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and not hangs and not self._broken
 
     def load(self) -> Load:
         """Return rows in flight, requests in line, and slots."""
@@ -134,20 +143,29 @@ class ContinuousBatcher:
                 self._changed.notify()
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new work, let requests finish for at most ``seconds``, then stop the thread."""
+        """Refuse new work, let requests finish for at most ``seconds``, then stop the thread.
+
+        A step that does not end even then is given up with its requests: the thread is a daemon,
+        and the process can end without it.
+        """
         with self._changed:
             self._draining = True
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.healthy:
-            load = self.load()
-            if not load.running and not load.queued:
-                break
+        while time.monotonic() < deadline and self.healthy and self._is_read():
             await asyncio.sleep(0.01)
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        if self._thread is None:
+            return
+        await asyncio.to_thread(self._thread.join, _LAST_STEP_SECONDS)
+        if self._thread.is_alive():
+            log.error("a decoding step did not end; it is given up with its requests")
+            self._give_up()
+
+    def _is_read(self) -> bool:
+        with self._changed:
+            return bool(self._waiting) or any(not ticket.cancelled for ticket in self._running)
 
     def _check(self, generation: Generation) -> None:
         ids = (*generation.prompt_ids, *generation.control_ids)
@@ -175,6 +193,7 @@ class ContinuousBatcher:
         try:
             while (newcomers := self._next()) is not None:
                 try:
+                    self._began = time.monotonic()
                     self._admit(newcomers)
                     self._deliver()
                     self._live.advance()
@@ -186,15 +205,13 @@ class ContinuousBatcher:
                     self._fail_running(step_failed(error))
                     if failed == _MAX_FAILED_STEPS:
                         break
+                finally:
+                    self._began = None
         except BaseException as error:
             log.critical("the model's thread died: %s", type(error).__name__)
         finally:
-            with self._changed:
-                self._broken = True
-                waiting = list(self._waiting)
-                self._waiting.clear()
-            self._fail_running(stopped())
-            post([(ticket, stopped()) for ticket in waiting])
+            self._live.clear()
+            self._give_up()
 
     def _next(self) -> list[Ticket] | None:
         """Wait for work; drop rows whose reader has gone; return newcomers, or None to stop."""
@@ -243,6 +260,15 @@ class ContinuousBatcher:
         drawn = [(owners[id(row)], item) for row, item in self._live.draw()]
         self._done([t for t, item in drawn if isinstance(item, Exception) or item.finish])
         post(drawn)
+
+    def _give_up(self) -> None:
+        """Take no more requests and fail those that are here; leaves the rows alone."""
+        with self._changed:
+            self._broken = True
+            failed = [*self._running, *self._waiting]
+            self._running = []
+            self._waiting.clear()
+        post([(ticket, stopped()) for ticket in failed])
 
     def _fail_running(self, error: Exception) -> None:
         with self._changed:

@@ -52,7 +52,7 @@ class ServingEngine(Protocol):
 
     @property
     def healthy(self) -> bool:
-        """False once the engine cannot sample any more; ``/readyz`` answers 503 then."""
+        """False while the engine cannot sample; ``/readyz`` answers 503 then."""
         ...
 
     def stream(self, generation: Generation) -> AsyncIterator[Token]:
@@ -71,5 +71,8 @@ class ServingEngine(Protocol):
         ...
 
     async def drain(self, seconds: float) -> None:
-        """Take no more work, finish what runs for at most ``seconds``, then stop."""
+        """Take no more work, finish what runs for at most ``seconds``, then stop.
+
+        Returns soon after that also where a step hangs.
+        """
         ...

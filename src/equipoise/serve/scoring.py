@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
 
 from equipoise.denoise import judged_text
+from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, RewardError, ServingError
 from equipoise.models.judging import unit_scores_of
 from equipoise.steer.reranking import nearest_first
@@ -27,12 +29,10 @@ from equipoise.types import (
     UnitScale,
 )
 
-if TYPE_CHECKING:
-    pass
-from equipoise.dials.manifest import DialManifest
-
 Answer = tuple[str, Finish]
 """Text and how it ended."""
+_Units = list[dict[str, float]]
+_Work = tuple["Future[_Units]", tuple[Message, ...], tuple[Answer, ...]]
 
 
 class ScorerUnavailableError(ServingError):
@@ -63,7 +63,8 @@ class LiveScorer:
         self._levels, self._timeout = levels, timeout
         self._began: float | None = None
         """When the batch under way began."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="equipoise-scorer")
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     @property
     def stuck(self) -> bool:
@@ -71,9 +72,7 @@ class LiveScorer:
         began = self._began
         return began is not None and time.monotonic() - began > self._timeout
 
-    async def score(
-        self, messages: Sequence[Message], answers: Sequence[Answer]
-    ) -> list[dict[str, float]]:
+    async def score(self, messages: Sequence[Message], answers: Sequence[Answer]) -> _Units:
         """Return unit scores in [0, 1] per answer: attribute to score, in order.
 
         An answer that was cut is scored up to its last finished sentence, as in evaluation.
@@ -83,10 +82,14 @@ class LiveScorer:
         """
         if self.stuck:  # in line behind it, the texts would pile up
             raise _unavailable(TimeoutError())
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._thread, self._scored, tuple(messages), tuple(answers))
+        if self._thread is None:
+            # A daemon, as those of an executor are waited for when the process ends, hung or not.
+            self._thread = threading.Thread(target=self._run, name="equipoise-scorer", daemon=True)
+            self._thread.start()
+        result: Future[_Units] = Future()
+        self._work.put((result, tuple(messages), tuple(answers)))
         try:
-            return await asyncio.wait_for(work, self._timeout)
+            return await asyncio.wait_for(asyncio.wrap_future(result), self._timeout)
         except Exception as error:  # whatever a reward model of the user raises
             raise _unavailable(error) from error
 
@@ -97,20 +100,27 @@ class LiveScorer:
 
     def close(self) -> None:
         """Stop the thread; a batch under way is not waited for."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._work.put(None)
 
-    def _scored(
-        self, messages: tuple[Message, ...], answers: tuple[Answer, ...]
-    ) -> list[dict[str, float]]:
+    def _run(self) -> None:
+        """The scorer's thread: one batch after the other, those apart that nobody waits for."""
+        while (work := self._work.get()) is not None:
+            result, messages, answers = work
+            if not result.set_running_or_notify_cancel():
+                continue
+            try:
+                result.set_result(self._scored(messages, answers))
+            except BaseException as error:  # whatever a reward model of the user raises
+                result.set_exception(error)
+
+    def _scored(self, messages: tuple[Message, ...], answers: tuple[Answer, ...]) -> _Units:
         self._began = time.monotonic()
         try:
             return self._units(messages, answers)
         finally:
             self._began = None
 
-    def _units(
-        self, messages: tuple[Message, ...], answers: tuple[Answer, ...]
-    ) -> list[dict[str, float]]:
+    def _units(self, messages: tuple[Message, ...], answers: tuple[Answer, ...]) -> _Units:
         prompt = Prompt("live", messages, "test")
         texts = [judged_text(text, finish) for text, finish in answers]
         units = unit_scores_of([(prompt, text) for text in texts], self._models, self._calibration)

@@ -53,7 +53,7 @@ class TextPart(_Wire):
 
 
 def _declare_unsaid(schema: dict[str, Any]) -> None:
-    schema["properties"] |= dict.fromkeys(_UNSAID, {"type": "null"})
+    schema["properties"] |= {name: {"type": "null"} for name in _UNSAID}
 
 
 class ChatMessage(_Wire):
