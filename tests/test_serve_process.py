@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,16 @@ main(sys.argv[1:])
 """
 
 
+# Every step hangs, as on a device that has gone.
+_HANGING = """
+import sys, threading
+from equipoise.cli.main import main
+from equipoise.serve import rows
+rows.LiveRows.join = lambda *_: threading.Event().wait()
+main(sys.argv[1:])
+"""
+
+
 @dataclass
 class Served:
     process: subprocess.Popen[str]
@@ -49,6 +61,7 @@ class Served:
     key: str
     policy: Path
     said: list[str]
+    """On stderr, which is the stream that is logged."""
 
 
 def free_port() -> int:
@@ -58,25 +71,36 @@ def free_port() -> int:
         return port
 
 
-def start(folder: Path) -> Served:
+def save_toy(folder: Path) -> Path:
+    """Write a tiny model with dials; return its directory."""
     policy = tiny_policy()
     manifest = install(
         policy.model, policy.tokenizer, attributes=["helpfulness", "safety"], levels=5
     )
-    model_dir = folder / "toy"
-    save_dial_model(policy.model, policy.tokenizer, manifest, model_dir)
+    save_dial_model(policy.model, policy.tokenizer, manifest, folder / "toy")
     assert Encoder(policy.tokenizer, manifest).has_chat_template
+    return folder / "toy"
+
+
+def start(folder: Path, program: str, *options: str, with_keys: bool = True) -> Served:
+    """Start a server with a key in a file, or with the key that it prints."""
+    model_dir = save_toy(folder)
     rules, keys, secret = folder / "policy.yaml", folder / "keys.json", new_secret()
     rules.write_text(policy_text(example_policy()))
     add_key(keys, Key(id="k", sha256=digest(secret), scenarios=("general",)))
     port = free_port()
-    command = [sys.executable, "-c", _WATCHED, "serve", str(model_dir), "--policy", str(rules),
-               "--keys", str(keys), "--port", str(port), "--drain-seconds", "20"]  # fmt: skip
+    command = [sys.executable, "-c", program, "serve", str(model_dir), "--policy", str(rules),
+               "--port", str(port), *options]  # fmt: skip
+    command += ["--keys", str(keys)] if with_keys else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     said: list[str] = []
-    assert process.stderr is not None
+    assert process.stdout is not None and process.stderr is not None
     threading.Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
+    if not with_keys:
+        secret = process.stdout.readline().strip()
     while True:
         assert process.poll() is None, said
         try:
@@ -86,15 +110,21 @@ def start(folder: Path) -> Served:
             time.sleep(0.1)
 
 
+@contextmanager
+def until_here(served: Served) -> Iterator[Served]:
+    """Leave no process behind."""
+    with served.process:
+        try:
+            yield served
+        finally:
+            served.process.kill()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = start(tmp_path_factory.mktemp("process"))
-    yield served
-    if served.process.poll() is None:
-        served.process.kill()
-    served.process.wait()
-    assert served.process.stderr is not None
-    served.process.stderr.close()
+    folder = tmp_path_factory.mktemp("process")
+    with until_here(start(folder, _WATCHED, "--drain-seconds", "20")) as served:
+        yield served
 
 
 _NO_NETWORK = """
@@ -177,3 +207,28 @@ def test_the_whole_life_of_a_server(served: Served) -> None:
     assert "OUTBOUND" not in said
     assert "canary" not in said and key not in said
     assert said.count('"status": 200') >= 4
+
+
+def test_a_start_without_keys_prints_one_and_ends_though_every_step_hangs(tmp_path: Path) -> None:
+    with until_here(start(tmp_path, _HANGING, "--drain-seconds", "1", with_keys=False)) as served:
+        port, key = served.port, served.key
+        assert key.startswith("eqp-")
+        assert call(port, "GET", "/readyz", key=key).status == 200
+        waiting = threading.Thread(target=hang_up_with, args=(port, key), daemon=True)
+        waiting.start()
+        page = ""
+        while "equipoise_completions_under_way 1\n" not in page:
+            page = call(port, "GET", "/metrics", key=key).body.decode()
+        arguments = Path(f"/proc/{served.process.pid}/cmdline")
+        if arguments.exists():  # A12: what `ps` shows to everybody
+            assert key.encode() not in arguments.read_bytes()
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(120) == 0
+        waiting.join(60)
+        said = "".join(served.said)
+        assert key not in said and "given up" in said
+
+
+def hang_up_with(port: int, key: str) -> None:
+    with suppress(OSError, http.client.HTTPException):
+        call(port, "POST", "/v1/chat/completions", chat_body("hi"), key=key)

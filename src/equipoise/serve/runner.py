@@ -167,7 +167,9 @@ def serve(
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
     print(f"{model.name} on {url}/v1 with policy {options.policy}", file=sys.stderr)
     if secret is not None:
-        print(f"key of this start, shown once: {secret}", file=sys.stderr, flush=True)
+        # Not on stderr, which is where the log goes and from there to whoever reads logs.
+        print("key of this start, shown once on standard output:", file=sys.stderr)
+        print(secret, flush=True)
 
     def on_stop() -> None:
         house.draining = True
