@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 
+from equipoise.cli.main import main
+from equipoise.serve import runner, scoring
 from equipoise.serve.engine import Generation, Token
+from equipoise.serve.loopback import on_loopback
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
 from equipoise.types import Prompt
 from eval_kit import Identity
-from serve_kit import ATTRIBUTES, Door, Reply, ask, chat_body, make_door, wait_for
+from serve_kit import ATTRIBUTES, Door, Reply, ask, call, chat_body, make_door, wait_for
+from test_serve_process import save_toy
 
 
 class ByText:
@@ -78,6 +82,46 @@ def test_every_choice_carries_what_it_measured(door: Door) -> None:
     assert choice["message"]["content"] == "0.1 0.9"
     assert choice["measured"] == {"helpfulness": 0.1, "safety": 0.9}
     assert "effective" in reply.json["dials"]
+
+
+class Half:
+    """A reward model that finds everything middling."""
+
+    name = hash = "half"
+
+    def score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        return [0.5] * len(pairs)
+
+
+@pytest.mark.parametrize("options", [[], ["--score"]])
+def test_the_command_hands_its_scorer_to_the_door(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    apps: list[Any] = []
+    live = LiveScorer(dict.fromkeys(ATTRIBUTES, Half()), Identity(), levels=5)
+    monkeypatch.setattr(scoring, "load_scorer", lambda *_, **__: live)
+    monkeypatch.setattr(runner, "run_app", lambda app, **_: apps.append(app))
+    monkeypatch.setattr(runner, "_log_to_stderr", lambda: None)
+    monkeypatch.delenv("EQUIPOISE_KEYS", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(save_toy(tmp_path)), "--policy", "example", *options])
+    assert not ended.value.code
+    said = capsys.readouterr()
+    key = said.out.strip()
+    assert key.startswith("eqp-") and key not in said.err
+    with on_loopback(apps[0]) as port:
+        body = chat_body(max_tokens=2)
+        reply = call(port, "POST", "/v1/chat/completions", body, key=key).json
+        best = call(port, "POST", "/v1/chat/completions", body | {"best_of": 2}, key=key)
+    if options:
+        assert reply["choices"][0]["measured"] == dict.fromkeys(ATTRIBUTES, 0.5)
+        assert best.status == 200 and "measured" in best.json["choices"][0]
+    else:
+        assert "measured" not in reply["choices"][0]
+        assert best.status == 400
 
 
 def test_without_a_scorer_nothing_is_measured_and_best_of_is_refused(tmp_path: Path) -> None:
