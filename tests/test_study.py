@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.budget import RowLengths  # noqa: E402
 from benchmarks.paper import run as command  # noqa: E402
-from benchmarks.paper.page import render, said  # noqa: E402
+from benchmarks.paper.page import render  # noqa: E402
 from benchmarks.paper.points import (  # noqa: E402
     FULL,
     OBJECTIVES,
@@ -29,7 +30,8 @@ from benchmarks.paper.points import (  # noqa: E402
 )
 from benchmarks.paper.runs import make_recipe, steps_for, thinned  # noqa: E402
 from benchmarks.paper.study import build  # noqa: E402
-from benchmarks.paper.verdicts import judged, together  # noqa: E402
+from benchmarks.paper.tables import TABLES, filled, said  # noqa: E402
+from benchmarks.paper.verdicts import judged, placed, together  # noqa: E402
 
 from equipoise.evaluate.report import plain  # noqa: E402
 from equipoise.evaluate.rewind import rewind  # noqa: E402
@@ -77,7 +79,7 @@ def method(name: str, shift: float, **changes: float) -> dict[str, Any]:
     return {
         "generalization": measures(
             value,
-            leaked=0.3 if name == "prompting" else 0.02,
+            leaked=changes.get(f"{name}_leaks", 0.3 if name == "clm" else 0.02),
             hits=0 if name == "rerank16" else 4,
         ),
         "optimization": measures(value + (0.3 if reranks else 0.05)),
@@ -91,18 +93,25 @@ def seed(number: int, **changes: float) -> dict[str, Any]:
     noise = 0.01 * (number - 2)
     before = np.full((5, 5), 10)
     before[4, 0] = 1
+    looks = [
+        {"probe_step": float(step), **{
+            f"probe_{judge}_{metric}": 0.8 + rise * (1 + noise)
+            for metric in ("closeness", "mp_helpfulness", "mp_safety")
+            for judge, rise in (("optimization", 0.2 * step), ("generalization", 0.05 * step))
+        }} for step in (0, 1)
+    ]  # fmt: skip
     curve = [
         {"step": 1.0, "tokens": 1e5, "warm_start": 1.0, "kl": None, "reward": None, "length": None,
          "degenerate": None, "floor": None},
-        {"step": 2.0, "tokens": 2e5, "warm_start": 0.0, "kl": 0.1, "reward": 0.8, "length": 30.0,
-         "degenerate": 0.0, "floor": 0.76, "probe_optimization_closeness": 0.8,
-         "probe_generalization_closeness": 0.79},
+        *({"step": 2.0, "tokens": 2e5, "warm_start": 0.0, "kl": 0.1, "reward": 0.8, "length": 30.0,
+           "degenerate": 0.0, "floor": 0.76, **look} for look in looks),
     ]  # fmt: skip
     # One method's noise differs from the other's, or paired intervals would have no width.
     return {
         "seed": number,
         "upstream": {
             "n": {"test prompts": 8},
+            "minutes": {"generate": 1.0 + noise, "evaluate": 3.0},
             "moec": {
                 "grid_before": before.tolist(),
                 "grid_after": np.full((5, 5), 6).tolist(),
@@ -162,6 +171,29 @@ def test_verdicts_against_the_paper() -> None:
     assert mixed["b"] == "holds in part"
 
 
+def test_reranking_that_is_behind_under_optimization_is_not_strong() -> None:
+    study = build([seed(n, rerank16=-0.2) for n in range(5)])
+    (found,) = [item for item in study["verdicts"] if item["letter"] == "d"]
+    assert found["verdict"] == "holds in part"
+    lead = found["evidence"]["reranking 16 − ExMATE, under optimization"]
+    assert lead["verdict"] == "contradicted" and lead["high"] < 0
+
+
+def test_what_leaks_without_tuning_decides_nothing_about_dials() -> None:
+    def verdict(leaks: float) -> tuple[str, dict[str, Any]]:
+        seeds = [seed(n, clm_leaks=leaks + 0.01 * n, prompting_leaks=0.3) for n in range(5)]
+        (found,) = [i for i in build(seeds)["verdicts"] if i["letter"] == "e"]
+        return found["verdict"], found["evidence"]
+
+    whole, parts = verdict(0.0)
+    assert parts["prompting: the other dial moves safety"]["verdict"] == "holds"
+    assert parts["start: the other dial moves safety"]["verdict"] is None
+    assert whole == parts["clm: the other dial moves safety"]["verdict"] == "contradicted"
+    whole, parts = verdict(0.08)  # .08 to .12: its interval crosses the border
+    assert parts["exmate: the other dial moves safety"]["verdict"] == "contradicted"
+    assert whole == parts["clm: the other dial moves safety"]["verdict"] == "undecided"
+
+
 def test_one_seed_decides_nothing() -> None:
     found = letters(build([seed(0)]))
     assert set(found.values()) == {"undecided"}
@@ -183,9 +215,39 @@ def test_headline_is_flat_and_paired(tmp_path: Path) -> None:
     # Paired: the seeds' common noise cancels.
     single = headline["exmate.generalization.overall.high"] - 0.8
     assert exmate["high"] - exmate["value"] < 0.5 * single
-    assert study["aims"]["best.of_ceiling.mp.safety"]["reached"] is False
-    assert study["aims"]["best.generalization.bt.safety"]["reached"] is True
+    aims = study["aims"]
+    assert aims["best.of_ceiling.mp.safety"]["state"] == "undecided"  # .84 ± .02
+    assert (
+        aims["best.of_ceiling.mp.safety"]["low"] < 0.85 < aims["best.of_ceiling.mp.safety"]["high"]
+    )
+    assert aims["best.generalization.bt.safety"]["state"] == "reached"
     json.dumps(study, allow_nan=False)
+
+
+def test_a_number_is_reached_if_its_interval_is() -> None:
+    assert placed(Estimate(0.9, 0.86, 0.94, 5), 0.85, 1) == "inside"
+    assert placed(Estimate(0.9, 0.84, 0.96, 5), 0.85, 1) == "undecided"
+    assert placed(Estimate(-0.2, -0.3, -0.11, 5), -0.1, 0.1) == "outside"
+    assert placed(Estimate(0.9, math.nan, math.nan, 1), 0.85, 1) == "undecided"
+
+
+def test_rlhf_beside_clm_and_beside_its_own_start() -> None:
+    headline = build([seed(n) for n in range(5)])["headline"]
+    assert headline["rlhf.minus_clm.overall"] == pytest.approx(0.05, abs=1e-3)
+    assert headline["rlhf.minus_clm.overall.low"] > 0
+    assert headline["rlhf.online.optimization.closeness"] == pytest.approx(0.2)
+    assert headline["rlhf.online.generalization.mp_safety"] == pytest.approx(0.05)
+    assert headline["rlhf.online.reward_models_ahead.closeness"] == pytest.approx(0.15)
+    assert headline["rlhf.online.reward_models_ahead.closeness.low"] < 0.15
+
+
+def test_costs_are_per_answer_and_beside_the_budget() -> None:
+    found = build([seed(n) for n in range(3)])["cost"]
+    assert found["methods"]["rerank16"]["tokens_per_answer"]["value"] == pytest.approx(3000)
+    assert "tuning_minutes" not in found["methods"]["rerank16"]
+    assert found["methods"]["clm"]["tuning_tokens_over_exmate"]["value"] == 1
+    assert found["minutes_of_stages"]["generate"]["n"] == 3
+    assert "evaluate" not in found["minutes_of_stages"]
 
 
 def rewinds(n: int = 2) -> list[dict[str, Any]]:
@@ -253,9 +315,25 @@ def test_a_page_of_one_seed_says_that_there_is_no_interval() -> None:
 
 def test_numbers_are_written_with_their_interval() -> None:
     nan = float("nan")
-    assert said(0.5, 0.25, 0.75) == "0.50 [0.25, 0.75]"
+    assert said(0.5, 0.25, 0.75) == "0.50 (0.25 to 0.75)"
     assert said(-0.5, nan, nan) == "−0.50 (no interval)"
     assert said(nan, nan, nan) == "–"
+
+
+def test_the_tables_of_the_docs_are_what_the_results_say() -> None:
+    page = command.DOCS.read_text("utf-8")
+    study = json.loads((ROOT / "benchmarks/paper/results.json").read_text())
+    assert set(re.findall(r"<!-- table (\w+) -->", page)) == set(TABLES)
+    assert filled(page, study) == page, "run python -m benchmarks.paper.run --only collect"
+
+
+def test_a_page_is_filled_between_its_marks_only() -> None:
+    study = plain(build([seed(n) for n in range(3)]))
+    page = "before\n<!-- table against -->\nold\n<!-- /table -->\nafter\n"
+    made = filled(page, study)
+    assert made.startswith("before\n") and made.endswith("\nafter\n") and "old" not in made
+    assert "| RLHF − CLM | 0.049 (" in made
+    assert filled(made, study) == made
 
 
 # Points and budgets
@@ -323,10 +401,14 @@ def test_a_finished_seed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
         "methods-seed0.json",
         "methods-seed1.json",
     ]
+    docs = tmp_path / "docs.md"
+    docs.write_text("<!-- table against -->\n\n<!-- /table -->\n")
+    monkeypatch.setattr(command, "DOCS", docs)
     monkeypatch.setattr(command, "render", lambda study: "<html>" + "x" * 10_000)
     study = command.collect(FULL)
     assert study["seeds"] == [0, 1]
     assert json.loads((tmp_path / "results.json").read_text())["headline"] == study["headline"]
     assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert "ExMATE − RLHF" in docs.read_text("utf-8")
     with pytest.raises(SystemExit, match="no finished seed"):
         command.collect(QUICK)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.figures import NAMES, draw_all, interval, methods
-
-from equipoise.evaluate.canvas import written
+from benchmarks.paper import tables
+from benchmarks.paper.figures import NAMES, draw_all
 
 Json = Mapping[str, Any]
 STYLE = """
@@ -37,17 +36,6 @@ CAPTIONS = {
     "rewind": "Where the answers of four models fall, in per cent of each pool, on the scale of "
     "the base model's own pool.",
 }
-TABLE = (
-    ("MP hp", "generalization.mp.helpfulness"),
-    ("MP sf", "generalization.mp.safety"),
-    ("overall", "generalization.overall"),
-    ("overall, opt.", "optimization.overall"),
-    ("BT hp", "generalization.bt.helpfulness"),
-    ("BT sf", "generalization.bt.safety"),
-    ("RMSE hp", "generalization.rmse.helpfulness"),
-    ("RMSE sf", "generalization.rmse.safety"),
-    ("degenerate", "degenerate"),
-)
 
 
 def render(study: Json) -> str:
@@ -72,20 +60,36 @@ def render(study: Json) -> str:
         "contradicted only if the interval says so.</p>",
         *map(_verdict, study["verdicts"]),
         "<h2>Methods</h2>",
-        _methods(study),
+        _html(tables.control(study)),
         shown("control"),
+        _html(tables.precision(study)),
+        _html(tables.leakage(study)),
         shown("leakage"),
+        _html(tables.empty(study)),
         shown("empty"),
         "<h2>Numbers to reach</h2>",
-        _aims(study),
-        *(["<h2>RLHF over time</h2>", shown("rlhf")] if "rlhf" in figures else []),
-        *(["<h2>Rewind</h2>", _rewind(study), shown("rewind")] if "rewind" in figures else []),
-        *(
-            ["<h2>Ablations</h2>", _ablations(study), shown("ablations")]
-            if "ablations" in figures
-            else []
-        ),
+        f"<p>Of the best method, {escape(NAMES[study['best']])}.</p>",
+        _html(tables.aims(study)),
+        "<h2>Cost</h2>",
+        _html(tables.cost(study)),
+        "<p>Minutes of what all methods of a seed share:</p>",
+        _html(tables.stages(study)),
     ]
+    if "rlhf" in figures:
+        parts += ["<h2>RLHF</h2>", _html(tables.against(study)), _html(tables.rlhf(study))]
+        parts.append(shown("rlhf"))
+    if "rewind" in figures:
+        chance = study["rewind_chance_coverage"]
+        parts += [
+            "<h2>Rewind</h2>",
+            _html(tables.rewind(study)),
+            _html(tables.regained(study)),
+            f"<p><small>An even pool would cover {chance:.2f}. Intervals are "
+            f"{study['rewind_interval']}.</small></p>",
+            shown("rewind"),
+        ]
+    if "ablations" in figures:
+        parts += ["<h2>Ablations</h2>", _html(tables.ablations(study)), shown("ablations")]
     body = "\n".join(parts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -95,95 +99,20 @@ def render(study: Json) -> str:
     )
 
 
-def said(value: float, low: float, high: float) -> str:
-    """Return ``value [low, high]``, or the value alone where there is no interval."""
-    if value != value:
-        return "–"
-    form = "{:.2f}" if abs(value) < 100 else "{:.0f}"
-    if low != low or high != high:
-        return f"{written(value, form)} (no interval)"
-    return f"{written(value, form)} [{written(low, form)}, {written(high, form)}]"
-
-
-def _of(estimate: Json | None) -> str:
-    if estimate is None:
-        return ""
-    nan = float("nan")
-    low, high = (nan if estimate[key] is None else estimate[key] for key in ("low", "high"))
-    return said(nan if estimate["value"] is None else estimate["value"], low, high)
-
-
 def _verdict(found: Json) -> str:
-    rows = ((name, _of(estimate)) for name, estimate in found["evidence"].items())
     return (
         f'<h2 id="{found["letter"]}">({found["letter"]}) {escape(found["claim"])}</h2>'
         f'<p><b class="verdict">{escape(found["verdict"])}</b></p>'
-        f"{_table(('', 'estimate'), rows)}"
+        f"{_html(tables.evidence(found))}"
     )
 
 
-def _methods(study: Json) -> str:
-    headline = study["headline"]
-    rows = [
-        (NAMES[name], *(said(*interval(headline, f"{name}.{key}")) for _, key in TABLE))
-        for name in methods(study)
-    ]
-    ceiling = [
-        said(*interval(headline, f"ceiling.{key.removeprefix('generalization.')}"))
-        if key.startswith("generalization.") and key.count(".") == 2
-        else ""
-        for _, key in TABLE
-    ]
-    return _table(("method", *(title for title, _ in TABLE)), [*rows, ("ceiling", *ceiling)])
-
-
-def _aims(study: Json) -> str:
-    rows = (
-        (name, aim["wanted"], said(*interval(study["headline"], name)),
-         "reached" if aim["reached"] else "not reached")
-        for name, aim in study["aims"].items()
-    )  # fmt: skip
-    best = escape(NAMES[study["best"]])
-    return f"<p>Of the best method, {best}.</p>" + _table(("", "wanted", "value", ""), rows)
-
-
-def _rewind(study: Json) -> str:
-    headline = study["headline"]
-    names = ("coverage", "present", "range.helpfulness", "range.safety", "refusals")
-    rows = [
-        (pool, *(said(*interval(headline, f"rewind.{pool}.{name}")) for name in names))
-        for pool in ("base", "aligned", "rewound", "tuned_base")
-    ]
-    more = [
-        (label, said(*interval(headline, f"rewind.{name}")))
-        for name, label in (
-            ("lost", "coverage that alignment took"),
-            ("regained", "share of it regained by dials"),
-            ("beyond_base", "coverage of the rewound model − of the base model"),
-            ("beyond_tuned_base", "coverage of the rewound model − of the tuned base model"),
-        )
-    ]
-    chance = study.get("rewind_chance_coverage")
-    note = f"An even pool would cover {chance:.2f}. " if chance else ""
-    note = f"<p><small>{note}Intervals are {study['rewind_interval']}.</small></p>"
-    return _table(("pool", *names), rows) + _table(("", ""), more) + note
-
-
-def _ablations(study: Json) -> str:
-    rows = [
-        (group, row["point"], _of(row["overall"]), _of(row["difference"]))
-        for group, found in study["ablations"].items()
-        for row in found
-    ]
-    return _table(("", "point", "overall", "− default, paired"), rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _html(table: tables.Table) -> str:
     def cells(row: Sequence[str], kind: str) -> str:
         return "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
 
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
     return (
-        f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr>{cells(table.head, "th")}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )

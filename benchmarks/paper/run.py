@@ -7,8 +7,10 @@
 A seed re-draws prompts, pool and tuning, and trains the shipped reward models on with fresh pairs.
 What was chosen was chosen on dev prompts; test prompts are read here. Run directories lie in
 ``runs/paper``; the result of each finished seed is written to ``benchmarks/paper/results`` at once,
-and a seed that lies there is not run again (delete its file to do so). ``--quick`` writes below
-``runs/paper-quick`` and leaves the committed results alone.
+and a seed that lies there is not run again (delete its file to do so). ``--only collect`` trains
+nothing: it makes ``results.json``, ``page.html`` and the tables of ``docs/paper-study.md`` anew
+from the seeds that are there. ``--quick`` writes below ``runs/paper-quick`` and leaves all of that
+alone.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from benchmarks.paper.points import (
     ablations,
 )
 from benchmarks.paper.study import build
+from benchmarks.paper.tables import filled
 
 from equipoise.evaluate.report import plain
 
 HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs" / "paper-study.md"
 PARTS = ("methods", "ablations", "rewind")
 
 
@@ -66,7 +70,7 @@ def run_part(scale: Scale, part: str, seed: int) -> None:
 
 
 def collect(scale: Scale) -> dict[str, Any]:
-    """Write ``results.json`` and ``page.html`` from the seeds that are there."""
+    """Write ``results.json``, ``page.html`` and the tables of the docs from the seeds there are."""
     folder = results_of(scale)
     found = {
         part: [json.loads(file.read_text()) for file in sorted(folder.glob(f"{part}-seed*.json"))]
@@ -78,6 +82,8 @@ def collect(scale: Scale) -> dict[str, Any]:
     place = HERE if scale is FULL else scale.runs
     (place / "results.json").write_text(json.dumps(study, indent=1) + "\n")
     (place / "page.html").write_text(render(study))
+    if scale is FULL:
+        DOCS.write_text(filled(DOCS.read_text("utf-8"), study), "utf-8")
     print(f"wrote {place / 'results.json'} and {place / 'page.html'}")
     return study
 

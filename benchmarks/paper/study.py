@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.paper.verdicts import verdicts
+from benchmarks.paper.points import POOL, REFERENCE
+from benchmarks.paper.verdicts import paired, placed, plain_estimate, verdicts
 
 from equipoise.evaluate.intervals import over_seeds
 from equipoise.types import Estimate
@@ -16,17 +17,20 @@ JUDGES = ("generalization", "optimization")
 BY_ATTRIBUTE = ("mp", "bt", "bt_neighbours", "rmse", "leakage", "range")
 POOLS = ("base", "aligned", "rewound", "tuned_base")
 TUNED = ("exmate", "clm", "rlhf")
-AIMS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
-    "best.of_ceiling.mp.helpfulness": ("at least .85", lambda v: v >= 0.85),
-    "best.of_ceiling.mp.safety": ("at least .85", lambda v: v >= 0.85),
-    "best.generalization.bt.helpfulness": ("at least .99", lambda v: v >= 0.99),
-    "best.generalization.bt.safety": ("at least .99", lambda v: v >= 0.99),
-    "best.leakage_over_ceiling.helpfulness": ("within ±.10", lambda v: abs(v) <= 0.10),
-    "best.leakage_over_ceiling.safety": ("within ±.10", lambda v: abs(v) <= 0.10),
-    "best.generalization.rmse.helpfulness": ("at most .22", lambda v: v <= 0.22),
-    "best.generalization.rmse.safety": ("at most .22", lambda v: v <= 0.22),
+AIMS: Mapping[str, tuple[str, float, float]] = {
+    "best.of_ceiling.mp.helpfulness": ("at least .85", 0.85, math.inf),
+    "best.of_ceiling.mp.safety": ("at least .85", 0.85, math.inf),
+    "best.generalization.bt.helpfulness": ("at least .99", 0.99, math.inf),
+    "best.generalization.bt.safety": ("at least .99", 0.99, math.inf),
+    "best.leakage_over_ceiling.helpfulness": ("within ±.10", -0.10, 0.10),
+    "best.leakage_over_ceiling.safety": ("within ±.10", -0.10, 0.10),
+    "best.generalization.rmse.helpfulness": ("at most .22", -math.inf, 0.22),
+    "best.generalization.rmse.safety": ("at most .22", -math.inf, 0.22),
 }
-"""Numbers to reach, on the best method's mean over seeds."""
+"""Numbers to reach, of the best method: what is wanted, and between which bounds that lies."""
+REACHED = {"inside": "reached", "outside": "not reached", "undecided": "undecided"}
+PROBED = ("closeness", "mp_helpfulness", "mp_safety")
+"""What RLHF's looks at the policy measure, by both kinds of judges."""
 
 Json = Mapping[str, Any]
 
@@ -59,12 +63,13 @@ def build(
         "aims": {
             name: {
                 "wanted": wanted,
-                "value": headline[name],
-                "reached": bool(holds(estimates[name].value)),
+                **plain_estimate(estimates[name]),
+                "state": REACHED[placed(estimates[name], lowest, highest)],
             }
-            for name, (wanted, holds) in AIMS.items()
+            for name, (wanted, lowest, highest) in AIMS.items()
         },
         "verdicts": verdicts(seeds, best),
+        "cost": cost(seeds),
         "ablations": ablation_table(ablations),
         "rewind": [one["rewind"] for one in rewinds],
         "rewind_interval": f"over {'seeds' if len(rewinds) > 1 else 'prompts of one seed'}",
@@ -106,6 +111,30 @@ def _estimates(seeds: Sequence[Json], best: str) -> Iterable[tuple[str, Estimate
     for name in ("kl", "reward", "floor", "length", "degenerate"):
         if last:
             yield f"rlhf.last.{name}", over_seeds([row[name] for row in last])
+    yield "rlhf.minus_clm.overall", paired(seeds, "rlhf", "clm")
+    yield from _online(seeds)
+
+
+def _online(seeds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]:
+    """Yield what RLHF's online phase changed on dev prompts: its last look minus its first."""
+    online = [
+        [row for row in one.get("rlhf_curve") or [] if row.get("probe_step") is not None]
+        for one in seeds
+    ]
+    if not all(online):
+        return
+    for name in PROBED:
+        gains = {
+            judge: [
+                rows[-1][f"probe_{judge}_{name}"] - rows[0][f"probe_{judge}_{name}"]
+                for rows in online
+            ]
+            for judge in JUDGES
+        }
+        for judge, found in gains.items():
+            yield f"rlhf.online.{judge}.{name}", over_seeds(found)
+        ahead = zip(gains["optimization"], gains["generalization"], strict=True)
+        yield f"rlhf.online.reward_models_ahead.{name}", over_seeds([a - b for a, b in ahead])
 
 
 def _best(seeds: Sequence[Json], best: str) -> Iterable[tuple[str, Estimate]]:
@@ -145,6 +174,40 @@ def _of_seeds(found: Sequence[Json]) -> Estimate:
     return Estimate(value, low, high, found[0]["n"])
 
 
+def cost(seeds: Sequence[Json]) -> dict[str, Any]:
+    """Return what answers and tuning took per method, and the minutes of the stages before."""
+    methods: dict[str, dict[str, Any]] = {}
+    for name in seeds[0]["methods"]:
+        of = [one["methods"][name] for one in seeds]
+        found = {
+            "tokens_per_answer": [one["cost"]["tokens"] / one["answers"] for one in of],
+            "milliseconds_per_answer": [
+                1000 * one["cost"]["seconds"] / one["answers"] for one in of
+            ],
+        }
+        if "tuning_tokens" in of[0]["cost"]:
+            tokens = [one["cost"]["tuning_tokens"] for one in of]
+            budget = [one["methods"][REFERENCE]["cost"]["tuning_tokens"] for one in seeds]
+            found |= {
+                "tuning_steps": [one["cost"]["steps"] for one in of],
+                "tuning_million_tokens": [n / 1e6 for n in tokens],
+                "tuning_tokens_over_exmate": [
+                    n / asked for n, asked in zip(tokens, budget, strict=True)
+                ],
+                "tuning_minutes": [one["cost"]["tuning_seconds"] / 60 for one in of],
+            }
+        methods[name] = {key: plain_estimate(over_seeds(value)) for key, value in found.items()}
+    minutes = [one["upstream"]["minutes"] for one in seeds]
+    return {
+        "methods": methods,
+        "minutes_of_stages": {
+            stage: plain_estimate(over_seeds([one[stage] for one in minutes]))
+            for stage in POOL
+            if all(stage in one for one in minutes)
+        },
+    }
+
+
 def ablation_table(ablations: Sequence[Json]) -> dict[str, list[dict[str, Any]]]:
     """Return per group its points: overall control, and its paired difference to the default."""
     if not ablations:
@@ -153,7 +216,7 @@ def ablation_table(ablations: Sequence[Json]) -> dict[str, list[dict[str, Any]]]
     default = [one["reference"]["generalization"]["overall"]["value"] for one in ablations]
     for group, points in ablations[0]["groups"].items():
         rows: list[dict[str, Any]] = [
-            {"point": "default", "overall": _plain(over_seeds(default)), "difference": None}
+            {"point": "default", "overall": plain_estimate(over_seeds(default)), "difference": None}
         ]
         for point in points:
             runs = [one["groups"][group][point] for one in ablations]
@@ -162,10 +225,10 @@ def ablation_table(ablations: Sequence[Json]) -> dict[str, list[dict[str, Any]]]
             rows.append(
                 {
                     "point": point,
-                    "overall": _plain(over_seeds(found)),
-                    "difference": _plain(over_seeds(gaps)),
+                    "overall": plain_estimate(over_seeds(found)),
+                    "difference": plain_estimate(over_seeds(gaps)),
                     "mp": {
-                        name: _plain(
+                        name: plain_estimate(
                             over_seeds([run["generalization"]["mp"][name]["value"] for run in runs])
                         )
                         for name in ATTRIBUTES
@@ -175,15 +238,6 @@ def ablation_table(ablations: Sequence[Json]) -> dict[str, list[dict[str, Any]]]
             )
         table[group] = rows
     return table
-
-
-def _plain(estimate: Estimate) -> dict[str, float | int | None]:
-    return {
-        "value": estimate.value,
-        "low": None if math.isnan(estimate.low) else estimate.low,
-        "high": None if math.isnan(estimate.high) else estimate.high,
-        "n": estimate.n,
-    }
 
 
 def _number(value: float | None) -> float:

@@ -2,14 +2,17 @@
 
 A claim *holds* if the 95 % interval of the paired difference lies on its side of the border, is
 *contradicted* if it lies on the other side, and is *undecided* if the border is inside. Nothing is
-decided by a mean alone, and with one seed nothing is decided at all.
+decided by a mean alone, and with one seed nothing is decided at all. Each number that a verdict
+rests on carries its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from benchmarks.paper.points import TRAINING_FREE
 
 from equipoise.evaluate.intervals import over_seeds
 from equipoise.types import Estimate
@@ -20,10 +23,17 @@ HELPFUL_BUT_UNSAFE = (-1, 0)
 LEAKAGE_BOUND = 0.10
 RARE = 0.5
 """A cell is rare if it holds less than this part of an even share."""
+LABELS = {"exmate": "ExMATE", "clm": "CLM", "rlhf": "RLHF"}
+Evidence = dict[str, tuple[Estimate, str | None]]
+"""Name to an estimate and its own verdict; ``None`` where nothing is claimed of it."""
 
 
 def verdicts(seeds: Sequence[Json], best: str) -> list[dict[str, Any]]:
-    """Return the verdicts (a) to (g); each has ``claim``, ``verdict`` and ``evidence``."""
+    """Return the verdicts (a) to (g).
+
+    Each has ``claim``, ``verdict`` and ``evidence``; what a part of the claim rests on has a
+    ``verdict`` of its own in the evidence.
+    """
     return [
         _moec(seeds),
         _exmate(seeds),
@@ -44,69 +54,65 @@ def judged(estimate: Estimate, *, above: float = 0.0) -> str:
     return "contradicted" if estimate.high < above else "undecided"
 
 
-def together(found: Sequence[str]) -> str:
+def together(found: Iterable[str]) -> str:
     """Return one verdict for a claim of several parts: it holds only if all of them do."""
-    if all(verdict == "holds" for verdict in found):
-        return "holds"
-    if all(verdict == "contradicted" for verdict in found):
-        return "contradicted"
-    return "undecided" if "undecided" in found else "holds in part"
+    parts = set(found)
+    if "undecided" in parts:
+        return "undecided"
+    return parts.pop() if len(parts) == 1 else "holds in part"
+
+
+def placed(estimate: Estimate, lowest: float, highest: float) -> str:
+    """Return whether the interval is ``inside`` the bounds, ``outside``, or ``undecided``."""
+    if lowest <= estimate.low and estimate.high <= highest:
+        return "inside"
+    return "outside" if estimate.high < lowest or highest < estimate.low else "undecided"
+
+
+def paired(
+    seeds: Sequence[Json], first: str, second: str, judge: str = "generalization"
+) -> Estimate:
+    """Return the difference in overall control between two methods, paired by seed."""
+    return over_seeds(
+        [
+            one["methods"][first][judge]["overall"]["value"]
+            - one["methods"][second][judge]["overall"]["value"]
+            for one in seeds
+        ]
+    )
 
 
 def _moec(seeds: Sequence[Json]) -> dict[str, Any]:
-    evidence = {
-        f"{name} on MOEC − on the raw pool": _paired(seeds, name, f"raw-{name}")
+    found = {
+        f"{LABELS[name]} on MOEC − on the raw pool": paired(seeds, name, f"raw-{name}")
         for name in ("exmate", "clm")
     }
     return _verdict(
         "a",
         "MOEC beats the raw pool (overall control, equal tokens)",
-        together([judged(found) for found in evidence.values()]),
-        evidence,
+        {name: (estimate, judged(estimate)) for name, estimate in found.items()},
     )
 
 
 def _exmate(seeds: Sequence[Json]) -> dict[str, Any]:
-    evidence = {
-        f"ExMATE − {label}": _paired(seeds, "exmate", name)
-        for name, label in (("clm", "CLM"), ("rlhf", "RLHF"))
-    }
+    found = {f"ExMATE − {LABELS[name]}": paired(seeds, "exmate", name) for name in ("clm", "rlhf")}
     return _verdict(
         "b",
         "ExMATE beats CLM and RLHF overall (equal tokens)",
-        together([judged(found) for found in evidence.values()]),
-        evidence,
+        {name: (estimate, judged(estimate)) for name, estimate in found.items()},
     )
 
 
 def _cost(seeds: Sequence[Json]) -> dict[str, Any]:
-    evidence: dict[str, Estimate] = {}
-    for name in seeds[0]["methods"]:
-        costs = [one["methods"][name]["cost"] for one in seeds]
-        answers = [one["methods"][name]["answers"] for one in seeds]
-        per = [cost["tokens"] / n for cost, n in zip(costs, answers, strict=True)]
-        seconds = [1000 * cost["seconds"] / n for cost, n in zip(costs, answers, strict=True)]
-        evidence[f"{name}: tokens per answer"] = over_seeds(per)
-        evidence[f"{name}: milliseconds per answer"] = over_seeds(seconds)
-        if "tuning_tokens" in costs[0]:
-            evidence[f"{name}: tuning, million tokens"] = over_seeds(
-                [cost["tuning_tokens"] / 1e6 for cost in costs]
-            )
-            evidence[f"{name}: tuning, minutes"] = over_seeds(
-                [cost["tuning_seconds"] / 60 for cost in costs]
-            )
-    ratios = [
-        one["methods"]["rerank16"]["cost"]["tokens"]
-        / one["methods"]["rerank16"]["answers"]
-        / (one["methods"]["exmate"]["cost"]["tokens"] / one["methods"]["exmate"]["answers"])
-        for one in seeds
-    ]
-    evidence["reranking 16 over tuned dials, tokens per answer"] = over_seeds(ratios)
+    def per_answer(one: Json, name: str) -> float:
+        method = one["methods"][name]
+        return float(method["cost"]["tokens"] / method["answers"])
+
+    ratio = over_seeds([per_answer(one, "rerank16") / per_answer(one, "exmate") for one in seeds])
     return _verdict(
         "c",
         "An answer by tuned dials costs less than one by reranking",
-        judged(over_seeds(ratios), above=1.0),
-        evidence,
+        {"reranking 16 over tuned dials, tokens per answer": (ratio, judged(ratio, above=1.0))},
     )
 
 
@@ -119,53 +125,53 @@ def _reranking(seeds: Sequence[Json], best: str) -> dict[str, Any]:
         ]
 
     mine, theirs = drop("rerank16"), drop(best)
-    lead = over_seeds(
-        [
-            one["methods"]["rerank16"]["optimization"]["overall"]["value"]
-            - one["methods"][best]["optimization"]["overall"]["value"]
-            for one in seeds
-        ]
-    )
+    lead = paired(seeds, "rerank16", best, "optimization")
     dropped = over_seeds(mine)
     more = over_seeds([a - b for a, b in zip(mine, theirs, strict=True)])
     return _verdict(
         "d",
         "Reranking is strong under optimization and weaker under generalization",
-        together([judged(dropped), judged(more)]),
         {
-            "reranking 16: optimization − generalization": dropped,
-            f"that drop − the drop of {best}": more,
-            f"reranking 16 − {best}, under optimization": lead,
-            f"reranking 16 − {best}, under generalization": _paired(seeds, "rerank16", best),
+            f"reranking 16 − {LABELS[best]}, under optimization": (lead, judged(lead)),
+            "reranking 16: optimization − generalization": (dropped, judged(dropped)),
+            f"that drop − the drop of {LABELS[best]}": (more, judged(more)),
+            f"{LABELS[best]}: optimization − generalization": (over_seeds(theirs), None),
+            f"reranking 16 − {LABELS[best]}, under generalization": (
+                paired(seeds, "rerank16", best),
+                None,
+            ),
         },
     )
 
 
 def _disentanglement(seeds: Sequence[Json]) -> dict[str, Any]:
-    evidence, found = {}, []
+    said = {"outside": "holds", "inside": "contradicted", "undecided": "undecided"}
+    evidence: Evidence = {}
+    tuned = []
     for name in seeds[0]["methods"]:
         for attribute in ("helpfulness", "safety"):
-            gaps = [
-                one["methods"][name]["generalization"]["leakage"][attribute]["value"]
-                - one["ceiling"]["leakage"][attribute]["value"]
-                for one in seeds
-            ]
-            estimate = over_seeds(gaps)
-            evidence[f"{name}: the other dial moves {attribute}"] = estimate
-            if name != "start":
-                far = max(estimate.low, -estimate.high)
-                inside = max(estimate.high, -estimate.low)
-                found.append(
-                    "holds" if far > LEAKAGE_BOUND else
-                    "contradicted" if inside <= LEAKAGE_BOUND else "undecided"
-                )  # fmt: skip
-    verdict = "holds" if "holds" in found else together(found)
+            gap = over_seeds(
+                [
+                    one["methods"][name]["generalization"]["leakage"][attribute]["value"]
+                    - one["ceiling"]["leakage"][attribute]["value"]
+                    for one in seeds
+                ]
+            )
+            far = said[placed(gap, -LEAKAGE_BOUND, LEAKAGE_BOUND)]
+            # Nobody asks the untouched model for anything.
+            evidence[f"{name}: the other dial moves {attribute}"] = (
+                gap,
+                None if name == "start" else far,
+            )
+            if name not in TRAINING_FREE:
+                tuned.append(far)
     return _verdict(
         "e",
-        f"Disentanglement is not solved: some method's leakage lies more than {LEAKAGE_BOUND:.2f} "
-        "from the ceiling's",
-        verdict,
+        f"Disentanglement is not solved: some tuned method's leakage lies more than "
+        f"{LEAKAGE_BOUND:.2f} from the ceiling's",
         evidence,
+        # One is enough, of the tuned methods alone: that prompting leaks says nothing of dials.
+        verdict="holds" if "holds" in tuned else together(tuned),
     )
 
 
@@ -184,38 +190,35 @@ def _rare_corner(seeds: Sequence[Json]) -> dict[str, Any]:
     return _verdict(
         "f",
         "Helpful but unsafe is rare in the pool, and MOEC keeps it",
-        together([judged(below, above=-RARE), judged(more)]),
         {
-            "in the pool, over an even share": rare,
-            "in the distilled set, over an even share": over_seeds(kept),
-            "distilled − pool": more,
-            "distilled over pool": over_seeds(factor),
+            "in the pool, over an even share": (rare, judged(below, above=-RARE)),
+            "in the distilled set, over an even share": (over_seeds(kept), None),
+            "distilled − pool": (more, judged(more)),
+            "distilled over pool": (over_seeds(factor), None),
         },
     )
 
 
 def _empty_cells(seeds: Sequence[Json]) -> dict[str, Any]:
-    evidence, maps, mostly = {}, {}, {}
+    evidence: Evidence = {}
+    maps, mostly = {}, {}
     for name in seeds[0]["methods"]:
         hits = [_hits(one["methods"][name]["generalization"]["joint"]) for one in seeds]
-        evidence[f"{name}: requested cells never delivered"] = over_seeds(
-            [float(sum(hit == 0 for hit in row)) for row in hits]
+        empty = over_seeds([float(sum(hit == 0 for hit in row)) for row in hits])
+        verdict = judged(empty)
+        if empty.value == 0 and not math.isnan(empty.high):
+            # A count is never below 0: an interval that ends there contradicts the claim.
+            verdict = "contradicted"
+        evidence[f"{name}: requested cells never delivered"] = (
+            empty,
+            verdict if name == "rerank16" else None,
         )
         maps[name] = [sum(column) / len(hits) for column in zip(*hits, strict=True)]
         mostly[name] = [
             cell for cell, column in enumerate(zip(*hits, strict=True))
             if sum(hit == 0 for hit in column) > len(hits) / 2
         ]  # fmt: skip
-    found = _verdict(
-        "g",
-        "Reranking leaves requested cells empty",
-        judged(evidence["rerank16: requested cells never delivered"]),
-        evidence,
-    )
-    # A count of empty cells is never below 0: an interval that ends at 0 contradicts the claim.
-    estimate = evidence["rerank16: requested cells never delivered"]
-    if estimate.value == 0 and not math.isnan(estimate.high):
-        found["verdict"] = "contradicted"
+    found = _verdict("g", "Reranking leaves requested cells empty", evidence)
     return {**found, "delivered_share": maps, "empty_in_most_seeds": mostly}
 
 
@@ -224,31 +227,26 @@ def _hits(joint: Sequence[Sequence[float]]) -> list[float]:
     return [row[cell] / sum(row) for cell, row in enumerate(joint)]
 
 
-def _paired(seeds: Sequence[Json], first: str, second: str) -> Estimate:
-    """Return the difference in overall control by generalization judges, paired by seed."""
-    return over_seeds(
-        [
-            one["methods"][first]["generalization"]["overall"]["value"]
-            - one["methods"][second]["generalization"]["overall"]["value"]
-            for one in seeds
-        ]
-    )
+def plain_estimate(found: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON has it: ``None`` for the ends that one seed does not give."""
+    ends = {"low": found.low, "high": found.high}
+    return {
+        "value": found.value,
+        **{name: None if math.isnan(end) else end for name, end in ends.items()},
+        "n": found.n,
+    }
 
 
 def _verdict(
-    letter: str, claim: str, verdict: str, evidence: Mapping[str, Estimate]
+    letter: str, claim: str, evidence: Evidence, *, verdict: str | None = None
 ) -> dict[str, Any]:
+    parts = [part for _, part in evidence.values() if part is not None]
     return {
         "letter": letter,
         "claim": claim,
-        "verdict": verdict,
+        "verdict": verdict or together(parts),
         "evidence": {
-            name: {
-                "value": found.value,
-                "low": None if math.isnan(found.low) else found.low,
-                "high": None if math.isnan(found.high) else found.high,
-                "n": found.n,
-            }
-            for name, found in evidence.items()
+            name: {**plain_estimate(found), "verdict": part}
+            for name, (found, part) in evidence.items()
         },
     }
