@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from serve_kit import ANSWER, Door, call, chat_body, make_door, running
+from equipoise.serve.failures import RefusedError
+from serve_kit import ANSWER, Door, Reply, call, chat_body, make_door, running
 
 
 @pytest.fixture(scope="module")
@@ -153,20 +154,75 @@ def test_a_key_gets_no_other_scenario_and_learns_of_none(door: Door, port: int, 
     assert "general" not in reply.json["error"]["message"]
 
 
-def test_headers_say_what_was_applied(door: Door, port: int) -> None:
-    for stream in (False, True):
-        body = chat_body(stream=stream, dials={"safety": 0.6, "helpfulness": "auto"})
-        reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"])
-        headers = reply.headers
-        assert json.loads(headers["x-dial-requested"]) == body["dials"]
-        assert json.loads(headers["x-dial-effective"]) == {
-            "helpfulness": "auto",
-            "safety": {"level": 3, "value": 0.75},
-        }
-        assert headers["x-dial-scenario"] == "general"
-        assert headers["x-dial-policy"] == door.rules().policy_hash
-        assert headers["x-dial-model"] == door.model.hash
-        assert headers["x-request-id"].startswith("chatcmpl-")
+@pytest.mark.parametrize("stream", [False, True])
+def test_body_and_headers_say_what_was_applied(door: Door, port: int, *, stream: bool) -> None:
+    asked = {"safety": 0.6, "helpfulness": "auto"}
+    body = chat_body(stream=stream, dials=asked)
+    reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"])
+    headers, applied = (
+        reply.headers,
+        {
+            "dials": {
+                "requested": asked,
+                "effective": {"helpfulness": "auto", "safety": {"level": 3, "value": 0.75}},
+                "scenario": "general",
+            },
+            "policy_hash": door.rules().policy_hash,
+            "model_hash": door.model.hash,
+        },
+    )
+    assert json.loads(headers["x-dial-requested"]) == asked
+    assert json.loads(headers["x-dial-effective"]) == applied["dials"]["effective"]
+    assert headers["x-dial-scenario"] == "general"
+    assert headers["x-dial-policy"] == applied["policy_hash"]
+    assert headers["x-dial-model"] == applied["model_hash"]
+    assert headers["x-request-id"].startswith("chatcmpl-")
+    # Of a stream the first and the last event of the choice.
+    bodies = [json.loads(e[6:]) for e in reply.body.split(b"\n\n")[:-2]] if stream else [reply.json]
+    for one in (bodies[0], bodies[-1]):
+        assert {name: one[name] for name in applied} == applied
+    assert bodies[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def hashes(reply: Reply) -> tuple[str | None, str | None]:
+    return reply.headers.get("x-dial-policy"), reply.headers.get("x-dial-model")
+
+
+def test_every_response_to_a_key_names_policy_and_model(
+    door: Door, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, in_force = door.secrets["lab"], (door.rules().policy_hash, door.model.hash)
+
+    def ask(method: str, path: str, body: object = None, key: str | None = key) -> Reply:
+        return call(port, method, path, body, key=key)
+
+    for path in ("/readyz", "/metrics", "/openapi.json", "/v1/models", "/v1/models/toy"):
+        assert hashes(ask("GET", path)) == in_force
+    chat = "/v1/chat/completions"
+    refusals = [
+        (400, ask("POST", chat, b"{")),
+        (400, ask("POST", chat, chat_body(dials={"safety": 7}))),
+        (404, ask("POST", chat, chat_body() | {"model": "other"})),
+        (404, ask("GET", "/nowhere")),
+        (405, ask("PUT", chat)),
+        (413, ask("POST", chat, b" " * (2**20 + 1))),
+    ]
+    with monkeypatch.context() as context:
+        context.setattr(door.house, "draining", True)
+        refusals.append((503, ask("POST", chat, chat_body())))
+    with monkeypatch.context() as context:
+        context.setattr(door.app._rate, "take", limited)
+        refusals.append((429, ask("POST", chat, chat_body())))
+    for status, reply in refusals:
+        assert reply.status == status
+        assert hashes(reply) == in_force, status
+    # Whoever has no key learns of neither.
+    assert hashes(ask("GET", "/healthz", key=None)) == (None, None)
+    assert hashes(ask("GET", "/v1/models", key="eqp-nobody")) == (None, None)
+
+
+def limited(key_id: str, per_minute: int) -> None:
+    raise RefusedError(429, "too many", code="rate_limit_exceeded")
 
 
 def test_knobs_reach_the_engine(client: openai.OpenAI, door: Door) -> None:

@@ -238,21 +238,26 @@ def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, clo
 def test_what_changes_while_a_body_comes_holds_for_it(tmp_path: Path) -> None:
     door = make_door(tmp_path)
 
-    def status(halfway: Callable[[], None]) -> int:
+    def status(halfway: Callable[[], None]) -> tuple[int, str | None]:
+        """Return it with the hash of the policy that the response names."""
+
         async def one() -> Reply:
             await door.engine.start()
             key = door.secrets["lab"]
             return await ask(door.app, chat_body(), key=key, halfway=halfway)
 
-        return asyncio.run(one()).status
+        reply = asyncio.run(one())
+        return reply.status, reply.headers.get("x-dial-policy")
 
-    assert status(lambda: None) == 200
-    assert status(lambda: rewrite(door.policy_file, example_policy(max_tokens=111))) == 200
+    assert status(lambda: None) == (200, door.rules().policy_hash)
+    changed = status(lambda: rewrite(door.policy_file, example_policy(max_tokens=111)))
+    assert changed == (200, door.rules().policy_hash)
     assert [g.sampling.max_tokens for g in door.engine.seen] == [1024, 111]
     good = door.policy_file.read_text()
-    assert status(lambda: rewrite(door.policy_file, {})) == 503
+    assert status(lambda: rewrite(door.policy_file, {})) == (503, None)
     door.policy_file.write_text(good)
-    assert status(lambda: keys_module.revoke_key(door.keys_file, "lab") and None) == 401
+    revoked = status(lambda: keys_module.revoke_key(door.keys_file, "lab") and None)
+    assert revoked == (401, None)
     assert len(door.engine.seen) == 2
 
 

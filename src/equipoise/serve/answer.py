@@ -179,7 +179,10 @@ class Answer(Response):
 
 
 def dial_headers(job: Job) -> list[tuple[bytes, bytes]]:
-    """Return the headers that say what was asked for and what was applied."""
+    """Return the headers that say what was asked for and what was applied.
+
+    The gate adds the hashes of policy and model, as to every response.
+    """
     applied = job.envelope.applied
 
     def compact(value: Any) -> bytes:
@@ -189,6 +192,4 @@ def dial_headers(job: Job) -> list[tuple[bytes, bytes]]:
         (b"x-dial-requested", compact(dict(applied.requested))),
         (b"x-dial-effective", compact(dict(applied.effective))),
         (b"x-dial-scenario", applied.scenario.encode("ascii")),
-        (b"x-dial-policy", applied.policy_hash.encode("ascii")),
-        (b"x-dial-model", applied.model_hash.encode("ascii")),
     ]

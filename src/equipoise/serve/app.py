@@ -214,7 +214,14 @@ def build_app(
         app.add_api_route(path, _bound(endpoint, house), methods=[method], response_model=None)
     for kind in (RefusedError, ClientLeftError, HTTPException, Exception):
         app.add_exception_handler(kind, _refuse)
-    gate = Gate(app, rules, hosts=hosts, rate=RateLimit(now_ns), metrics=house.metrics)
+    gate = Gate(
+        app,
+        rules,
+        hosts=hosts,
+        rate=RateLimit(now_ns),
+        model_hash=model.hash,
+        metrics=house.metrics,
+    )
     return gate, house
 
 

@@ -56,6 +56,7 @@ class Gate:
         rules: Returns the rules in force, ``None`` if there are none.
         hosts: Values of the ``Host`` header that are served, without port, lower case.
         rate: Counts requests per key.
+        model_hash: Named in every response to a key, beside the hash of the policy.
         metrics: Counts responses.
     """
 
@@ -66,10 +67,12 @@ class Gate:
         *,
         hosts: frozenset[str],
         rate: RateLimit,
+        model_hash: str,
         metrics: Metrics,
     ) -> None:
         self._app, self._rules = app, rules
         self._hosts, self._rate, self._metrics = hosts, rate, metrics
+        self._model_hash = model_hash
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or refuse it."""
@@ -81,6 +84,7 @@ class Gate:
             return
         request_id, start = f"chatcmpl-{secrets.token_hex(12)}", time.monotonic()
         record: dict[str, Any] = {"id": request_id}
+        known: dict[bytes, bytes] = {}
         status, is_whole = 0, False
 
         async def noted(message: Message) -> None:
@@ -88,12 +92,12 @@ class Gate:
             is_whole = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = ((b"x-request-id", request_id.encode()), _NO_SNIFF)
+                extra = ((b"x-request-id", request_id.encode()), _NO_SNIFF, *known.items())
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
         try:
-            await self._pass(scope, receive, noted, record)
+            await self._pass(scope, receive, noted, record, known)
         except ClientLeftError:
             status = CLIENT_LEFT
         except RefusedError as error:
@@ -114,35 +118,45 @@ class Gate:
             _log.log(logging.ERROR if "fault" in record else logging.INFO, "%s", json.dumps(record))
 
     async def _pass(
-        self, scope: Scope, receive: Receive, send: Send, record: dict[str, Any]
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        record: dict[str, Any],
+        known: dict[bytes, bytes],
     ) -> None:
         if scope["path"] == OPEN_PATH and scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
         self._check_host(scope)
         check_headers(scope)
-        rules = self._in_force()
-        key = _authenticate(scope, rules)
-        record["key"] = key.id
+        rules, key = self._recognised(scope, record, known)
         limits = rules.policy.limits
         self._rate.take(key.id, key.requests_per_minute or limits.requests_per_minute)
         body = await read_body(receive)
         if body is None:
             raise ClientLeftError
         # A body may take its time: what was revoked or changed meanwhile holds for it too.
-        if (latest := self._in_force()) is not rules:
-            rules, key = latest, _authenticate(scope, latest)
-            record["key"] = key.id
+        if self._rules() is not rules:
+            rules, key = self._recognised(scope, record, known)
         visit = Visit(record["id"], key, rules, body, record)
         await self._app({**scope, VISIT: visit}, receive, send)
 
-    def _in_force(self) -> Rules:
+    def _recognised(
+        self, scope: Scope, record: dict[str, Any], known: dict[bytes, bytes]
+    ) -> tuple[Rules, Key]:
+        """Return the rules in force and whose request it is; note both for log and headers."""
+        known.clear()
         rules = self._rules()
         if rules is None:
             raise RefusedError(
                 503, "no dial policy is in force; the operator must repair it", code="no_policy"
             )
-        return rules
+        key = _authenticate(scope, rules)
+        record["key"] = key.id
+        known[b"x-dial-policy"] = rules.policy_hash.encode("ascii")
+        known[b"x-dial-model"] = self._model_hash.encode("ascii")
+        return rules, key
 
     def _check_host(self, scope: Scope) -> None:
         values = [value for name, value in scope["headers"] if name == b"host"]
