@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import json
 import random
 import re
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
-from equipoise.serve import wire
+from equipoise.serve import app, wire
 from equipoise.serve.app import ROUTES
 from equipoise.serve.auth import OPEN_PATH
 from serve_kit import ANSWER, Door, Reply, ask, chat_body, make_door
@@ -62,6 +64,34 @@ def test_the_table_is_all_there_is(door: Door) -> None:
     assert all(isinstance(route, APIRoute) for route in door.app._app.routes)  # type: ignore[attr-defined]
     assert routes == {(method, path) for method, path, _ in ROUTES}
     assert [path for _, path, _ in ROUTES if path == OPEN_PATH] == ["/healthz"]
+
+
+def test_no_route_takes_anything_but_the_request(door: Door) -> None:
+    """What FastAPI binds by a parameter's name would come from query, header or cookie."""
+    for route in door.app._app.routes:  # type: ignore[attr-defined]
+        bound = route.dependant
+        assert bound.request_param_name == "request", route.path
+        assert not (bound.query_params or bound.header_params or bound.cookie_params), route.path
+        assert not (bound.path_params or bound.body_params or bound.dependencies), route.path
+    for _, path, endpoint in ROUTES:
+        assert list(inspect.signature(endpoint).parameters) == ["house", "request"], path
+
+
+def test_no_code_of_a_route_looks_at_query_headers_or_cookies() -> None:
+    """Only at what the gate has left in the scope, and at the name in the path."""
+    tree = ast.parse(inspect.getsource(app))
+    reads = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    assert {read for read in reads if read.startswith("request.")} == {
+        "request.path_params",
+        "request.scope",
+        "request.scope[VISIT].log",
+    }
+    keys = [
+        ast.unparse(node.slice)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "request.scope"
+    ]
+    assert set(keys) == {"VISIT"}
 
 
 @pytest.mark.parametrize("path", sorted({path for _, path, _ in ROUTES} - {OPEN_PATH}))

@@ -12,11 +12,13 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
+from schemathesis.config import SchemathesisConfig
 
 from equipoise.serve.openapi import document
 from serve_kit import ATTRIBUTES, LEVELS, Door, make_door, running
 
 LEAK = re.compile(r"0x[0-9a-f]{4}|Traceback|site-packages|\.py\b|/(home|work|tmp|usr)/|equipoise\.")
+WITH_NUL = SchemathesisConfig.from_dict({"generation": {"allow-x00": True}})
 CHAT, NAMED = "/v1/chat/completions", "/v1/models/{name}"
 OPERATIONS = [
     (CHAT, "post"),
@@ -61,7 +63,7 @@ def reachable(mode: GenerationMode) -> dict[str, Any]:
 
 
 def fuzz(door: Door, port: int, path: str, method: str, mode: GenerationMode, n: int) -> None:
-    schema = schemathesis.openapi.from_dict(reachable(mode))
+    schema = schemathesis.openapi.from_dict(reachable(mode), config=WITH_NUL)
     operation = schema[path][method.upper()]
     statuses: Counter[int] = Counter()
     headers = {"Authorization": f"Bearer {door.secrets['lab']}"}
