@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,7 +20,8 @@ MAX_BODY_BYTES = 1 << 20
 MAX_HEADER_BYTES = 32 << 10
 BODY_SECONDS = 30.0
 _MINUTE_NS = 60_000_000_000
-_MAX_BUCKETS = 100_000
+_MAX_RATED = 100_000
+"""Keys whose requests are remembered; more come only of keys that are made and revoked."""
 
 
 def check_headers(scope: Scope) -> None:
@@ -72,10 +73,7 @@ async def read_body(
 
 
 class RateLimit:
-    """Requests per minute and key, counted exactly (token bucket, integer nanoseconds).
-
-    A bucket holds a minute's worth, so a burst of that size passes at once; then places come back
-    one by one.
+    """Requests per minute and key, counted exactly: no minute, wherever it begins, holds more.
 
     Args:
         now_ns: Monotonic clock.
@@ -83,30 +81,30 @@ class RateLimit:
 
     def __init__(self, now_ns: Callable[[], int]) -> None:
         self._now_ns = now_ns
-        self._full_at: dict[str, int] = {}
-        """Key id to the moment at which its bucket is full again (the GCRA form of a bucket)."""
+        self._taken: dict[str, deque[int]] = {}
+        """Key id to the moments of its requests within the last minute."""
 
     def take(self, key_id: str, per_minute: int) -> None:
-        """Count one request.
+        """Count one request; those that are refused do not count.
 
         Raises:
             RefusedError: 429 with ``Retry-After`` in whole seconds.
         """
         now = self._now_ns()
-        # Rounded up, so that a minute never holds one place too many.
-        interval = -(-_MINUTE_NS // per_minute)
-        full_at = max(self._full_at.get(key_id, now), now)
-        wait = full_at - now - (per_minute - 1) * interval
-        if wait > 0:
+        if key_id not in self._taken and len(self._taken) >= _MAX_RATED:
+            self._taken = {k: at for k, at in self._taken.items() if now - at[-1] < _MINUTE_NS}
+        taken = self._taken.setdefault(key_id, deque())
+        while taken and now - taken[0] >= _MINUTE_NS:
+            taken.popleft()
+        if len(taken) >= per_minute:
+            wait = taken[-per_minute] + _MINUTE_NS - now
             raise RefusedError(
                 429,
                 f"this key may send {per_minute} requests per minute",
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(math.ceil(wait / 1e9))},
             )
-        if len(self._full_at) >= _MAX_BUCKETS:
-            self._full_at = {key: at for key, at in self._full_at.items() if at > now}
-        self._full_at[key_id] = full_at + interval
+        taken.append(now)
 
 
 class Admission:
