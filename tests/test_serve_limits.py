@@ -340,7 +340,9 @@ def test_a_dead_engine_is_not_ready(tmp_path: Path) -> None:
         assert call(port, "POST", CHAT, chat_body(), key=key).status == 503
 
 
-def test_a_step_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_hangs_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not healthy while it hangs; given up with its requests when the server stops."""
     monkeypatch.setattr(batcher, "_LAST_STEP_SECONDS", 0.05)
     policy, free = dialled(), threading.Event()
@@ -380,6 +382,9 @@ def test_a_step_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
         ends = await asyncio.gather(*readers, return_exceptions=True)
         assert [type(end) for end in ends] == [ServingError] * 2
         free.set()
+        assert engine._thread is not None
+        await asyncio.to_thread(engine._thread.join)
+        assert not [record for record in caplog.records if "step failed" in record.message]
 
     handle = policy.model.register_forward_pre_hook(hang)
     try:
@@ -391,6 +396,7 @@ def test_a_step_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_draining_does_not_wait_for_readers_who_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batcher, "_LAST_STEP_SECONDS", 0.05)
+    monkeypatch.setattr(batcher, "_STEP_SECONDS", 10_000.0)  # hung or not, it looks healthy
     policy, free = dialled(), threading.Event()
 
     async def work() -> None:
@@ -402,6 +408,9 @@ def test_draining_does_not_wait_for_readers_who_have_gone(monkeypatch: pytest.Mo
         reader.cancel()
         await asyncio.wait([reader])
         await engine.drain(10_000)
+        free.set()
+        assert engine._thread is not None
+        await asyncio.to_thread(engine._thread.join)
 
     handle = policy.model.register_forward_pre_hook(lambda *_: free.wait(120) and None)
     try:

@@ -198,8 +198,9 @@ def _asked_value(asked: object, server: Server) -> float | None:
     """Return the dial value that a JSON value stands for, or ``None`` if it stands for none."""
     if isinstance(asked, Mapping):
         level = asked.get("level")
-        is_level = set(asked) == {"level"} and type(level) is int and 0 <= level < server.levels
-        return level / (server.levels - 1) if is_level else None
+        if set(asked) != {"level"} or type(level) is not int or not 0 <= level < server.levels:
+            return None
+        return level / (server.levels - 1)
     if type(asked) not in (int, float):  # a bool is an int to isinstance
         return None
     assert isinstance(asked, int | float)

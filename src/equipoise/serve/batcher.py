@@ -93,8 +93,12 @@ class ContinuousBatcher:
         """False once the model's thread has died, while a step hangs, and after :meth:`drain`."""
         began = self._began
         hangs = began is not None and time.monotonic() - began > _STEP_SECONDS
-        alive = self._thread is not None and self._thread.is_alive()
-        return alive and not hangs and not self._broken
+        return self.lingers and not hangs and not self._broken
+
+    @property
+    def lingers(self) -> bool:
+        """Whether the model's thread runs; after :meth:`drain` only if a step hung meanwhile."""
+        return self._thread is not None and self._thread.is_alive()
 
     def load(self) -> Load:
         """Return rows in flight, requests in line, and slots."""
@@ -159,7 +163,7 @@ class ContinuousBatcher:
         if self._thread is None:
             return
         await asyncio.to_thread(self._thread.join, _LAST_STEP_SECONDS)
-        if self._thread.is_alive():
+        if self.lingers:
             log.error("a decoding step did not end; it is given up with its requests")
             self._give_up()
 
@@ -199,6 +203,8 @@ class ContinuousBatcher:
                     self._live.advance()
                     failed = 0
                 except Exception as error:
+                    if self._broken:  # given up meanwhile: nobody is left to be told
+                        break
                     # The step was common to all rows, so none of them can go on.
                     failed += 1
                     log.error("a decoding step failed: %s", type(error).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -132,6 +133,8 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs.
 
+    Where a thread of the model or the scorer hangs then, the process ends here, with 0.
+
     Args:
         options: What was asked for.
         loaded: The model.
@@ -182,6 +185,12 @@ def serve(
         on_stop=on_stop,
         on_reload=source.reload,
     )
+    if engine.lingers or (scorer is not None and scorer.lingers):
+        # Given up, but still inside a library, which aborts the process if it comes back while the
+        # interpreter is being taken down.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def run_app(

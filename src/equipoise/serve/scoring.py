@@ -72,6 +72,11 @@ class LiveScorer:
         began = self._began
         return began is not None and time.monotonic() - began > self._timeout
 
+    @property
+    def lingers(self) -> bool:
+        """Whether a batch is under way; after :meth:`close` nobody waits for it."""
+        return self._began is not None
+
     async def score(self, messages: Sequence[Message], answers: Sequence[Answer]) -> _Units:
         """Return unit scores in [0, 1] per answer: attribute to score, in order.
 
