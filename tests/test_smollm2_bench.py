@@ -79,7 +79,7 @@ def test_a_point_that_ran_elsewhere_is_added_and_the_others_stay() -> None:
         "pool": {"no_finished_sentence": 7},
     }
     before = json.loads(RESULT.read_text("utf-8"))
-    before["fluency"]["start"] = [{"value": -2.0}] * 25
+    before["own"] = {"start": -2.0}
     for key in ("headline", "moec", "tuning", "minutes"):
         before[key] = {k: v for k, v in before[key].items() if not k.startswith("clm")}
     after = added(before, {"clm": report, "best": {"this": "report is not read"}})
@@ -88,5 +88,6 @@ def test_a_point_that_ran_elsewhere_is_added_and_the_others_stay() -> None:
     assert new["clm.fluency_drop.worst_corner"] == 0.5
     assert all(key.startswith("clm.") for key in new)
     assert {k: after["headline"][k] for k in before["headline"]} == before["headline"]
+    assert after["own"] == {"start": -2.0, "clm": -2.0}
     assert after["added"]["clm"] == {"no_finished_sentence": 7}
     assert after["moec"] == {**before["moec"], "clm": {"n_kept": 3}}

@@ -130,8 +130,7 @@ def collect(reports: Mapping[str, Json]) -> dict[str, Any]:
 def added(result: Json, reports: Mapping[str, Json]) -> dict[str, Any]:
     """Return a result with the points that it lacks, and with the facts of their own pool."""
     missing = {name: report for name, report in reports.items() if name not in result["moec"]}
-    cells = [cell["value"] for cell in result["fluency"]["start"]]
-    new = plain(sections(missing, sum(cells) / len(cells)))
+    new = plain(sections(missing, result["own"]["start"]))
     pools = {name: plain(report["pool"]) for name, report in missing.items()}
     return {
         **result,
@@ -158,6 +157,7 @@ def sections(reports: Mapping[str, Json], own: float) -> dict[str, dict[str, Any
         headline |= _fluency(name, method["quality"], owns[name], levels)
     return {
         "headline": {key: _rounded(value) for key, value in headline.items()},
+        "own": {name: _rounded(value) for name, value in owns.items()},
         "moec": {name: report["moec"] for name, report in reports.items()},
         "backdoor": {name: report["backdoor"] for name, report in reports.items()},
         "minutes": {
@@ -201,7 +201,7 @@ def _methods(reports: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
 
 
 def _owns(reports: Mapping[str, Json], own: float) -> Iterator[tuple[str, float]]:
-    """Yield per method of the bench what its fluency compares with: the same prompts' own."""
+    """Yield per method of the bench what its fluency compares with: its prompts' own answers."""
     for point, report in reports.items():
         start = report["methods"].get("start")
         here = start["quality"]["fluency_mean"]["value"] if start else own
