@@ -546,26 +546,71 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def _with(**fields: Any) -> bytes:
+    return json.dumps(chat_body() | fields).encode()
+
+
+def _turns(content: Any, n: int = 1) -> bytes:
+    return _with(messages=[{"role": "user", "content": content}] * n)
+
+
+ATTACKS: dict[str, bytes] = {
+    "deep lists": b"[" * 1_000_000,
+    "deep objects": b'{"a":' * 150_000,
+    "deep and closed": b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "deep parts": _turns([{"type": "text", "text": json.loads("[" * 30 + "]" * 30)}]),
+    "too large": b"x" * 2_000_000,
+    "nothing": b"",
+    "blanks": b" " * 1_000_000,
+    "no end of a string": b'{"model": "' + b"a" * 900_000,
+    "a long number": b'{"n": ' + b"9" * 1_000_000 + b"}",
+    "a long fraction": b'{"temperature": 0.' + b"1" * 900_000 + b"}",
+    "a huge exponent": b'{"temperature": 1e' + b"9" * 900_000 + b"}",
+    "no number": b'{"temperature": NaN, "top_p": -Infinity}',
+    "NUL": b'"' + b"\\u0000" * 150_000 + b'"',
+    "NUL in the text": _turns("\0" * 150_000),
+    "half of a pair": _turns("a").replace(b'"a"', b'"' + b"\\ud800" * 150_000 + b'"'),
+    "no UTF-8": b'{"model": "' + b"\xff\xfe" * 400_000 + b'"}',
+    "UTF-16": json.dumps(chat_body()).encode("utf-16"),
+    "a byte order mark": b"\xef\xbb\xbf" + json.dumps(chat_body()).encode(),
+    "long text": _turns("x " * 400_000),
+    "emoji": _turns("\U0001f469\u200d\U0001f52c" * 25_000),
+    "marks on one letter": _turns("e" + "\u0301" * 150_000),
+    "right to left": _turns("\u202e" * 150_000),
+    "control tokens": _turns("<|safety_4|>" * 70_000),
+    "many turns": _turns("a", 20_000),
+    "many parts": _turns([{"type": "x"}] * 256, 200),
+    "many fields": _with(**{str(i): 0 for i in range(85_000)}),
+    "one field over and over": b"{" + b'"model": "m", ' * 60_000 + b'"n": 1}',
+    "a long name of a field": _with(**{"k" * 900_000: 1}),
+    "a long name of a model": _with(model="m" * 900_000),
+    "many dials": _with(dials={str(i): 1 for i in range(50_000)}),
+    "many biases": _with(logit_bias={str(-i): 0 for i in range(60_000)}),
+    "many stops": _with(stop=["s"] * 100_000),
+    "a long stop": _with(stop="s" * 900_000),
+    "many choices": _with(n=10**9),
+    "no end of tokens": _with(max_tokens=10**18),
+}
+"""Bodies that cost a careless server memory or time."""
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_hostile_body_is_refused_and_the_next_request_served(
+    door: Door, port: int, name: str
+) -> None:
+    key = door.secrets["lab"]
+    seen = len(door.engine.seen)
+    with contextlib.suppress(ConnectionError):  # closed on a body that was too large
+        reply = call(port, "POST", CHAT, ATTACKS[name], key=key)
+        assert reply.status in (400, 413)
+        assert len(reply.body) < 20_000
+    assert len(door.engine.seen) == seen
+    assert call(port, "POST", CHAT, chat_body("a"), key=key).status == 200
+
+
 @pytest.mark.nightly
 def test_hostile_requests_leave_memory_flat(door: Door, port: int) -> None:
     key, rng = door.secrets["lab"], random.Random(9)
-    attacks: list[bytes] = [
-        b"[" * 1_000_000,
-        b'{"a":' * 150_000,
-        json.dumps(chat_body("x " * 400_000)).encode(),
-        json.dumps(chat_body(dials={str(i): 1 for i in range(50_000)})).encode(),
-        json.dumps(
-            chat_body() | {"messages": [{"role": "user", "content": "a"}] * 20_000}
-        ).encode(),
-        json.dumps(
-            chat_body() | {"messages": [{"role": "user", "content": [{"type": "x"}] * 256}] * 200}
-        ).encode(),
-        json.dumps(chat_body() | {str(i): 0 for i in range(85_000)}).encode(),
-        json.dumps(chat_body(logit_bias={str(-i): 0 for i in range(60_000)})).encode(),
-        b'{"n": ' + b"9" * 1_000_000 + b"}",
-        b'"' + b"\\u0000" * 150_000 + b'"',
-        b"x" * 2_000_000,
-    ]
 
     def many_turns() -> bytes:
         """An order of roles that nobody has sent before: fresh work for the template."""
@@ -575,7 +620,7 @@ def test_hostile_requests_leave_memory_flat(door: Door, port: int) -> None:
 
     def storm(n: int) -> None:
         for _ in range(n):
-            body = rng.choice([*attacks, many_turns()])
+            body = rng.choice([*ATTACKS.values(), many_turns()])
             with contextlib.suppress(ConnectionError):  # closed on a body that was too large
                 status = call(port, "POST", CHAT, body, key=key).status
                 assert status in (200, 400, 413)
