@@ -1,13 +1,17 @@
-"""HTTP/1.1 with a limit on the time that a request line and its headers may take."""
+"""HTTP/1.1 with limits: connections, size of headers, and the time that they may take."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from equipoise.serve.limits import MAX_HEADER_BYTES
+
 HEADER_SECONDS = 10.0
+_MAX_CONNECTIONS = 2048
 
 
 class ImpatientH11(H11Protocol):
@@ -60,3 +64,31 @@ class ImpatientH11(H11Protocol):
         self._late = None
         if not self.transport.is_closing():
             self.transport.close()
+
+
+def door_config(
+    app: Any, *, host: str, port: int, drain_seconds: int | None = None
+) -> uvicorn.Config:
+    """Return how uvicorn runs a door, in production and on loopback alike.
+
+    Args:
+        app: The application.
+        host: Address to listen on.
+        port: 0 for a free one.
+        drain_seconds: How long requests may take to finish at the end; no limit by default.
+    """
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # paths and queries are the client's text
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        limit_concurrency=_MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http=ImpatientH11,
+        timeout_graceful_shutdown=drain_seconds,
+    )

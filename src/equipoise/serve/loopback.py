@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from equipoise.errors import ServingError
-from equipoise.serve.connection import ImpatientH11
+from equipoise.serve.connection import door_config
 
 _START_SECONDS = 30.0
 
@@ -23,18 +23,7 @@ def on_loopback(app: Any) -> Iterator[int]:
     Raises:
         ServingError: It does not start.
     """
-    config = uvicorn.Config(
-        app,
-        host="127.0.0.1",
-        port=0,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        lifespan="on",
-        http=ImpatientH11,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(door_config(app, host="127.0.0.1", port=0))
     thread = threading.Thread(target=server.run, name="equipoise-door", daemon=True)
     thread.start()
     deadline = time.monotonic() + _START_SECONDS

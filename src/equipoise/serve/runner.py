@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from equipoise.dials.dial_policy import Key
 from equipoise.errors import ConfigError, ModelError
 from equipoise.serve.keys import digest, new_secret
-from equipoise.serve.limits import MAX_HEADER_BYTES
 from equipoise.serve.reload import RulesSource
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from equipoise.serve.chat import ServedModel
     from equipoise.serve.scoring import LiveScorer
 
-_MAX_CONNECTIONS = 2048
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -205,7 +203,7 @@ def run_app(
     """Run an application under uvicorn; see :func:`serve`."""
     import uvicorn
 
-    from equipoise.serve.connection import ImpatientH11
+    from equipoise.serve.connection import door_config
 
     class _Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -220,22 +218,7 @@ def run_app(
             if hasattr(signal, "SIGHUP"):
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_reload)
 
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,  # paths and queries are the client's text
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        lifespan="on",
-        limit_concurrency=_MAX_CONNECTIONS,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        http=ImpatientH11,
-        timeout_graceful_shutdown=drain_seconds,
-    )
-    _Server(config).run()
+    _Server(door_config(app, host=host, port=port, drain_seconds=drain_seconds)).run()
 
 
 def _is_loopback(host: str) -> bool:
