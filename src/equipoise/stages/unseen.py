@@ -45,9 +45,9 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
         for attribute, config in configs.items():
             rows, name = _rows_of(config, job), f"{kind} {attribute} rows"
             sizes[name] = None if rows is None else len(wanted & rows)
-            for split in ("train", "dev", "test"):
+            for split, found in keys.items():
                 if split != job.recipe.evaluate.split:
-                    shared = None if rows is None else len(keys[split] & rows)
+                    shared = None if rows is None else len(found & rows)
                     others[f"{SAID.get(split, split)} prompts in {name}"] = shared
     seen = {name: size for name, size in sizes.items() if size}
     if seen:
