@@ -194,7 +194,7 @@ def test_the_reward_rises_and_the_start_model_holds_it_back(tmp_path: Path) -> N
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    made = config(rlhf={"warm_start": 3})
+    made = config(batch_size=4, rlhf={"warm_start": 3, "batch_size": 8})
     whole = run(tmp_path / "whole", made)
 
     class StoppedError(Exception):
@@ -219,6 +219,15 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     first = whole.curve[3]
     own = first["tokens_sampled"] + first["tokens_trained"] + first["tokens_reference"]
     assert first["tokens"] == whole.curve[2]["tokens"] + own
+
+
+def test_the_online_part_may_have_another_batch(tmp_path: Path) -> None:
+    same = run(tmp_path / "same", config(steps=2, rlhf={"warm_start": 2})).curve
+    made = config(steps=2, rlhf={"warm_start": 2, "batch_size": 16})
+    double = run(tmp_path / "double", made).curve
+    assert [row["loss"] for row in double[:2]] == [row["loss"] for row in same[:2]]
+    read = [sum(row["tokens_reference"] for row in curve[2:]) for curve in (same, double)]
+    assert read[1] == pytest.approx(2 * read[0], rel=0.25)
 
 
 def test_probes_stay_in_the_curve_until_the_next(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.budget import RowLengths  # noqa: E402
 from benchmarks.paper import run as command  # noqa: E402
+from benchmarks.paper import runs  # noqa: E402
 from benchmarks.paper.page import render  # noqa: E402
 from benchmarks.paper.points import (  # noqa: E402
     FULL,
@@ -366,7 +367,7 @@ def test_budgets_are_equal_in_tokens(prompt: float, completion: float, tokens: f
     rlhf = steps_for("rlhf", tokens, lengths, FULL)
     warm, online = int(rlhf["tune.rlhf.warm_start"]), int(rlhf["tune.steps"])
     sampled = 64 * (prompt / 8 + 2 + completion)
-    spent = warm * 64 * row + online * (sampled + 64 * row + 64 * (row - 2))
+    spent = warm * 32 * row + online * (sampled + 64 * row + 64 * (row - 2))
     assert spent == pytest.approx(tokens, rel=0.05)
     assert steps_for("raw-exmate", tokens, lengths, FULL) == {"tune.steps": str(FULL.steps)}
 
@@ -376,6 +377,52 @@ def test_a_thinned_curve_keeps_its_ends() -> None:
     kept = thinned(curve)
     assert kept[0] == curve[0] and kept[-1] == curve[-1]
     assert len(kept) <= 64
+
+
+def test_a_method_run_again_replaces_its_own_result_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = seed(0)
+    found["upstream"] |= {"pool": {"n": 7}, "reward_models": {}}
+    found["methods"]["exmate"]["cost"] = {"tuning_tokens": 1.4e6}
+    asked: list[tuple[str, Any, str | None]] = []
+    measured = {**measures(0.99), "auto_mp": {}, "levels": 5, "attributes": ["a", "b"]}
+    measured |= {"n_prompts": 8, "n_repeats": 1, "never_moves": 0, "response": {}}
+    report = {
+        "n": {}, "stages": {}, "backdoor": {}, "reward_models": {}, "pool": {"n": 7},
+        "moec": found["upstream"]["moec"], "recipe": {"evaluate": {"auto_sweep": False}},
+        "methods": {"tuned": {
+            "generalization": measured, "optimization": measured, "cost": {},
+            "quality": {"degenerate": estimate(0.0)},
+        }},
+    }  # fmt: skip
+
+    def execute(
+        scale: Any, number: int, name: str, overrides: Any, shares: Any = (), until: Any = None
+    ) -> Path:
+        asked.append((name, overrides.get("tune.rlhf.warm_start"), until))
+        return tmp_path
+
+    (tmp_path / "tune").mkdir()
+    curve = [{"warm_start": 1.0, "step": float(n)} for n in range(500)]
+    curve += [{"warm_start": 0.0, "step": 500.0 + n} for n in range(20)]
+    (tmp_path / "tune/curve.json").write_text(json.dumps(curve))
+    monkeypatch.setattr(runs, "execute", execute)
+    monkeypatch.setattr(runs, "read_report", lambda folder: report)
+    monkeypatch.setattr(runs, "row_lengths", lambda folder: RowLengths(40.0, 2.0, 40.0))
+    before = json.dumps(found)
+    made = runs.run_again(FULL, 0, "rlhf", found)
+    assert json.dumps(found) == before
+    # Four fifths of the tokens in batches of CLM's size.
+    assert asked == [("exmate", None, "distil"), ("rlhf", str(round(1.12e6 / (32 * 82))), None)]
+    assert made["methods"]["rlhf"]["generalization"]["overall"]["value"] == 0.99
+    assert {k: v for k, v in made["methods"].items() if k != "rlhf"} == {
+        k: v for k, v in found["methods"].items() if k != "rlhf"
+    }
+    assert made["again"]["rlhf"]["same_pool"] is True
+    assert made["rlhf_curve"][-20:] == curve[-20:]
+    report["pool"] = {"n": 6}
+    assert runs.run_again(FULL, 0, "rlhf", found)["again"]["rlhf"]["same_pool"] is False
 
 
 # The command

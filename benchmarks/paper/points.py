@@ -17,19 +17,21 @@ TUNED = ("exmate", "clm", "rlhf")
 """On MOEC; exmate comes first, as its tokens are the budget of the others."""
 REFERENCE = "exmate"
 
+CLM: Overrides = {"tune.objective": "clm", "tune.learning_rate": "1.0e-3"}
+"""Each objective at the rate that was best on dev prompts; ExMATE's is the recipe's."""
 RLHF_WARM_SHARE = 0.8
 """Share of RLHF's budget that goes into its warm start by CLM."""
 RLHF: Overrides = {
+    **CLM,
     "tune.objective": "rlhf",
-    "tune.batch_size": "64",
+    "tune.rlhf.batch_size": "64",
     "tune.rlhf.group": "8",
     "tune.rlhf.beta": "0.1",
     "tune.rlhf.learning_rate": "5.0e-5",
     "tune.rlhf.sampling": "{temperature: 1.0, max_tokens: 80}",
     "tune.rlhf.probe_every": "6",
 }
-CLM: Overrides = {"tune.objective": "clm", "tune.learning_rate": "1.0e-3"}
-"""Each objective at the rate that was best on dev prompts; ExMATE's is the recipe's."""
+"""The warm start has CLM's own rate and batch."""
 OBJECTIVES: Mapping[str, Overrides] = {
     "exmate": {},
     "clm": CLM,

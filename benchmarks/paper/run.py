@@ -3,6 +3,7 @@
     python -m benchmarks.paper.run                   # all of it; resumes where it was stopped
     python -m benchmarks.paper.run --quick           # two seeds, fewer prompts, methods only
     python -m benchmarks.paper.run --only ablations  # or: methods, rewind, collect
+    python -m benchmarks.paper.run --again rlhf --seeds 0 1  # one tuned method of finished seeds
 
 A seed re-draws prompts, pool and tuning, and trains the shipped reward models on with fresh pairs.
 What was chosen was chosen on dev prompts; test prompts are read here. Run directories lie in
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from benchmarks.paper.page import render
 from benchmarks.paper.points import (
     ABLATION_SEEDS,
     FULL,
+    OBJECTIVES,
     QUICK,
+    REFERENCE,
     REWIND_SEEDS,
     Scale,
     ablations,
@@ -38,6 +41,7 @@ from equipoise.evaluate.report import plain
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs" / "paper-study.md"
 PARTS = ("methods", "ablations", "rewind")
+AGAIN = tuple(name for name in OBJECTIVES if name != REFERENCE)
 
 
 def results_of(scale: Scale) -> Path:
@@ -46,10 +50,14 @@ def results_of(scale: Scale) -> Path:
 
 
 def once(file: Path, make: Callable[[], dict[str, Any]]) -> None:
-    """Make a result that is not there yet; it appears whole or not at all."""
-    if file.exists():
-        return
-    text = json.dumps(plain(make()), separators=(",", ":")) + "\n"
+    """Make a result that is not there yet."""
+    if not file.exists():
+        write(file, make())
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Write a result; it appears whole or not at all."""
+    text = json.dumps(plain(result), separators=(",", ":")) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text)
@@ -67,6 +75,14 @@ def run_part(scale: Scale, part: str, seed: int) -> None:
         "rewind": lambda: run_rewind(scale, seed),
     }
     once(results_of(scale) / f"{part}-seed{seed}.json", make[part])
+
+
+def run_method_again(scale: Scale, seed: int, name: str) -> None:
+    """Put a tuned method's new result in the place of its old one."""
+    from benchmarks.paper.runs import run_again
+
+    file = results_of(scale) / f"methods-seed{seed}.json"
+    write(file, run_again(scale, seed, name, json.loads(file.read_text())))
 
 
 def collect(scale: Scale) -> dict[str, Any]:
@@ -93,15 +109,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two seeds, fewer prompts")
     parser.add_argument("--only", choices=(*PARTS, "collect"))
+    parser.add_argument("--again", choices=AGAIN, help="run this method of finished seeds again")
     parser.add_argument("--seeds", type=int, nargs="*")
     arguments = parser.parse_args()
     scale = QUICK if arguments.quick else FULL
-    wanted = [arguments.only] if arguments.only else ["methods"] if arguments.quick else PARTS
+    wanted: Sequence[str] = PARTS
+    if arguments.only or arguments.quick:
+        wanted = [arguments.only or "methods"]
     usual = {
         "methods": scale.seeds,
         "ablations": tuple(s for s in ABLATION_SEEDS if s in scale.seeds),
         "rewind": REWIND_SEEDS,
     }
+    if arguments.again:
+        for seed in arguments.seeds or scale.seeds:
+            run_method_again(scale, seed, arguments.again)
+        wanted = ()
     for part in wanted:
         for seed in (arguments.seeds or usual[part]) if part in usual else ():
             run_part(scale, part, seed)

@@ -31,6 +31,7 @@ RECIPE = Path(__file__).parent.parent / "workshop" / "recipe.yaml"
 BATCH = 32
 """Of the recipe."""
 JUDGES = ("generalization", "optimization")
+ALL_RESPONDERS: Overrides = {"evaluate.responders": f"[{', '.join(TRAINING_FREE)}, tuned]"}
 KEPT = (
     "mp", "overall", "bt", "bt_neighbours", "rmse", "leakage", "range", "coverage", "never_moves",
     "response", "joint",
@@ -51,7 +52,12 @@ def make_recipe(scale: Scale, seed: int, overrides: Overrides) -> Recipe:
 
 
 def execute(
-    scale: Scale, seed: int, name: str, overrides: Overrides, shares: tuple[str, ...]
+    scale: Scale,
+    seed: int,
+    name: str,
+    overrides: Overrides,
+    shares: tuple[str, ...] = (),
+    until: str | None = None,
 ) -> Path:
     """Run a point in its own directory, resuming there; return the directory."""
     return rundirs.execute(
@@ -59,31 +65,52 @@ def execute(
         scale.runs / f"seed{seed}-{slug(name)}",
         source=scale.runs / f"seed{seed}-{REFERENCE}",
         shares=shares,
+        until=until,
     )
 
 
 def run_methods(scale: Scale, seed: int) -> dict[str, Any]:
     """Run all methods of a seed at equal budget; return what the study reads of them."""
-    responders = f"[{', '.join(TRAINING_FREE)}, tuned]"
-    reference = execute(scale, seed, REFERENCE, {"evaluate.responders": responders}, ())
+    reference = execute(scale, seed, REFERENCE, ALL_RESPONDERS)
     found: dict[str, Any] = {"seed": seed, "upstream": upstream(reference), "methods": {}}
     report = read_report(reference)
     for name in TRAINING_FREE:
         found["methods"][name] = summary(report, name)
     found["methods"][REFERENCE] = summary(report, "tuned")
     found["ceiling"] = {key: report["ceiling"]["generalization"][key] for key in KEPT[:-1]}
-    lengths = row_lengths(reference)
-    tokens = found["methods"][REFERENCE]["cost"]["tuning_tokens"]
-    for name, overrides in OBJECTIVES.items():
-        if name == REFERENCE:
-            continue
-        shares = POOL[:-1] if name.startswith("raw") else POOL
-        budget = steps_for(name, tokens, lengths, scale)
-        folder = execute(scale, seed, name, {**overrides, **budget}, shares)
-        found["methods"][name] = summary(read_report(folder), "tuned")
-        if name == "rlhf":
-            found["rlhf_curve"] = thinned(json.loads((folder / "tune/curve.json").read_text()))
+    for name in OBJECTIVES:
+        if name != REFERENCE:
+            _run_tuned(scale, seed, name, reference, found)
     return found
+
+
+def run_again(scale: Scale, seed: int, name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return a seed's result with one tuned method run again, at the budget that it has there.
+
+    Where the run directories are gone, the pool is made again: ``again`` says whether it came out
+    as the one that the other methods had (another processor rounds otherwise).
+    """
+    reference = execute(scale, seed, REFERENCE, ALL_RESPONDERS, until="distil")
+    made = {**found, "methods": {**found["methods"]}}
+    own = upstream(_run_tuned(scale, seed, name, reference, made))
+    same = all(own[key] == found["upstream"][key] for key in ("pool", "moec", "reward_models"))
+    made["again"] = {**found.get("again", {}), name: {"same_pool": same, "upstream": own}}
+    return made
+
+
+def _run_tuned(scale: Scale, seed: int, name: str, reference: Path, found: dict[str, Any]) -> Path:
+    """Run one tuned method at the reference's tokens, and add it to what was found."""
+    tokens = found["methods"][REFERENCE]["cost"]["tuning_tokens"]
+    budget = steps_for(name, tokens, row_lengths(reference), scale)
+    shares = POOL[:-1] if name.startswith("raw") else POOL
+    folder = execute(scale, seed, name, {**OBJECTIVES[name], **budget}, shares)
+    found["methods"][name] = summary(read_report(folder), "tuned")
+    if name == "rlhf":
+        curve = json.loads((folder / "tune/curve.json").read_text())
+        online = [row for row in curve if not row["warm_start"]]
+        # Few steps are online, and all looks at the judges are there.
+        found["rlhf_curve"] = thinned(curve[: -len(online)]) + thinned(online)
+    return folder
 
 
 def run_ablations(scale: Scale, seed: int, groups: Mapping[str, list[Point]]) -> dict[str, Any]:
@@ -116,11 +143,11 @@ def steps_for(name: str, tokens: float, lengths: RowLengths, scale: Scale) -> di
     row = lengths.read()
     if name == "rlhf":
         batch, group = (
-            int(OBJECTIVES[name][key]) for key in ("tune.batch_size", "tune.rlhf.group")
+            int(OBJECTIVES[name][key]) for key in ("tune.rlhf.batch_size", "tune.rlhf.group")
         )
         sampled = lengths.prompt / group + lengths.controls + lengths.completion
-        warm = steps_within(RLHF_WARM_SHARE * tokens, batch, row)
-        left = tokens - warm * batch * row
+        warm = steps_within(RLHF_WARM_SHARE * tokens, BATCH, row)
+        left = tokens - warm * BATCH * row
         steps = steps_within(left, batch, sampled + row + row - lengths.controls)
         return {"tune.rlhf.warm_start": str(warm), "tune.steps": str(steps)}
     if OBJECTIVES[name].get("tune.objective") == "clm":

@@ -174,6 +174,8 @@ class RlhfConfig(Config):
     """Weight of the KL per token to the start model."""
     group: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt and setting; their mean reward is the baseline."""
+    batch_size: Positive | None = None
+    """Completions per step; none: as many as the warm start's ``tune.batch_size``."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     warm_start: Annotated[int, Field(ge=0)] = 0
     """Steps of CLM before: an untrained control token gives no signal to reinforce."""
