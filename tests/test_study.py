@@ -390,7 +390,7 @@ def test_a_method_run_again_replaces_its_own_result_alone(
     measured |= {"n_prompts": 8, "n_repeats": 1, "never_moves": 0, "response": {}}
     report = {
         "n": {}, "stages": {}, "backdoor": {}, "reward_models": {}, "pool": {"n": 7},
-        "moec": found["upstream"]["moec"], "recipe": {"evaluate": {"auto_sweep": False}},
+        "moec": found["upstream"]["moec"],
         "methods": {"tuned": {
             "generalization": measured, "optimization": measured, "cost": {},
             "quality": {"degenerate": estimate(0.0)},
@@ -416,6 +416,7 @@ def test_a_method_run_again_replaces_its_own_result_alone(
     # Four fifths of the tokens in batches of CLM's size.
     assert asked == [("exmate", None, "distil"), ("rlhf", str(round(1.12e6 / (32 * 82))), None)]
     assert made["methods"]["rlhf"]["generalization"]["overall"]["value"] == 0.99
+    assert made["methods"]["rlhf"]["answers"] == 8 * 25
     assert {k: v for k, v in made["methods"].items() if k != "rlhf"} == {
         k: v for k, v in found["methods"].items() if k != "rlhf"
     }

@@ -94,8 +94,8 @@ def run_again(scale: Scale, seed: int, name: str, found: dict[str, Any]) -> dict
     made = {**found, "methods": {**found["methods"]}}
     own = upstream(_run_tuned(scale, seed, name, reference, made))
     same = all(own[key] == found["upstream"][key] for key in ("pool", "moec", "reward_models"))
-    made["again"] = {**found.get("again", {}), name: {"same_pool": same, "upstream": own}}
-    return made
+    facts = {"same_pool": same, "minutes": own["minutes"]}
+    return {**made, "again": {**found.get("again", {}), name: facts}}
 
 
 def _run_tuned(scale: Scale, seed: int, name: str, reference: Path, found: dict[str, Any]) -> Path:
@@ -181,15 +181,13 @@ def summary(report: Mapping[str, Any], method: str) -> dict[str, Any]:
         "cost": found["cost"],
         "degenerate": quality["degenerate"],
         "fluency": quality.get("fluency_mean"),
-        "answers": _answers(found["generalization"], report, method),
+        "answers": _answers(found["generalization"]),
     }
 
 
-def _answers(measured: Mapping[str, Any], report: Mapping[str, Any], method: str) -> int:
-    """Completions that the method's cost was paid for, auto settings included."""
+def _answers(measured: Mapping[str, Any]) -> int:
+    """Completions that the method's cost was paid for: those of the grid."""
     cells = measured["levels"] ** len(measured["attributes"])
-    if method == "tuned" and report["recipe"]["evaluate"]["auto_sweep"]:
-        cells += measured["levels"] * len(measured["attributes"])
     return int(measured["n_prompts"] * measured["n_repeats"] * cells)
 
 
