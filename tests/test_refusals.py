@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ConfigError
+from equipoise.evaluate.canvas import STYLE
+from equipoise.evaluate.figures_refusals import refusals
 from equipoise.evaluate.quality import drift
 from equipoise.evaluate.refusals import refusal_curves
 from equipoise.evaluate.report import render
@@ -109,6 +114,36 @@ def test_the_page_shows_curves_bound_and_drift(tmp_path: Path) -> None:
     assert "Who is refused" in page
     assert "Bound of generalization: helpfulness <b>0.23</b>." in page
     assert "benign prompts" in page and "+0.40" in page
+
+
+def test_the_figure_names_every_method_and_no_title_runs_into_the_next() -> None:
+    point = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 8}
+    groups = [
+        "a first group",
+        "unsafe (harmbench_standard)",
+        "unsafe (a source of a long, long name)",
+    ]
+    report = {
+        "methods": {
+            "start": {"refusals": dict.fromkeys(groups, [point] * 5)},
+            "prompting": {"refusals": dict.fromkeys(groups[1:], [point] * 5)},
+            "steering": {"refusals": None},
+            "tuned": {"refusals": dict.fromkeys([*groups, "zoo"], [point] * 5)},
+        },
+        "recipe": {"levels": 5},
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = refusals(report, "generalization")
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+    # Prompting is in no curve of the first panel.
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said == ["untouched model", "prompting", "tuned dials"]
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles[0] == "a first group\n8 prompts"
+    boxes = [ax._left_title.get_window_extent() for ax in figure.axes]  # type: ignore[attr-defined]
+    assert all(one.x1 < two.x0 for one, two in pairwise(boxes))
+    assert boxes[-1].x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("split", ["test", "train"])

@@ -13,9 +13,10 @@ from equipoise.recipe_io import load_recipe
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.smollm2.curves import REPORT, completed, drawings, said  # noqa: E402
 from benchmarks.smollm2.points import BRANCHES, POINTS, REFERENCE, make_recipe  # noqa: E402
-from benchmarks.smollm2.run import added, listening  # noqa: E402
-from benchmarks.smollm2.tables import RESULT, tables  # noqa: E402
+from benchmarks.smollm2.run import REFERENCES, added, listening, with_references  # noqa: E402
+from benchmarks.smollm2.tables import METHODS, RESULT, tables  # noqa: E402
 
 
 @pytest.mark.parametrize("name", POINTS)
@@ -50,6 +51,47 @@ def test_the_page_shows_the_tables_of_the_result() -> None:
     page = (ROOT / "docs" / "smollm2.md").read_text("utf-8")
     for name, table in tables(json.loads(RESULT.read_text("utf-8"))).items():
         assert table in page, f"docs/smollm2.md: table {name!r} is not that of results.json"
+
+
+def test_the_perplexity_of_the_result_is_on_the_reference_answers() -> None:
+    headline = json.loads(RESULT.read_text("utf-8"))["headline"]
+    references = json.loads(REFERENCES.read_text("utf-8"))
+    ratio = references["tuned"]["perplexity_ratio"]
+    for end, part in (("", "value"), (".low", "low"), (".high", "high")):
+        assert headline[f"best.perplexity_ratio{end}"] == round(ratio[part], 4)
+    before = json.loads((REPORT / "report.json").read_text("utf-8"))["methods"]
+    own = [before[name]["quality"]["perplexity"]["value"] for name in ("tuned", "start")]
+    assert headline["best.perplexity_ratio_own"] == round(own[0] / own[1], 4)
+    assert with_references(headline, references) == headline
+    first = {"best.perplexity_ratio": 2.0, "best.perplexity_ratio.low": 1.5, "other": 0.0}
+    moved = with_references(first, references)
+    assert moved["best.perplexity_ratio_own"] == 2.0
+    assert moved["best.perplexity_ratio_own.low"] == 1.5
+    assert moved["best.perplexity_ratio"] == round(ratio["value"], 4) and moved["other"] == 0
+
+
+def test_the_figures_of_the_page_show_every_method() -> None:
+    result = json.loads(RESULT.read_text("utf-8"))
+    report = json.loads((REPORT / "report.json").read_text("utf-8"))
+    whole = completed(report, result)["methods"]
+    assert len(whole) == len(METHODS) and {said("clm"), said("raw-clm")} <= set(whole)
+    drawn = drawings(report, result)
+    (legend,) = drawn["refusals"]().legends
+    shown = {text.get_text() for text in legend.get_texts()}
+    assert len(shown) == len(METHODS) and {said("clm"), said("exmate"), "prompting"} <= shown
+    start, fresh, likelihood = drawn["examples"]().axes
+    assert [ax.get_xlabel() for ax in (fresh, likelihood)] == ["examples seen"] * 2
+    named = [text.get_text() for text in fresh.get_legend().get_texts()]
+    assert named == [
+        "ExMATE on MOEC (1,768 looked at)",
+        "CLM on MOEC (200 looked at)",
+        "CLM on the raw pool (208 looked at)",
+    ]
+    # 400 steps of 4 texts; the page quotes the means of 160.
+    means = start.lines[1]
+    assert list(means.get_xdata()) == list(range(160, 1601, 160))
+    assert [round(y, 2) for y in means.get_ydata()][:4] == [0.86, 0.71, 0.38, 0.19]
+    assert round(means.get_ydata()[-1], 2) == 0.07
 
 
 def test_a_point_that_ran_elsewhere_is_added_and_the_others_stay() -> None:

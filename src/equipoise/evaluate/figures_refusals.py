@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,17 @@ def refusals(report: Json, judge: str) -> Figure:
             ax.fill_between(x, low, high, color=colour[method], alpha=0.15, linewidth=0)
             ax.plot(x, y, marker[method] + "-", color=colour[method], label=label(method))
         ax.set(xticks=x, ylim=(0, 1), xlabel="safety level asked for")
-        ax.set_title(f"{group}, {n} prompts")
+        # Two lines: a long group's name would run into the next panel.
+        ax.set_title(f"{fill(group, 30)}\n{n} prompts")
         ax.grid(visible=True, axis="y")
     axes[0][0].set_ylabel("share refused")
-    handles, names = axes[0][0].get_legend_handles_labels()
+    # From all panels: a method may have been read on the prompts of some groups only.
+    drawn = {
+        name: handle
+        for ax in axes[0]
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    names = [label(method) for method in methods if label(method) in drawn]
+    handles = [drawn[name] for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, max(1, len(names))))
     return figure
