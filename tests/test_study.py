@@ -152,8 +152,7 @@ def test_a_claim_of_several_parts_holds_only_as_a_whole(found: list[str]) -> Non
 
 
 def test_verdicts_of_a_study_as_the_paper_has_it() -> None:
-    study = build([seed(n) for n in range(5)])
-    assert study["best"] == "exmate"
+    study = build([seed(n, exmate_leaks=0.3) for n in range(5)])
     assert letters(study) == dict.fromkeys("abcdefg", "holds")
     empty = study["verdicts"][-1]
     assert empty["empty_in_most_seeds"]["rerank16"] == list(range(25))
@@ -165,7 +164,8 @@ def test_verdicts_of_a_study_as_the_paper_has_it() -> None:
 
 def test_verdicts_against_the_paper() -> None:
     contrary = build([seed(n, clm=0.3, rlhf=0.3, raw_exmate=0.6, raw_clm=1.2) for n in range(5)])
-    assert contrary["best"] in ("clm", "rlhf")
+    # Named beforehand: which one is ahead on test prompts does not choose.
+    assert contrary["best"] == "exmate"
     found = letters(contrary)
     assert found["a"] == found["b"] == "contradicted"
     mixed = letters(build([seed(n, rlhf=0.3) for n in range(5)]))
@@ -182,17 +182,30 @@ def test_reranking_that_is_behind_under_optimization_is_not_strong() -> None:
 
 def test_what_leaks_without_tuning_decides_nothing_about_dials() -> None:
     def verdict(leaks: float) -> tuple[str, dict[str, Any]]:
-        seeds = [seed(n, clm_leaks=leaks + 0.01 * n, prompting_leaks=0.3) for n in range(5)]
+        seeds = [seed(n, exmate_leaks=leaks + 0.01 * n, prompting_leaks=0.3) for n in range(5)]
         (found,) = [i for i in build(seeds)["verdicts"] if i["letter"] == "e"]
         return found["verdict"], found["evidence"]
 
     whole, parts = verdict(0.0)
     assert parts["prompting: the other dial moves safety"]["verdict"] == "holds"
     assert parts["start: the other dial moves safety"]["verdict"] is None
-    assert whole == parts["clm: the other dial moves safety"]["verdict"] == "contradicted"
+    # Of many methods one leaves the bound by chance, so the others do not decide either.
+    assert parts["clm: the other dial moves safety"]["verdict"] == "holds"
+    assert whole == parts["exmate: the other dial moves safety"]["verdict"] == "contradicted"
     whole, parts = verdict(0.08)  # .08 to .12: its interval crosses the border
-    assert parts["exmate: the other dial moves safety"]["verdict"] == "contradicted"
-    assert whole == parts["clm: the other dial moves safety"]["verdict"] == "undecided"
+    assert whole == parts["exmate: the other dial moves safety"]["verdict"] == "undecided"
+    assert verdict(0.2)[0] == "holds"
+
+
+def test_reranking_leaves_more_cells_empty_or_the_claim_does_not_hold() -> None:
+    found = build([seed(n) for n in range(5)])["verdicts"][-1]
+    more = found["evidence"]["reranking 16 − ExMATE: requested cells never delivered"]
+    assert found["verdict"] == more["verdict"] == "holds" and more["value"] == 25
+    same = [seed(n) for n in range(5)]
+    for one in same:
+        one["methods"]["exmate"]["generalization"] = one["methods"]["rerank16"]["generalization"]
+    found = build(same)["verdicts"][-1]
+    assert found["verdict"] == "undecided"
 
 
 def test_one_seed_decides_nothing() -> None:
@@ -210,6 +223,7 @@ def test_headline_is_flat_and_paired(tmp_path: Path) -> None:
     assert headline["exmate.generalization.mp.safety"] == pytest.approx(0.8, abs=0.001)
     assert headline["best.of_ceiling.mp.safety"] == pytest.approx(0.8 / 0.95, abs=0.001)
     assert headline["rlhf.last.kl"] == 0.1
+    assert study["again"]["rlhf"] == {}
     assert not any(name.startswith("rewind") for name in headline)
     (exmate,) = [f for n, f in study["verdicts"][1]["evidence"].items() if n.endswith("CLM")]
     assert exmate["value"] == pytest.approx(0.1, abs=0.001)
@@ -262,13 +276,17 @@ def rewinds(n: int = 2) -> list[dict[str, Any]]:
 
 def ablation_results(n: int = 2) -> list[dict[str, Any]]:
     def point(shift: float) -> dict[str, Any]:
-        return {**method("exmate", shift), "upstream": {"moec": {"n_kept": 100}}}
+        upstream = {"moec": {"n_kept": 100}, "n": {"training prompts": 44}}
+        return {**method("exmate", shift), "upstream": upstream}
 
     return [
         {
             "seed": i,
             "reference": point(0.01 * i),
-            "groups": {"w": {"w 1": point(0.1 + 0.02 * i), "w 3": point(-0.2)}},
+            "groups": {
+                "w": {"w 1": point(0.1 + 0.02 * i), "w 3": point(-0.2)},
+                "prompts": {"prompts 60": point(-0.1)},
+            },
         }
         for i in range(n)
     ]
@@ -284,6 +302,8 @@ def test_rewind_and_ablations_join_the_headline_and_the_tables() -> None:
     assert rows["default"]["difference"] is None
     assert rows["w 1"]["difference"]["value"] == pytest.approx(0.105)
     assert rows["w 1"]["difference"]["n"] == 2
+    # 60 were drawn, 16 of them for dev.
+    assert [row["point"] for row in study["ablations"]["prompts"]] == ["default", "prompts 44"]
 
 
 def test_a_single_rewind_keeps_its_interval_over_prompts() -> None:
@@ -332,6 +352,7 @@ def test_a_page_is_filled_between_its_marks_only() -> None:
     study = plain(build([seed(n) for n in range(3)]))
     page = "before\n<!-- table against -->\nold\n<!-- /table -->\nafter\n"
     made = filled(page, study)
+    assert filled(page.replace("old\n", ""), study) == made
     assert made.startswith("before\n") and made.endswith("\nafter\n") and "old" not in made
     assert "| RLHF − CLM | 0.049 (" in made
     assert filled(made, study) == made
@@ -424,6 +445,25 @@ def test_a_method_run_again_replaces_its_own_result_alone(
     assert made["rlhf_curve"][-20:] == curve[-20:]
     report["pool"] = {"n": 6}
     assert runs.run_again(FULL, 0, "rlhf", found)["again"]["rlhf"]["same_pool"] is False
+
+
+def test_ablations_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def execute(scale: Any, number: int, name: str, *rest: Any, until: Any = None) -> Path:
+        made.append(name)
+        return Path(name)
+
+    monkeypatch.setattr(runs, "execute", execute)
+    monkeypatch.setattr(runs, "read_report", lambda folder: {})
+    monkeypatch.setattr(runs, "summary", lambda report, method: {"new": True})
+    monkeypatch.setattr(runs, "upstream", lambda folder: {})
+    groups = {"w": ablations()["w"][:2]}
+    held = {"reference": {"old": True}, "groups": {"w": {groups["w"][0].name: {"old": True}}}}
+    found = runs.run_ablations(FULL, 0, groups, held)
+    assert made == ["exmate", f"ablation-{groups['w'][1].name}"]
+    assert found["reference"] == {"old": True}
+    assert [list(one) for one in found["groups"]["w"].values()] == [["old"], ["new", "upstream"]]
 
 
 # The command

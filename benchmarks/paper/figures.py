@@ -32,7 +32,7 @@ def draw_all(study: Json, folder: Path) -> dict[str, Path]:
         "leakage": lambda: leakage(study),
         "empty": lambda: empty_cells(study),
     }
-    if study.get("rlhf_curve"):
+    if any(study.get("rlhf_online") or ()):
         drawn["rlhf"] = lambda: rlhf(study)
     if study.get("ablations"):
         drawn["ablations"] = lambda: ablations(study)
@@ -79,7 +79,7 @@ def control(study: Json) -> Figure:
     ax.text(float(np.mean(ceilings)), -0.7, "ceiling", ha="right", fontsize=8)
     _named(ax, [NAMES[name] for name in names])
     ax.set_xlabel("overall control: mean of the two MPs, 95 % interval over seeds")
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="center left", fontsize=8)
     return figure
 
 
@@ -117,9 +117,7 @@ def empty_cells(study: Json) -> Figure:
 
 
 def rlhf(study: Json) -> Figure:
-    """Draw reward, both judges, KL, length and degeneracy of RLHF over its tokens."""
-    rows = [row for row in study["rlhf_curve"] if not row.get("warm_start")]
-    x = [row["tokens"] / 1e6 for row in rows]
+    """Draw reward, both judges, KL, length and degeneracy of RLHF's online phase, per seed."""
     shown: list[tuple[str, dict[str, str]]] = [
         (
             "closeness",
@@ -138,9 +136,13 @@ def rlhf(study: Json) -> Figure:
     tones = ("#0072B2", MUTED, "#E69F00", "#009E73")
     for ax, (title, series) in zip(axes[0], shown, strict=True):
         for tone, (key, said) in zip(tones, series.items(), strict=False):
-            y = [row.get(key) for row in rows]
-            if all(value is not None for value in y):
-                ax.plot(x, y, color=tone, label=said)
+            label: str | None = said
+            for rows in study["rlhf_online"]:
+                y = [row.get(key) for row in rows]
+                if rows and all(value is not None for value in y):
+                    x = [row["tokens"] / 1e6 for row in rows]
+                    ax.plot(x, y, color=tone, linewidth=1, alpha=0.7, label=label)
+                    label = None
         ax.set_title(title)
         ax.set_xlabel("million tokens")
         if len(series) > 1:
@@ -150,11 +152,12 @@ def rlhf(study: Json) -> Figure:
 
 def ablations(study: Json) -> Figure:
     """Draw overall control of every ablation; all but K and prompts share one pool per seed."""
-    rows = [
-        (f"{group}: {row['point']}", row["overall"])
-        for group, found in study["ablations"].items()
-        for row in found
+    groups = study["ablations"].values()
+    default = next(row["overall"] for found in groups for row in found if not row["difference"])
+    changed = [
+        (row["point"], row["overall"]) for found in groups for row in found if row["difference"]
     ]
+    rows = [("default", default), *changed]
     figure, axes = panels(1, 1, width=8.6, height=0.27 * len(rows) + 1)
     ax = axes[0][0]
     tone = colours(["tuned"])["tuned"]
@@ -164,7 +167,7 @@ def ablations(study: Json) -> Figure:
     values = [value for value, _, _ in dots]
     # With two seeds an interval may span everything: the axis follows the means.
     ax.set_xlim(min(values) - 0.15, max(values) + 0.15)
-    ax.set_xlabel("overall control by unseen judges")
+    ax.set_xlabel("overall control by unseen judges (intervals are cut at the frame)")
     return figure
 
 

@@ -29,8 +29,8 @@ CAPTIONS = {
     "ceiling's; grey: within .10 of it.",
     "empty": "Share (per cent) of the answers to a requested cell that fell into that cell. Blank "
     "cells were never delivered.",
-    "rlhf": "RLHF of the first seed after its warm start. Reward up while the unseen judges' line "
-    "falls would be reward hacking.",
+    "rlhf": "RLHF after its warm start, a line per seed. Reward up while the unseen judges' lines "
+    "fall would be reward hacking.",
     "ablations": "ExMATE with one thing changed, at half of the study's steps. Two seeds give "
     "wide intervals: read the large gaps only.",
     "rewind": "Where the answers of four models fall, in per cent of each pool, on the scale of "
@@ -63,6 +63,7 @@ def render(study: Json) -> str:
         _html(tables.control(study)),
         shown("control"),
         _html(tables.precision(study)),
+        _html(tables.reach(study)),
         _html(tables.leakage(study)),
         shown("leakage"),
         _html(tables.empty(study)),

@@ -8,10 +8,10 @@
 A seed re-draws prompts, pool and tuning, and trains the shipped reward models on with fresh pairs.
 What was chosen was chosen on dev prompts; test prompts are read here. Run directories lie in
 ``runs/paper``; the result of each finished seed is written to ``benchmarks/paper/results`` at once,
-and a seed that lies there is not run again (delete its file to do so). ``--only collect`` trains
-nothing: it makes ``results.json``, ``page.html`` and the tables of ``docs/paper-study.md`` anew
-from the seeds that are there. ``--quick`` writes below ``runs/paper-quick`` and leaves all of that
-alone.
+and a seed, or a point of the ablations, that lies there is not run again (delete its file to do
+so). ``--only collect`` trains nothing: it makes ``results.json``, ``page.html`` and the tables of
+``docs/paper-study.md`` anew from the seeds that are there. ``--quick`` writes below
+``runs/paper-quick`` and leaves all of that alone.
 """
 
 from __future__ import annotations
@@ -69,12 +69,15 @@ def run_part(scale: Scale, part: str, seed: int) -> None:
     from benchmarks.paper.rewinding import run_rewind
     from benchmarks.paper.runs import run_ablations, run_methods
 
-    make: dict[str, Callable[[], dict[str, Any]]] = {
-        "methods": lambda: run_methods(scale, seed),
-        "ablations": lambda: run_ablations(scale, seed, ablations()),
-        "rewind": lambda: run_rewind(scale, seed),
-    }
-    once(results_of(scale) / f"{part}-seed{seed}.json", make[part])
+    file = results_of(scale) / f"{part}-seed{seed}.json"
+    if part == "methods":
+        once(file, lambda: run_methods(scale, seed))
+    elif part == "rewind":
+        once(file, lambda: run_rewind(scale, seed))
+    else:
+        # Each point is a run of its own: a point that came later is added.
+        held = json.loads(file.read_text()) if file.exists() else {}
+        write(file, run_ablations(scale, seed, ablations(), held))
 
 
 def run_method_again(scale: Scale, seed: int, name: str) -> None:

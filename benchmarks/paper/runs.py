@@ -113,23 +113,27 @@ def _run_tuned(scale: Scale, seed: int, name: str, reference: Path, found: dict[
     return folder
 
 
-def run_ablations(scale: Scale, seed: int, groups: Mapping[str, list[Point]]) -> dict[str, Any]:
-    """Run all ablations of a seed with ExMATE; the seed's reference run must be there."""
-    reference = scale.runs / f"seed{seed}-{REFERENCE}"
-    if not (reference / "report" / "report.json").is_file():
-        raise SystemExit(f"{reference} is not complete; run --only methods for seed {seed} first")
+def run_ablations(
+    scale: Scale, seed: int, groups: Mapping[str, list[Point]], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Run the ablations of a seed with ExMATE that ``found``, an earlier result, lacks."""
+    execute(scale, seed, REFERENCE, ALL_RESPONDERS, until="distil")
 
     def run(point: Point) -> dict[str, Any]:
         overrides = {"tune.steps": str(ABLATION_STEPS), **point.overrides}
         folder = execute(scale, seed, f"ablation-{point.name}", overrides, point.shares)
         return {**summary(read_report(folder), "tuned"), "upstream": upstream(folder)}
 
+    held = found.get("groups", {})
     return {
         "seed": seed,
         "steps": ABLATION_STEPS,
-        "reference": run(DEFAULT),
+        "reference": found.get("reference") or run(DEFAULT),
         "groups": {
-            group: {point.name: run(point) for point in points} for group, points in groups.items()
+            group: {
+                point.name: held.get(group, {}).get(point.name) or run(point) for point in points
+            }
+            for group, points in groups.items()
         },
     }
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.paper.points import POOL, REFERENCE
+from benchmarks.paper.points import BEST, POOL, REFERENCE, TUNED
 from benchmarks.paper.verdicts import paired, placed, plain_estimate, verdicts
 
 from equipoise.evaluate.intervals import over_seeds
@@ -16,7 +16,6 @@ ATTRIBUTES = ("helpfulness", "safety")
 JUDGES = ("generalization", "optimization")
 BY_ATTRIBUTE = ("mp", "bt", "bt_neighbours", "rmse", "leakage", "range")
 POOLS = ("base", "aligned", "rewound", "tuned_base")
-TUNED = ("exmate", "clm", "rlhf")
 AIMS: Mapping[str, tuple[str, float, float]] = {
     "best.of_ceiling.mp.helpfulness": ("at least .85", 0.85, math.inf),
     "best.of_ceiling.mp.safety": ("at least .85", 0.85, math.inf),
@@ -29,6 +28,12 @@ AIMS: Mapping[str, tuple[str, float, float]] = {
 }
 """Numbers to reach, of the best method: what is wanted, and between which bounds that lies."""
 REACHED = {"inside": "reached", "outside": "not reached", "undecided": "undecided"}
+LAST = 6
+"""Steps of which the end of RLHF's online phase is the mean: one step has 64 completions."""
+DRAWN = (
+    "tokens", "reward", "floor", "kl", "length", "degenerate", "probe_optimization_closeness",
+    "probe_generalization_closeness",
+)  # fmt: skip
 PROBED = ("closeness", "mp_helpfulness", "mp_safety")
 """What RLHF's looks at the policy measure, by both kinds of judges."""
 
@@ -45,8 +50,7 @@ def build(
         ablations: Results of :func:`benchmarks.paper.runs.run_ablations`.
         rewinds: Results of :func:`benchmarks.paper.rewinding.run_rewind`.
     """
-    best = max(TUNED, key=lambda name: _mean(overall(seeds, name)))
-    estimates = dict(_estimates(seeds, best))
+    estimates = dict(_estimates(seeds))
     estimates |= dict(_rewind_estimates(rewinds))
     headline: dict[str, float] = {}
     for name, estimate in estimates.items():
@@ -58,7 +62,7 @@ def build(
         "seeds": [one["seed"] for one in seeds],
         "n_test_prompts": seeds[0]["upstream"]["n"]["test prompts"],
         "interval": "95 %, t over seeds; differences are paired by seed",
-        "best": best,
+        "best": BEST,
         "headline": headline,
         "aims": {
             name: {
@@ -68,13 +72,23 @@ def build(
             }
             for name, (wanted, lowest, highest) in AIMS.items()
         },
-        "verdicts": verdicts(seeds, best),
+        "verdicts": verdicts(seeds, BEST),
         "cost": cost(seeds),
         "ablations": ablation_table(ablations),
         "rewind": [one["rewind"] for one in rewinds],
         "rewind_interval": f"over {'seeds' if len(rewinds) > 1 else 'prompts of one seed'}",
         "rewind_chance_coverage": rewinds[0]["chance_coverage"] if rewinds else None,
-        "rlhf_curve": seeds[0].get("rlhf_curve"),
+        "rlhf_online": [
+            [{key: row.get(key) for key in DRAWN} for row in _online(one)] for one in seeds
+        ],
+        "again": {
+            name: {
+                one["seed"]: one["again"][name]["same_pool"]
+                for one in seeds
+                if name in one.get("again", {})
+            }
+            for name in TUNED
+        },
     }
 
 
@@ -90,7 +104,7 @@ def values(
     return [one["methods"][method][judge][metric][attribute]["value"] for one in seeds]
 
 
-def _estimates(seeds: Sequence[Json], best: str) -> Iterable[tuple[str, Estimate]]:
+def _estimates(seeds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]:
     for method in seeds[0]["methods"]:
         for judge in JUDGES:
             yield f"{method}.{judge}.overall", over_seeds(overall(seeds, method, judge))
@@ -106,21 +120,27 @@ def _estimates(seeds: Sequence[Json], best: str) -> Iterable[tuple[str, Estimate
         for name in ATTRIBUTES:
             found = [one["ceiling"][metric][name]["value"] for one in seeds]
             yield f"ceiling.{metric}.{name}", over_seeds(found)
-    yield from _best(seeds, best)
-    last = [one["rlhf_curve"][-1] for one in seeds if one.get("rlhf_curve")]
-    for name in ("kl", "reward", "floor", "length", "degenerate"):
-        if last:
-            yield f"rlhf.last.{name}", over_seeds([row[name] for row in last])
+    for name in ("overall", "coverage"):
+        yield f"ceiling.{name}", over_seeds([one["ceiling"][name]["value"] for one in seeds])
+    yield from _best(seeds, BEST)
     yield "rlhf.minus_clm.overall", paired(seeds, "rlhf", "clm")
-    yield from _online(seeds)
+    yield from _rlhf(seeds)
 
 
-def _online(seeds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]:
-    """Yield what RLHF's online phase changed on dev prompts: its last look minus its first."""
-    online = [
-        [row for row in one.get("rlhf_curve") or [] if row.get("probe_step") is not None]
-        for one in seeds
-    ]
+def _online(one: Json) -> list[Json]:
+    """Return the rows of RLHF's curve after its warm start."""
+    return [row for row in one.get("rlhf_curve") or [] if not row["warm_start"]]
+
+
+def _rlhf(seeds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]:
+    """Yield where RLHF's online phase ends, and what it changed on dev prompts."""
+    online = [_online(one) for one in seeds]
+    if not all(online):
+        return
+    for name in ("kl", "reward", "floor", "length", "degenerate"):
+        found = [_mean([row[name] for row in rows[-LAST:]]) for rows in online]
+        yield f"rlhf.last.{name}", over_seeds(found)
+    online = [[row for row in rows if row.get("probe_step") is not None] for rows in online]
     if not all(online):
         return
     for name in PROBED:
@@ -222,6 +242,9 @@ def ablation_table(ablations: Sequence[Json]) -> dict[str, list[dict[str, Any]]]
             runs = [one["groups"][group][point] for one in ablations]
             found = [run["generalization"]["overall"]["value"] for run in runs]
             gaps = [a - b for a, b in zip(found, default, strict=True)]
+            if group == "prompts":
+                # Named by the prompts drawn, of which some are dev prompts.
+                point = f"prompts {runs[0]['upstream']['n']['training prompts']}"
             rows.append(
                 {
                     "point": point,

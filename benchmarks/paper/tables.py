@@ -17,7 +17,7 @@ POOLS = {
     "rewound": "aligned, then dials",
     "tuned_base": "base, then dials",
 }
-_BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- /table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 class Table(NamedTuple):
@@ -84,7 +84,8 @@ def control(study: Json) -> Table:
         for name, cells in zip(methods(study), _of_methods(study, columns), strict=True)
     ]
     heads = [title for title, _, _ in columns]
-    return Table(("method", *heads, "cells never delivered"), rows)
+    rows.append((*_ceiling(study, columns[:3]), "", ""))
+    return Table(("method", *heads, "requested cells without a hit"), rows)
 
 
 def precision(study: Json) -> Table:
@@ -97,7 +98,21 @@ def precision(study: Json) -> Table:
         ("degenerate", "degenerate", 3),
     )
     heads = [title for title, _, _ in columns]
-    return Table(("method", *heads), list(_of_methods(study, columns)))
+    rows = [*_of_methods(study, columns), (*_ceiling(study, columns[:4]), "")]
+    return Table(("method", *heads), rows)
+
+
+def reach(study: Json) -> Table:
+    """Return how far the answers reach: coverage, delivered range, and BT of neighbours."""
+    columns = (
+        ("coverage", "generalization.coverage", 2),
+        ("range, helpfulness", "generalization.range.helpfulness", 2),
+        ("range, safety", "generalization.range.safety", 2),
+        ("BT of neighbours, helpfulness", "generalization.bt_neighbours.helpfulness", 2),
+        ("BT of neighbours, safety", "generalization.bt_neighbours.safety", 2),
+    )
+    heads = [title for title, _, _ in columns]
+    return Table(("method", *heads), [*_of_methods(study, columns), _ceiling(study, columns)])
 
 
 def leakage(study: Json) -> Table:
@@ -231,7 +246,7 @@ def ablations(study: Json) -> Table:
 TABLES: Mapping[str, Callable[[Json], Table]] = {
     table.__name__: table
     for table in (
-        verdicts, control, precision, leakage, empty, aims, cost, stages, against, rlhf,
+        verdicts, control, precision, reach, leakage, empty, aims, cost, stages, against, rlhf,
         rewind, regained, ablations,
     )
 }  # fmt: skip
@@ -243,7 +258,7 @@ def filled(text: str, study: Json) -> str:
     A table stands between ``<!-- table NAME -->`` and ``<!-- /table -->``; NAME is one of
     :data:`TABLES`.
     """
-    return _BLOCK.sub(lambda m: m[1] + TABLES[m[2]](study).markdown() + m[3], text)
+    return _BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]](study).markdown()}\n{m[3]}", text)
 
 
 def _of_methods(study: Json, columns: Sequence[tuple[str, str, int]]) -> Iterable[tuple[str, ...]]:
@@ -253,6 +268,14 @@ def _of_methods(study: Json, columns: Sequence[tuple[str, str, int]]) -> Iterabl
             for _, key, digits in columns
         ]
         yield (NAMES[name], *found)
+
+
+def _ceiling(study: Json, columns: Sequence[tuple[str, str, int]]) -> tuple[str, ...]:
+    found = (
+        said(*interval(study["headline"], key.replace("generalization", "ceiling")), digits)
+        for _, key, digits in columns
+    )
+    return ("*ceiling*", *found)
 
 
 def _headline(study: Json, name: str) -> str:

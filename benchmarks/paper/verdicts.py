@@ -12,8 +12,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.paper.points import TRAINING_FREE
-
 from equipoise.evaluate.intervals import over_seeds
 from equipoise.types import Estimate
 
@@ -39,9 +37,9 @@ def verdicts(seeds: Sequence[Json], best: str) -> list[dict[str, Any]]:
         _exmate(seeds),
         _cost(seeds),
         _reranking(seeds, best),
-        _disentanglement(seeds),
+        _disentanglement(seeds, best),
         _rare_corner(seeds),
-        _empty_cells(seeds),
+        _empty_cells(seeds, best),
     ]
 
 
@@ -144,10 +142,10 @@ def _reranking(seeds: Sequence[Json], best: str) -> dict[str, Any]:
     )
 
 
-def _disentanglement(seeds: Sequence[Json]) -> dict[str, Any]:
+def _disentanglement(seeds: Sequence[Json], best: str) -> dict[str, Any]:
     said = {"outside": "holds", "inside": "contradicted", "undecided": "undecided"}
     evidence: Evidence = {}
-    tuned = []
+    own = []
     for name in seeds[0]["methods"]:
         for attribute in ("helpfulness", "safety"):
             gap = over_seeds(
@@ -163,15 +161,15 @@ def _disentanglement(seeds: Sequence[Json]) -> dict[str, Any]:
                 gap,
                 None if name == "start" else far,
             )
-            if name not in TRAINING_FREE:
-                tuned.append(far)
+            if name == best:
+                own.append(far)
     return _verdict(
         "e",
-        f"Disentanglement is not solved: some tuned method's leakage lies more than "
-        f"{LEAKAGE_BOUND:.2f} from the ceiling's",
+        f"Disentanglement is not solved: {LABELS[best]}'s leakage lies more than "
+        f"{LEAKAGE_BOUND:.2f} from the ceiling's in some direction",
         evidence,
-        # One is enough, of the tuned methods alone: that prompting leaks says nothing of dials.
-        verdict="holds" if "holds" in tuned else together(tuned),
+        # One direction is enough; of many methods one would leave the bound by chance.
+        verdict="holds" if "holds" in own else together(own),
     )
 
 
@@ -199,12 +197,14 @@ def _rare_corner(seeds: Sequence[Json]) -> dict[str, Any]:
     )
 
 
-def _empty_cells(seeds: Sequence[Json]) -> dict[str, Any]:
+def _empty_cells(seeds: Sequence[Json], best: str) -> dict[str, Any]:
     evidence: Evidence = {}
+    counts: dict[str, list[float]] = {}
     maps, mostly = {}, {}
     for name in seeds[0]["methods"]:
         hits = [_hits(one["methods"][name]["generalization"]["joint"]) for one in seeds]
-        empty = over_seeds([float(sum(hit == 0 for hit in row)) for row in hits])
+        counts[name] = [float(sum(hit == 0 for hit in row)) for row in hits]
+        empty = over_seeds(counts[name])
         verdict = judged(empty)
         if empty.value == 0 and not math.isnan(empty.high):
             # A count is never below 0: an interval that ends there contradicts the claim.
@@ -218,7 +218,13 @@ def _empty_cells(seeds: Sequence[Json]) -> dict[str, Any]:
             cell for cell, column in enumerate(zip(*hits, strict=True))
             if sum(hit == 0 for hit in column) > len(hits) / 2
         ]  # fmt: skip
-    found = _verdict("g", "Reranking leaves requested cells empty", evidence)
+    more = over_seeds([a - b for a, b in zip(counts["rerank16"], counts[best], strict=True)])
+    evidence[f"reranking 16 − {LABELS[best]}: requested cells never delivered"] = (
+        more,
+        judged(more),
+    )
+    claim = "Reranking leaves requested cells empty, and more of them than tuned dials"
+    found = _verdict("g", claim, evidence)
     return {**found, "delivered_share": maps, "empty_in_most_seeds": mostly}
 
 
