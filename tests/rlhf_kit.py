@@ -52,6 +52,7 @@ def config(**changes: Any) -> TuneConfig:
         "sampling": SamplingConfig(max_tokens=6, top_k=0),
         "probe_every": 0,
         "kl_limit": 50.0,
+        "checkpoint_every": changes.get("checkpoint_every", 2),
         **changes.pop("rlhf", {}),
     }
     plain = {

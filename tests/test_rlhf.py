@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,10 @@ from equipoise.models.sampling import TransformersEngine
 from equipoise.pipeline import run_all
 from equipoise.progress import Progress
 from equipoise.recipe_io import load_recipe
+from equipoise.store.fingerprint import diff, with_new_defaults
 from equipoise.store.rundir import RunDir
 from equipoise.tune.closeness import AskPlan, closeness, deaf_floor
+from equipoise.tune.guards import Guards
 from equipoise.tune.reference import StartReference
 from equipoise.tune.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.tune.trainer import Tuned
@@ -144,6 +148,7 @@ def online_config(**changes: Any) -> OnlineConfig:
         "sampling": Sampling(1.0, 1.0, 0, 6),
         "checkpoint_every": 10,
         "dtype": "float32",
+        "section": "tune.rlhf",
         **changes,
     }
     return OnlineConfig(**plain)
@@ -221,6 +226,24 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert first["tokens"] == whole.curve[2]["tokens"] + own
 
 
+def test_the_online_part_has_checkpoints_of_its_own(tmp_path: Path) -> None:
+    rare = config(steps=4, checkpoint_every=100, rlhf={"warm_start": 2, "checkpoint_every": 3})
+    run(tmp_path, rare)
+    assert kept_steps(tmp_path) == [3, 4]
+    assert kept_steps(tmp_path / "warm-start") == [2]
+
+
+def test_the_shipped_recipe_has_checkpoints_before_the_end_and_old_runs_of_it_go_on() -> None:
+    recipe = load_recipe("workshop-rlhf")
+    tune = recipe.tune
+    assert tune.rlhf.checkpoint_every < tune.steps
+    assert tune.checkpoint_every < tune.rlhf.warm_start
+    new = recipe.model_dump(mode="json")
+    old = copy.deepcopy(new)
+    del old["tune"]["rlhf"]["checkpoint_every"]
+    assert diff(old, new) != [] == diff(with_new_defaults(old, recipe), new)
+
+
 def test_the_online_part_may_have_another_batch(tmp_path: Path) -> None:
     same = run(tmp_path / "same", config(steps=2, rlhf={"warm_start": 2})).curve
     made = config(steps=2, rlhf={"warm_start": 2, "batch_size": 16})
@@ -273,6 +296,24 @@ def test_a_constant_reward_stops_within_three_steps(tmp_path: Path) -> None:
     assert kept_steps(tmp_path) == []
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_short_run_without_signal_does_not_end_well(tmp_path: Path, steps: int) -> None:
+    with pytest.raises(TrainingError, match=f"step {steps}: no reward to learn from"):
+        run(tmp_path, config(steps=steps), reward_models=models(Constant))
+
+
+def test_a_short_run_with_some_signal_ends_well(tmp_path: Path) -> None:
+    class Dying(Scorer):
+        calls = 0
+
+        def score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+            Dying.calls += 1  # two attributes: one step
+            return super().score(pairs) if Dying.calls <= 2 else [0.5] * len(pairs)
+
+    curve = run(tmp_path, config(steps=2), reward_models=models(Dying)).curve
+    assert curve[0]["spread"] > curve[1]["spread"] == pytest.approx(0, abs=1e-6)
+
+
 def test_a_reward_that_dies_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     class Dying(Scorer):
         calls = 0
@@ -301,6 +342,38 @@ def test_a_policy_that_runs_away_stops_within_three_steps(tmp_path: Path) -> Non
     last = kept_steps(tmp_path)[-1]
     curve = json.loads((tmp_path / f"checkpoint-{last}/equipoise.json").read_text())["curve"]
     assert all(row["kl"] <= 0.05 for row in curve[-1:])
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_policy_that_runs_away_at_the_end_is_not_published(tmp_path: Path, steps: int) -> None:
+    rlhf = {"learning_rate": 0.1, "kl_limit": 0.05, "beta": 1e-6}
+    with pytest.raises(TrainingError, match=f"step {steps}: the policy runs away") as caught:
+        run(tmp_path, config(steps=steps, checkpoint_every=1, rlhf=rlhf))
+    # The first step has no learning rate yet.
+    assert kept_steps(tmp_path)[-1] == 2
+    assert f"in a row: {steps - 2};" in caught.value.why
+    assert "tune.rlhf.beta" in caught.value.fix
+
+
+def last_step(kl: float, section: str = "tune.rlhf") -> None:
+    rows = [{"kl": kl, "spread": 0.1, "reward": 0.7}]
+    done, control = SimpleNamespace(global_step=9, max_steps=9), SimpleNamespace()
+    Guards(rows, online_config(section=section)).on_step_end(None, done, control)
+
+
+def test_the_last_step_must_be_near_and_the_advice_names_the_section() -> None:
+    last_step(9.9)
+    with pytest.raises(TrainingError, match="runs away"):
+        last_step(math.nan)
+    with pytest.raises(TrainingError) as caught:
+        last_step(10.1, "align")
+    assert "raise align.beta or lower align.learning_rate" in caught.value.fix
+
+
+def test_a_finished_training_may_be_resumed(tmp_path: Path) -> None:
+    """Killed between its last checkpoint and the end of the stage, a run goes on from there."""
+    first = run(tmp_path, config(steps=2)).curve
+    assert run(tmp_path, config(steps=2), reward_models=models(Constant)).curve == first
 
 
 def test_a_reward_that_is_not_a_number_stops_at_once(tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
-from equipoise.config import AlignConfig, PretrainConfig, RlhfConfig, SamplingConfig, SourceConfig
+from equipoise.config import (
+    AlignConfig,
+    PretrainConfig,
+    RolloutConfig,
+    SamplingConfig,
+    SourceConfig,
+)
 from equipoise.dials.encode import Encoder
 from equipoise.errors import ConfigError, DataError, RunError, TrainingError
 from equipoise.models.load import LoadedPolicy, load_causal
@@ -276,7 +282,7 @@ def test_dpo_raises_what_is_preferred(tmp_path: Path) -> None:
 
 
 def test_rlhf_raises_the_weighted_sum(tmp_path: Path) -> None:
-    rlhf = RlhfConfig(group=8, kl_limit=50.0, sampling=SamplingConfig(max_tokens=6, top_k=0))
+    rlhf = RolloutConfig(group=8, kl_limit=50.0, sampling=SamplingConfig(max_tokens=6, top_k=0))
     config = align_config(
         method="rlhf", steps=30, batch_size=32, beta=1e-3, learning_rate=1e-2, rlhf=rlhf,
         weights={"vowels": 1.0, "digits": -0.5},
@@ -411,6 +417,9 @@ def test_alignment_by_rlhf_as_a_stage(tmp_path: Path) -> None:
         ({"align": None}, "`made://align`: this recipe makes base, sft before"),
         ({"align": {"method": "rlhf"}}, "`align.rewards` is missing"),
         ({"align": {"method": "dqo"}}, "did you mean `dpo`"),
+        # Those of `align` itself are read.
+        ({"align": {"rlhf": {"beta": 0.5}}}, "unknown key `beta`"),
+        ({"align": {"rlhf": {"learning_rate": 1e-5}}}, "unknown key `learning_rate`"),
         ({"base": {"widht": 3}}, "did you mean `width`"),
     ],
 )
@@ -443,3 +452,15 @@ def test_a_few_steps_on_real_data(tmp_path: Path) -> None:
             run_stage(stage, run, progress=QUIET)
             losses = [row["loss"] for row in run.done(stage).read_json("curve.json")]
             assert len(losses) == 2 and all(0 < loss < 20 for loss in losses), stage
+    plain["align"] |= {
+        "method": "rlhf",
+        "sources": [{"source": "prompts/alpaca_benign.jsonl.gz", "limit": 6}],
+        "rewards": {"helpfulness": {"model": str(tmp_path / "assets/rm_hp")}},
+        "rlhf": {"group": 4, "kl_limit": 50, "sampling": {"max_tokens": 8}},
+    }
+    with opened(tmp_path, plain, fresh=True) as run:
+        run_stage("align", run, progress=QUIET)
+        curve = run.done("align").read_json("curve.json")
+    assert len(curve) == 2
+    for row in curve:
+        assert row["spread"] > 0 and 0 <= row["kl"] < 50 and row["tokens_reference"] > 0

@@ -156,33 +156,42 @@ class RegenerateConfig(Config):
 
 
 class DistilConfig(Config):
-    """MOEC, or one of its ablations."""
+    """MOEC, or one of its ablations; the weights of cells are in all of them."""
 
     data: Literal["moec", "denoised", "raw"] = "moec"
     min_cells: Positive = 3
     balance_cap: Annotated[float, Field(ge=1.0)] = 1.0
-    """Cap of the inverse-frequency weight of rare cells; 1 = no weighting."""
+    """Cap of the inverse-frequency weight of rare cells; 1 = no weighting. Whatever ``data`` is:
+    ``denoised`` and ``raw`` are weighted as well."""
     max_fluency_drop: Annotated[float, Field(gt=0.0)] | None = None
     """MOEC and ``denoised``: drop a steered completion whose mean log-likelihood per token under
     the untouched model lies more than this below that of its own completions of the prompt."""
 
 
-class RlhfConfig(Config):
+class RolloutConfig(Config):
+    """What RLHF learns from, with dials or without: groups of samples, near the start model."""
+
+    group: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt and setting; a reward counts as its distance from their mean, in their
+    standard deviations."""
+    kl_limit: Annotated[float, Field(gt=0.0)] = 2.0
+    """Nats per token; three steps above it end the tuning, as does a last step above it."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Of the completions that are learnt from."""
+
+
+class RlhfConfig(RolloutConfig):
     """RLHF with control: sample under a setting, reward closeness to it, stay near the start."""
 
     beta: Annotated[float, Field(gt=0.0)] = 0.1
     """Weight of the KL per token to the start model."""
-    group: Annotated[int, Field(ge=2)] = 8
-    """Completions per prompt and setting; their mean reward is the baseline."""
     batch_size: Positive | None = None
     """Completions per step; none: as many as the warm start's ``tune.batch_size``."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     warm_start: Annotated[int, Field(ge=0)] = 0
     """Steps of CLM before: an untrained control token gives no signal to reinforce."""
-    kl_limit: Annotated[float, Field(gt=0.0)] = 2.0
-    """Nats per token; three steps above it end the tuning."""
-    sampling: SamplingConfig = SamplingConfig()
-    """Of the completions that are learnt from."""
+    checkpoint_every: Positive = 10
+    """Steps; ``tune.checkpoint_every`` is the warm start's."""
     probe_every: Annotated[int, Field(ge=0)] = 50
     """Steps between looks at both judges; 0 = none."""
     probe_prompts: Positive = 8
@@ -316,8 +325,8 @@ class AlignConfig(Config):
     weights: dict[str, float] = {}
     """RLHF: weight of each reward, in units of its standard deviation over the model's own
     completions; 1 where none is given."""
-    rlhf: RlhfConfig = RlhfConfig()
-    """RLHF: ``group``, ``kl_limit`` and ``sampling`` of it are read."""
+    rlhf: RolloutConfig = RolloutConfig()
+    """Read by ``method: rlhf`` only."""
 
 
 class Recipe(Config):

@@ -55,7 +55,9 @@ def distil(
         scored: N scored completions; scores are those of the shortened text.
         units: N unit scores in [0, 1] per attribute, aligned with ``scored``.
         prompts: Prompt by id.
-        config: ``data`` = ``moec`` (all steps), ``denoised`` (step 1 only) or ``raw`` (none).
+        config: ``data`` = ``moec`` (all steps), ``denoised`` (step 1 only) or ``raw`` (none). In
+            all three, texts are shortened to finished sentences and cells weighted by
+            ``balance_cap``.
         attributes: Attribute names in the manifest's order.
         levels: L.
         parses: A world's own parser, if it has one: what it cannot read is degenerate.

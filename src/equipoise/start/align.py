@@ -145,6 +145,7 @@ def align_by_rlhf(
         sampling=Sampling(**config.rlhf.sampling.model_dump()),
         checkpoint_every=config.checkpoint_every,
         dtype=dtype,
+        section="align",
     )
     reward = weighted_reward(
         rewards, config.weights, _own_answers(before, order, online.sampling, seed=seed)

@@ -16,6 +16,7 @@ from equipoise.dials.encode import Encoder
 from equipoise.errors import DataError, TrainingError
 from equipoise.start.rows import Dialogue
 from equipoise.tune.checkpoints import (
+    AGAIN,
     Budget,
     Checkpoints,
     Curve,
@@ -162,8 +163,7 @@ class _Losses(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 f"Training stopped at step {state.global_step}: the loss is not finite",
                 why="the model's log-likelihoods overflowed, most often from a learning rate that "
                 "is too high",
-                fix="lower the learning rate and run again with --fresh; the last good checkpoint "
-                "is kept",
+                fix=f"lower the learning rate, then {AGAIN}",
             )
         row = {"step": float(state.global_step), "loss": loss}
         more = {"accuracy": "rewards/accuracies", "tokens": "num_tokens"}

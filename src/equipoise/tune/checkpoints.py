@@ -17,6 +17,11 @@ from equipoise.models.load import Dtype, torch_dtype
 from equipoise.store.publish import publish_bytes
 
 _MARKER = "equipoise.json"
+AGAIN = (
+    "run again with --fresh, which drops this stage with its checkpoints, or with a new --dir, "
+    "which keeps them"
+)
+"""What to do once the recipe is corrected: a checkpoint serves the recipe that it was made with."""
 OnStep = Callable[[int, int], None]
 Curve = list[dict[str, float]]
 
@@ -84,8 +89,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
             raise TrainingError(
                 f"Training stopped at step {state.global_step + 1}: a gradient is not finite",
                 why="one step more would have spoilt the weights",
-                fix="lower the learning rate and run again with --fresh; the last good checkpoint "
-                "is kept",
+                fix=f"lower the learning rate, then {AGAIN}",
             )
 
     def on_step_end(

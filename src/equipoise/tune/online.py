@@ -3,7 +3,8 @@
 TRL drives the loop. Three things are ours. Rollouts come from the shared-prefill engine, as ids, so
 that prompts and control tokens go in as everywhere else. The reference is the start model reading
 the prompt *without* control tokens, which it never learnt. And every step is checked: a run that is
-not finite, has no reward to learn from, or runs away from the start model ends within three steps.
+not finite, has no reward to learn from, or runs away from the start model ends within three steps,
+and never as if all were well.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from equipoise.errors import TrainingError
 from equipoise.tune.checkpoints import (
+    AGAIN,
     Checkpoints,
     Curve,
     OnStep,
@@ -85,8 +87,7 @@ class OnlineTrainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
                 f"Tuning stopped at step {step}: the loss is not finite",
                 why="the policy's log-likelihoods overflowed or are not numbers, most often from a "
                 "learning rate that is too high",
-                fix="lower the learning rate and run again with --fresh; the last good checkpoint "
-                "is kept",
+                fix=f"lower {self.rollouts.config.section}.learning_rate, then {AGAIN}",
             )
         trained = int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
         read, self.reference.tokens = self.reference.tokens, 0
@@ -159,7 +160,7 @@ def train_online(
     trainer.remove_callback(PrinterCallback)
     if resume is not None:
         trainer.curve[:] = curve_of(resume)
-    trainer.add_callback(Guards(trainer.curve, config.kl_limit))
+    trainer.add_callback(Guards(trainer.curve, config))
     if watch is not None:
         trainer.add_callback(_Watch(trainer.curve, watch))
     trainer.add_callback(Checkpoints(trainer.curve, on_step))

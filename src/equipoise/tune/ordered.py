@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from equipoise.errors import TrainingError
 from equipoise.tune.checkpoints import (
+    AGAIN,
     Budget,
     Checkpoints,
     Curve,
@@ -80,7 +81,7 @@ class OrderedTrainer(Trainer):
             raise TrainingError(
                 f"Tuning stopped at step {self.state.global_step + 1}: the loss is not finite",
                 why=why,
-                fix=f"{fix} and run again with --fresh; the last good checkpoint is kept",
+                fix=f"{fix}, then {AGAIN}",
             )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:

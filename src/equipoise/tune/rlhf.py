@@ -98,8 +98,9 @@ def tune_by_rlhf(
         beta=rlhf.beta,
         kl_limit=rlhf.kl_limit,
         sampling=Sampling(**rlhf.sampling.model_dump()),
-        checkpoint_every=config.checkpoint_every,
+        checkpoint_every=rlhf.checkpoint_every,
         dtype=dtype,
+        section="tune.rlhf",
     )
     encoder = Encoder(policy.tokenizer, manifest)
     engine = TransformersEngine(model, encoder, model_hash="", batch_size=max(batch_size, 128))
