@@ -146,6 +146,19 @@ def test_overrides_that_cannot_be_read(tmp_path: Path, item: str) -> None:
         load_recipe(write(tmp_path, GOOD), overrides=[item])
 
 
+def test_the_batch_of_completions_is_made_of_groups(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD)
+    rlhf = ["tune.objective=rlhf", "tune.rlhf.group=8"]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(file, overrides=[*rlhf, "tune.batch_size=12"])
+    assert "`tune.batch_size` is no multiple of `tune.rlhf.group` (8)" in caught.value.why
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(file, overrides=[*rlhf, "tune.batch_size=16", "tune.rlhf.batch_size=12"])
+    assert "`tune.rlhf.batch_size` is no multiple" in caught.value.why
+    # That of the warm start may be any.
+    load_recipe(file, overrides=[*rlhf, "tune.batch_size=12", "tune.rlhf.batch_size=16"])
+
+
 def test_data_folder_comes_from_the_flag(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, GOOD), data=str(tmp_path)).data == str(tmp_path)
 

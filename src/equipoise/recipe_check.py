@@ -108,9 +108,11 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
         found.append((("evaluate", "rerank_stock"), text))
     found += _optional_contradictions(recipe)
     found += _start_contradictions(recipe)
-    if recipe.tune.objective == "rlhf" and recipe.tune.batch_size % recipe.tune.rlhf.group:
-        text = f"`tune.batch_size` is no multiple of `tune.rlhf.group` ({recipe.tune.rlhf.group})"
-        found.append((("tune", "batch_size"), text))
+    rlhf = recipe.tune.rlhf
+    if recipe.tune.objective == "rlhf" and (rlhf.batch_size or recipe.tune.batch_size) % rlhf.group:
+        place: Place = ("tune", "rlhf", "batch_size") if rlhf.batch_size else ("tune", "batch_size")
+        text = f"`{_dotted(place)}` is no multiple of `tune.rlhf.group` ({rlhf.group})"
+        found.append((place, text))
     if recipe.distil.data == "moec" and recipe.distil.min_cells > recipe.levels ** len(names):
         found.append(
             (("distil", "min_cells"), f"`distil.min_cells` exceeds the number of cells "

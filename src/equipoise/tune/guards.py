@@ -12,7 +12,7 @@ from equipoise.tune.rollouts import OnlineConfig
 
 PATIENCE = 3
 """Steps that a guard waits; no checkpoint is written meanwhile."""
-STILL = 1e-6
+_STILL = 1e-6
 """A spread of rewards under this is none."""
 
 
@@ -31,7 +31,7 @@ class Guards(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 published never had a signal, or is too far away.
         """
         row, config = self._curve[-1], self._config
-        self._still = self._still + 1 if row["spread"] < STILL else 0
+        self._still = self._still + 1 if row["spread"] < _STILL else 0
         self._away = self._away + 1 if not row["kl"] <= config.kl_limit else 0
         if self._still or self._away:
             # What may be a bad state must not replace the last good checkpoint.
