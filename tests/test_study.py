@@ -164,7 +164,7 @@ def test_verdicts_of_a_study_as_the_paper_has_it() -> None:
 
 def test_verdicts_against_the_paper() -> None:
     contrary = build([seed(n, clm=0.3, rlhf=0.3, raw_exmate=0.6, raw_clm=1.2) for n in range(5)])
-    # Named beforehand: which one is ahead on test prompts does not choose.
+    # The paper names it: who is ahead on test prompts does not choose.
     assert contrary["best"] == "exmate"
     found = letters(contrary)
     assert found["a"] == found["b"] == "contradicted"
