@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.paper.figures import NAMES, interval, methods
@@ -76,16 +76,10 @@ def control(study: Json) -> Table:
         ("overall, optimization", "optimization.overall", 3),
     )
     never = _verdict(study, "g")["evidence"]
-    rows = [
-        (
-            *cells,
-            _of(never[f"{name}: requested cells never delivered"], 1),
-        )
-        for name, cells in zip(methods(study), _of_methods(study, columns), strict=True)
-    ]
-    heads = [title for title, _, _ in columns]
-    rows.append((*_ceiling(study, columns[:3]), "", ""))
-    return Table(("method", *heads, "requested cells without a hit"), rows)
+    empty = [_of(never[f"{name}: requested cells never delivered"], 1) for name in methods(study)]
+    table = _measured(study, columns)
+    rows = [(*row, cell) for row, cell in zip(table.rows, [*empty, "–"], strict=True)]
+    return Table((*table.head, "requested cells without a hit"), rows)
 
 
 def precision(study: Json) -> Table:
@@ -97,9 +91,7 @@ def precision(study: Json) -> Table:
         ("RMSE, safety", "generalization.rmse.safety", 3),
         ("degenerate", "degenerate", 3),
     )
-    heads = [title for title, _, _ in columns]
-    rows = [*_of_methods(study, columns), (*_ceiling(study, columns[:4]), "")]
-    return Table(("method", *heads), rows)
+    return _measured(study, columns)
 
 
 def reach(study: Json) -> Table:
@@ -111,8 +103,7 @@ def reach(study: Json) -> Table:
         ("BT of neighbours, helpfulness", "generalization.bt_neighbours.helpfulness", 2),
         ("BT of neighbours, safety", "generalization.bt_neighbours.safety", 2),
     )
-    heads = [title for title, _, _ in columns]
-    return Table(("method", *heads), [*_of_methods(study, columns), _ceiling(study, columns)])
+    return _measured(study, columns)
 
 
 def leakage(study: Json) -> Table:
@@ -261,21 +252,17 @@ def filled(text: str, study: Json) -> str:
     return _BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]](study).markdown()}\n{m[3]}", text)
 
 
-def _of_methods(study: Json, columns: Sequence[tuple[str, str, int]]) -> Iterable[tuple[str, ...]]:
-    for name in methods(study):
-        found = [
-            said(*interval(study["headline"], f"{name}.{key}"), digits)
-            for _, key, digits in columns
-        ]
-        yield (NAMES[name], *found)
+def _measured(study: Json, columns: Sequence[tuple[str, str, int]]) -> Table:
+    """Return a row per method and the ceiling's; a column is a title, a key and its digits."""
 
+    def row(title: str, key: Callable[[str], str]) -> tuple[str, ...]:
+        found = (said(*interval(study["headline"], key(k)), digits) for _, k, digits in columns)
+        return (title, *found)
 
-def _ceiling(study: Json, columns: Sequence[tuple[str, str, int]]) -> tuple[str, ...]:
-    found = (
-        said(*interval(study["headline"], key.replace("generalization", "ceiling")), digits)
-        for _, key, digits in columns
-    )
-    return ("*ceiling*", *found)
+    rows = [row(NAMES[name], f"{name}.{{}}".format) for name in methods(study)]
+    # Not every measure has a ceiling.
+    rows.append(row("*ceiling*", lambda key: key.replace("generalization", "ceiling")))
+    return Table(("method", *(title for title, _, _ in columns)), rows)
 
 
 def _headline(study: Json, name: str) -> str:

@@ -248,6 +248,11 @@ class TuneConfig(Config):
     rlhf: RlhfConfig = RlhfConfig()
     """Read by ``objective: rlhf`` only."""
 
+    @property
+    def online_batch_size(self) -> int:
+        """Completions per online step of RLHF."""
+        return self.rlhf.batch_size or self.batch_size
+
 
 class EvaluateConfig(Config):
     """Sweep, then measure."""

@@ -165,7 +165,7 @@ def _tuning_seconds(recipe: Recipe, speed: Speed, row: float, rewards: float) ->
     # The reference reads what is trained on, forward only: a third of the work.
     per_row = completion / speed.sampled + 4 / 3 * text / speed.trained
     per_row += 2 * text * rewards / speed.flops
-    return warm + tune.steps * (tune.rlhf.batch_size or tune.batch_size) * per_row
+    return warm + tune.steps * tune.online_batch_size * per_row
 
 
 def _natural(recipe: Recipe) -> bool:

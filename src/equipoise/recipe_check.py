@@ -109,7 +109,7 @@ def contradictions(recipe: Recipe) -> list[tuple[Place, str]]:
     found += _optional_contradictions(recipe)
     found += _start_contradictions(recipe)
     rlhf = recipe.tune.rlhf
-    if recipe.tune.objective == "rlhf" and (rlhf.batch_size or recipe.tune.batch_size) % rlhf.group:
+    if recipe.tune.objective == "rlhf" and recipe.tune.online_batch_size % rlhf.group:
         place: Place = ("tune", "rlhf", "batch_size") if rlhf.batch_size else ("tune", "batch_size")
         text = f"`{_dotted(place)}` is no multiple of `tune.rlhf.group` ({rlhf.group})"
         found.append((place, text))

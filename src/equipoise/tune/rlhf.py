@@ -69,7 +69,6 @@ def tune_by_rlhf(
         RewardError: See :func:`control_reward`.
     """
     rlhf, started = config.rlhf, time.monotonic()
-    batch_size = rlhf.batch_size or config.batch_size
     attributes = list(reward_models)
     checkpoints.mkdir(parents=True, exist_ok=True)
 
@@ -92,7 +91,7 @@ def tune_by_rlhf(
     dtype = settled_dtype(checkpoints, config.dtype)
     online = OnlineConfig(
         steps=config.steps,
-        batch_size=batch_size,
+        batch_size=config.online_batch_size,
         group=rlhf.group,
         learning_rate=rlhf.learning_rate,
         beta=rlhf.beta,
@@ -103,7 +102,9 @@ def tune_by_rlhf(
         section="tune.rlhf",
     )
     encoder = Encoder(policy.tokenizer, manifest)
-    engine = TransformersEngine(model, encoder, model_hash="", batch_size=max(batch_size, 128))
+    engine = TransformersEngine(
+        model, encoder, model_hash="", batch_size=max(online.batch_size, 128)
+    )
     plan = AskPlan(
         prompts,
         n_attributes=len(attributes),
