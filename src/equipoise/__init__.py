@@ -55,6 +55,7 @@ _HOME = {
     "load_recipe": "recipe_io",
     "load_reward_model": "models.reward",
     "measure": "evaluate.measure",
+    "merge": "models.adapter",
     "run_all": "pipeline",
     "save_dial_model": "dials.tokens",
     "score": "pool.score",

@@ -44,6 +44,11 @@ class DialManifest(BaseModel):
     calibration: dict[str, Any] | None = None
     reward_models: dict[str, str] | None = None
     """Attribute to reward-model hash."""
+    files: dict[str, str] = {}
+    """Name to SHA-256 of every other file that decides what the model does; empty in a directory
+    of before."""
+    digest: str = ""
+    """SHA-256 of all other fields, so that a damaged manifest is noticed."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DialManifest:
@@ -114,10 +119,18 @@ def installed_tokens(vocabulary: Collection[str]) -> set[str]:
     return {text for text, m in found.items() if m[1] in attributes}
 
 
-def write_manifest(manifest: DialManifest, directory: Path) -> None:
-    """Write ``dials.json`` so that a crash leaves the old file or the new one."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
+def write_manifest(manifest: DialManifest, directory: Path) -> DialManifest:
+    """Write ``dials.json``; a crash leaves the old file or the new one. Return what is in it."""
+    whole = manifest.model_copy(update={"digest": manifest_digest(manifest)})
+    text = json.dumps(whole.model_dump(mode="json"), indent=1) + "\n"
     publish_bytes(directory / MANIFEST_NAME, text.encode())
+    return whole
+
+
+def manifest_digest(manifest: DialManifest) -> str:
+    """Return the SHA-256 of all fields but the digest itself."""
+    fields = manifest.model_dump(mode="json", exclude={"digest"})
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> DialManifest | None:
@@ -130,7 +143,7 @@ def read_manifest(directory: Path) -> DialManifest | None:
     if not path.is_file():
         return None
     try:
-        return DialManifest.model_validate_json(path.read_bytes())
+        manifest = DialManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
@@ -138,6 +151,14 @@ def read_manifest(directory: Path) -> DialManifest | None:
             why=f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}",
             fix="copy dials.json from the directory that `equipoise tune` wrote",
         ) from error
+    # Before there was a digest there was no list of files either.
+    if (manifest.files or manifest.digest) and manifest.digest != manifest_digest(manifest):
+        raise ConfigError(
+            f"{path} is not a usable manifest",
+            why="it was changed since it was written",
+            fix="copy dials.json from the directory that `equipoise tune` wrote",
+        )
+    return manifest
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

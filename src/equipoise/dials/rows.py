@@ -35,15 +35,37 @@ def _output_layer(model: PreTrainedModel) -> torch.nn.Module | None:
     return layer
 
 
+def head_bias(model: PreTrainedModel) -> torch.Tensor | None:
+    """Return the output head's bias, (V,), if it has one."""
+    return getattr(_output_layer(model), "bias", None)
+
+
 def row_count(model: PreTrainedModel) -> int:
     """Return the number of rows V of the embedding."""
-    return int(embedding(model).shape[0])
+    return int(_stored(model.get_input_embeddings()).shape[0])
 
 
 def is_tied(model: PreTrainedModel) -> bool:
     """True if the output head shares the embedding's storage (or there is no head)."""
-    output = head(model)
-    return output is None or output.data_ptr() == embedding(model).data_ptr()
+    layer = _output_layer(model)
+    return layer is None or (
+        _stored(layer).data_ptr() == _stored(model.get_input_embeddings()).data_ptr()
+    )
+
+
+def _stored(layer: torch.nn.Module) -> torch.Tensor:
+    # peft's wrapper shows a fresh copy of the weight with its trained rows in it.
+    return cast(torch.Tensor, getattr(layer, "original_module", layer).weight)
+
+
+def row_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules that hold control rows: embedding, and head if untied."""
+    wanted = [model.get_input_embeddings()]
+    output = _output_layer(model)
+    if output is not None and not is_tied(model):
+        wanted.append(output)
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(module)] for module in wanted]
 
 
 @torch.no_grad()
@@ -83,7 +105,7 @@ def add_rows(model: PreTrainedModel, table: Sequence[Sequence[int]]) -> None:
     if output is not None and not is_tied(model):
         output[old:] = output[:known].to("cpu", torch.float64).mean(0).to(output)
         output[ids] = output[:known].to("cpu", torch.float64).mean(0).to(output)
-        bias = getattr(_output_layer(model), "bias", None)
+        bias = head_bias(model)
         if bias is not None:
             bias[old:] = bias[:known].mean()
             bias[ids] = bias[:known].mean()

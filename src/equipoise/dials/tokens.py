@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equipoise.dials.manifest import DialManifest as DialManifest
+from equipoise.dials.files import file_hashes
 from equipoise.dials.manifest import (
+    MANIFEST_NAME,
     control_tokens,
     installed_tokens,
     tokenizer_hash,
     write_manifest,
 )
+from equipoise.dials.manifest import DialManifest as DialManifest
 from equipoise.dials.manifest import read_manifest as read_manifest
 from equipoise.dials.verify import verify as verify
+from equipoise.dials.verify import verify_files as verify_files
 from equipoise.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -91,6 +94,16 @@ def install(
     )
 
 
+def make_room(model: PreTrainedModel, manifest: DialManifest) -> None:
+    """Give a base the rows that it lacks for its control tokens, as :func:`install` had them."""
+    from equipoise.dials import rows
+
+    if rows.row_count(model) <= max(manifest.all_ids):
+        rows.add_rows(
+            model, [(*manifest.token_ids[a], manifest.auto_ids[a]) for a in manifest.attributes]
+        )
+
+
 def save_dial_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,15 +123,17 @@ def save_dial_model(
     lean: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(directory, **lean)
     tokenizer.save_pretrained(directory)
+    files = file_hashes(directory)
+    files.pop(MANIFEST_NAME, None)
     written = manifest.model_copy(
         update={
             "row_hashes": rows.row_hashes(model, manifest.all_ids),
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "tied": rows.is_tied(model),
+            "files": files,
         }
     )
-    write_manifest(written, directory)
-    return written
+    return write_manifest(written, directory)
 
 
 def _check_names(attributes: Sequence[str], levels: int) -> None:

@@ -6,9 +6,16 @@ model, a head tied again); the model then answers, but to no dial.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.dials.manifest import DialManifest, installed_tokens, tokenizer_hash
+from equipoise.dials.files import file_hashes
+from equipoise.dials.manifest import (
+    MANIFEST_NAME,
+    DialManifest,
+    installed_tokens,
+    tokenizer_hash,
+)
 from equipoise.errors import ModelError
 
 if TYPE_CHECKING:
@@ -30,6 +37,31 @@ def verify(
     """
     _verify_tokenizer(tokenizer, manifest)
     _verify_rows(model, manifest)
+
+
+def verify_files(directory: Path, manifest: DialManifest) -> None:
+    """Check that a directory holds the files that its manifest names, byte for byte, and no others.
+
+    A manifest of before names none.
+
+    Raises:
+        ModelError: One is changed, missing, or was added.
+    """
+    if not manifest.files:
+        return
+    found = file_hashes(directory)
+    del found[MANIFEST_NAME]
+    for name in sorted(found.keys() | manifest.files.keys()):
+        if found.get(name) != manifest.files.get(name):
+            if name not in found:
+                state = "is gone"
+            else:
+                state = "was changed" if name in manifest.files else "was added"
+            raise _refuse(
+                f"{name} {state} since dials.json was written",
+                "copy the whole directory that tuning wrote; to change a model, save it anew with "
+                "`save_dial_model`",
+            )
 
 
 def _refuse(why: str, fix: str) -> ModelError:
@@ -84,7 +116,9 @@ def _verify_rows(model: PreTrainedModel, manifest: DialManifest) -> None:
         raise _refuse(
             f"the output head has {output.shape[0]} rows, the embedding {count}", _EXPORT_AGAIN
         )
-    if rows.is_tied(model) != manifest.tied:
+    tied = rows.is_tied(model)
+    # An adapter's head is its base's, whose hash is compared; before, it counted as untied.
+    if tied != manifest.tied and not hasattr(model, "peft_config"):
         was, now = ("untied", "tied") if not manifest.tied else ("tied", "untied")
         raise _refuse(
             f"the output head was {was} when the model was tuned and is {now} now",
@@ -93,7 +127,7 @@ def _verify_rows(model: PreTrainedModel, manifest: DialManifest) -> None:
         )
     found = rows.row_hashes(model, manifest.all_ids)
     dtype = str(rows.embedding(model).dtype).removeprefix("torch.")
-    for part in ("input", "output"):
+    for part in ("input",) if tied else ("input", "output"):
         key = f"{part}/{dtype}"
         if found.get(key) != manifest.row_hashes.get(key):
             name = "embedding" if part == "input" else "output head"

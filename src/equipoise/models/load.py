@@ -5,16 +5,19 @@ Weights are read from safetensors only and code that comes with a model is never
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from equipoise.dials.files import file_sha256
 from equipoise.errors import ModelError
-from equipoise.models.hashing import cannot_load, file_sha256, model_hash
+from equipoise.models.hashing import model_hash
+from equipoise.models.read import clear_errors
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +53,7 @@ class LoadedPolicy:
     manifest: DialManifest | None
     """``None`` for a model without dials."""
     hash: str
-    """See :func:`model_hash`."""
+    """See :func:`policy_hash`."""
 
 
 def cache_root() -> Path:
@@ -166,12 +169,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a directory or hub id, with a padding token in any case."""
     from transformers import AutoTokenizer
 
-    try:
+    with clear_errors(name, " (its tokenizer)"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load(name, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -198,8 +199,12 @@ def load_causal(
     """
     from equipoise.dials import tokens
     from equipoise.dials.encode import Encoder
+    from equipoise.models.adapter import is_adapter, read_adapter
+    from equipoise.models.read import read_causal
 
     place = resolve_model(name, fitted_root=fitted_root)
+    if Path(place).is_dir():
+        place = str(Path(place).absolute())  # an adapter will remember where its base lies
     tokenizer = load_tokenizer(place)
     if not tokenizer.chat_template:
         raise ModelError(
@@ -207,8 +212,13 @@ def load_causal(
             why="Prompts are chats, and only the template says how this model was taught them.",
             fix="Use an instruction-tuned model, or add chat_template.jinja to the directory.",
         )
-    model = _read_causal(place, torch_dtype(dtype))
     manifest = tokens.read_manifest(Path(place)) if Path(place).is_dir() else None
+    if manifest is not None:
+        tokens.verify_files(Path(place), manifest)
+    if is_adapter(place):
+        model = read_adapter(Path(place), manifest, torch_dtype(dtype))
+    else:
+        model = read_causal(place, torch_dtype(dtype))
     if manifest is not None:
         tokens.verify(model, tokenizer, manifest)
     return LoadedPolicy(
@@ -216,24 +226,16 @@ def load_causal(
         tokenizer=tokenizer,
         encoder=Encoder(tokenizer, manifest),
         manifest=manifest,
-        hash=model_hash(place),
+        hash=policy_hash(place, manifest),
     )
 
 
-def _read_causal(place: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+def policy_hash(place: str, manifest: DialManifest | None) -> str:
+    """Return the model's hash; of a LoRA directory that of adapter and base together."""
+    from equipoise.models.adapter import base_of, is_adapter
 
-    adapter = Path(place) / "adapter_config.json"
-    try:
-        if adapter.is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            if not (adapter.parent / "adapter_model.safetensors").is_file():
-                # peft would fall back to a pickle.
-                raise OSError("adapter_model.safetensors is missing")
-            return AutoPeftModelForCausalLM.from_pretrained(
-                place, dtype=dtype, use_safetensors=True
-            )
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load(place, error) from error
+    own = model_hash(place)
+    if not is_adapter(place):
+        return own
+    base, _ = base_of(Path(place), manifest)
+    return hashlib.sha256(f"{own}\n{model_hash(base)}".encode()).hexdigest()

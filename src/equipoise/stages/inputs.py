@@ -118,10 +118,16 @@ def read_calibration(run: RunDir) -> Calibration:
 
 
 def policy_hash(name: str) -> str:
-    """Return the hash of the policy's files; a hub model is brought into the hub's cache first."""
+    """Return the hash of the start model's files; a hub model is brought into the cache first.
+
+    Raises:
+        ModelError: There is no such model, or it is an adapter.
+    """
+    from equipoise.models.adapter import refuse_adapter
     from equipoise.models.load import model_hash, resolve_model
 
     place = resolve_model(name)
+    refuse_adapter(place)
     if not Path(place).is_dir():
         _download(place)
     return model_hash(place)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from equipoise.dials import rows
 from equipoise.dials.tokens import DialManifest
+from equipoise.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,17 +17,27 @@ if TYPE_CHECKING:
 def add_lora(model: PreTrainedModel, manifest: DialManifest, *, rank: int, seed: int) -> Any:
     """Wrap a model that has its control tokens installed; return the peft model.
 
-    Only the adapter and the rows of the control tokens are trained and saved
-    (``trainable_token_indices``), so the adapter directory stays small and the dials are in it.
+    Only the adapter and the control tokens' rows are trained and saved, those of the embedding and
+    of an untied output head (``trainable_token_indices``), so the adapter directory stays small and
+    the dials are in it.
 
     Args:
         model: A causal LM with installed dials.
         manifest: Says which rows are the control tokens'.
         rank: LoRA rank, at least 1; alpha is twice the rank.
         seed: Of the adapter's initial weights.
+
+    Raises:
+        ModelError: The output head has a bias, which peft leaves out where it trains rows.
     """
     from peft import LoraConfig, get_peft_model
 
+    if rows.head_bias(model) is not None:
+        raise ModelError(
+            f"LoRA cannot tune models of type {model.config.model_type}",
+            why="their output head has a bias, and peft drops it where rows of a head are trained",
+            fix="tune full weights: tune.lora_rank=0",
+        )
     torch.manual_seed(seed)
     return get_peft_model(
         model,
@@ -35,6 +47,9 @@ def add_lora(model: PreTrainedModel, manifest: DialManifest, *, rank: int, seed:
             lora_alpha=2 * rank,
             lora_dropout=0.0,
             target_modules="all-linear",
-            trainable_token_indices=list(manifest.all_ids),
+            trainable_token_indices={
+                name: list(manifest.all_ids) for name in rows.row_modules(model)
+            },
+            revision=getattr(model.config, "_commit_hash", None),
         ),
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from equipoise.models.branches import branch_inputs
 from equipoise.tune.batch import ControlledBatch
 from equipoise.tune.objectives import token_log_likelihoods
 
@@ -19,31 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def branch_mask(branch_ids: Tensor) -> Tensor:
-    """Return which key each query may see: (B, T) branch ids to a boolean (B, 1, T, T).
-
-    A query sees earlier keys of the prompt and of its own branch. Padding sees itself only, since
-    a row of the mask with nothing in it would be not-a-number.
-    """
-    query, key = branch_ids[:, :, None], branch_ids[:, None, :]
-    length = branch_ids.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=branch_ids.device).tril()
-    allowed = ((key == 0) | (key == query)) & (key >= 0) & earlier
-    allowed |= torch.eye(length, dtype=torch.bool, device=branch_ids.device)
-    return allowed[:, None]
-
-
-def branch_inputs(model: PreTrainedModel, batch: ControlledBatch) -> dict[str, Tensor]:
+def read_apart(model: PreTrainedModel, batch: ControlledBatch) -> dict[str, Any]:
     """Return what ``model`` is called with to read all branches of a batch apart."""
-    mask = branch_mask(batch.branch_ids)
-    if getattr(model.config, "_attn_implementation", "sdpa") != "sdpa":
-        additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-        mask = additive.masked_fill(~mask, torch.finfo(model.dtype).min)
-    return {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "attention_mask": mask,
-    }
+    return branch_inputs(model, batch.input_ids, batch.position_ids, batch.branch_ids)
 
 
 def before_labels(batch: ControlledBatch) -> Tensor:
@@ -74,7 +53,7 @@ def branch_log_likelihoods(model: PreTrainedModel, batch: ControlledBatch) -> tu
     labelled = batch.completion_mask  # (B, N, R); never true at position 0
     n_rows, n_branches, length = labelled.shape
     with _head_at(model, before_labels(batch)):
-        output = model(**branch_inputs(model, batch), use_cache=False)
+        output = model(**read_apart(model, batch), use_cache=False)
     ids = batch.input_ids[:, -n_branches * length :].reshape(labelled.shape)
     tokens = token_log_likelihoods(output.logits, ids[labelled])  # (n labels,)
     sums = tokens.new_zeros(n_rows * n_branches)

@@ -35,7 +35,7 @@ from equipoise.tune.batch import collate as lay_out
 from equipoise.tune.checkpoints import Curve, OnStep
 from equipoise.tune.counterfactual import drop_to_auto
 from equipoise.tune.ordered import OrderedTrainer
-from equipoise.tune.prefix import before_labels, branch_inputs
+from equipoise.tune.prefix import before_labels, read_apart
 from equipoise.types import ControlledExample, DialSetting
 
 
@@ -208,7 +208,7 @@ def missing(model: Any, batch: ShiftBatch, layer: int) -> Missing:
     with torch.no_grad(), model.disable_adapter():
         plain = states_behind(model, layer, batch.plain_ids)[batch.plain_at].float()  # (n, D)
     read = before_labels(batch.dialled)
-    states = states_behind(model, layer, **branch_inputs(model, batch.dialled))[read].float()
+    states = states_behind(model, layer, **read_apart(model, batch.dialled))[read].float()
     counts = batch.plain_at.sum(dim=1).tolist()
     n_settings, width = batch.shifts.shape[1:]  # N, D
     of_texts = torch.split(states, [n_settings * count for count in counts])

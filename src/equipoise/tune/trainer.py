@@ -13,6 +13,7 @@ from torch import Tensor
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import DialManifest, install
+from equipoise.models.adapter import refuse_adapter
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
@@ -149,7 +150,11 @@ def with_dials(
     """Return the policy ready to be tuned: control tokens installed, an adapter if there is a rank.
 
     The policy is changed in place. With LoRA the model is the peft model.
+
+    Raises:
+        ModelError: The policy is a LoRA directory itself, or LoRA cannot tune its head.
     """
+    refuse_adapter(policy.model)
     manifest = install(
         policy.model,
         policy.tokenizer,

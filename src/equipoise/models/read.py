@@ -1,0 +1,156 @@
+"""Weights of a causal language model, read whole or not at all.
+
+The libraries below fill what a checkpoint lacks with random numbers and say so in a log. Here such
+a model is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from equipoise.errors import EquipoiseError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+_NAMED = 3
+"""Weights that a message names."""
+
+
+def read_config(place: str, *, revision: str | None = None) -> Any:
+    """Read the config of a model without its weights.
+
+    Raises:
+        ModelError: It cannot be read, or is of a kind that this transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    with clear_errors(place):
+        return AutoConfig.from_pretrained(place, revision=revision)
+
+
+def read_causal(place: str, dtype: torch.dtype, *, revision: str | None = None) -> Any:
+    """Read a causal language model of which every weight stands in the checkpoint.
+
+    Args:
+        place: A directory or hub id of a whole model (no adapter).
+        dtype: Number type in memory.
+        revision: Of a hub id.
+
+    Raises:
+        ModelError: Unreadable, quantised, or its weights are not those that its config asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from equipoise.models.architecture import check_architecture
+
+    check_architecture(read_config(place, revision=revision), place)
+    read: Any = AutoModelForCausalLM.from_pretrained
+    with clear_errors(place), _quiet():
+        model, found = read(
+            place, dtype=dtype, use_safetensors=True, output_loading_info=True, revision=revision
+        )
+    check_weights(place, model, found)
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"Cannot use {place}",
+            why="Its weights are quantised; control rows and gradients need plain ones.",
+            fix="Give the model that it was quantised from.",
+        )
+    return model
+
+
+def check_weights(place: str, model: Any, found: dict[str, Any]) -> None:
+    """Refuse a model that was filled up with random weights, or of which a part was left out.
+
+    Args:
+        place: For messages.
+        model: As loaded.
+        found: What ``from_pretrained(..., output_loading_info=True)`` gave beside it.
+
+    Raises:
+        ModelError: Weights are missing, have another shape, or belong to layers that the config
+            does not have.
+    """
+    from equipoise.models.layers import decoder_layers
+
+    problems = {
+        "lacks": sorted(map(str, found.get("missing_keys") or ())),
+        "holds in another shape": sorted(str(one[0]) for one in found.get("mismatched_keys") or ()),
+    }
+    try:
+        layers = decoder_layers(model)
+        name = next(n for n, module in model.named_modules() if module is layers)
+    except ModelError:
+        name = ""
+    beyond = [str(key) for key in found.get("unexpected_keys") or () if name and f"{name}." in key]
+    problems["holds beyond the layers that config.json names"] = sorted(beyond)
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            raise ModelError(
+                f"The weights of {place} are not whole",
+                why=f"What its config.json describes, the checkpoint {problem}: "
+                f"{', '.join(names[:_NAMED])}{more}.",
+                fix="Fetch the model again, or save it again with `save_pretrained` (of the model "
+                "itself, not of a wrapper such as torch.compile's).",
+            )
+
+
+@contextmanager
+def clear_errors(place: str, what: str = "") -> Iterator[None]:
+    """Turn whatever the libraries raise on a damaged model into one ModelError.
+
+    Args:
+        place: The model's name.
+        what: What it was to be used as, for the message.
+
+    Raises:
+        ModelError: In place of any other exception.
+    """
+    try:
+        yield
+    except EquipoiseError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise cannot_load(place, error, what) from error
+
+
+def cannot_load(place: str, error: Exception, what: str = "") -> ModelError:
+    """Return the error for a model that the library could not load."""
+    text = str(error).strip() or type(error).__name__
+    why, fix = text.splitlines()[0], ""
+    if type(error).__name__ == "SafetensorError":
+        why = f"A weights file is damaged: {why}. It may be a Git LFS pointer or a cut download."
+        fix = "Fetch the weights again (`git lfs pull` in a clone), and compare their sizes."
+    elif isinstance(error, ImportError):
+        why = f"It needs a package that is not installed: {why}"
+        fix = "If the weights are quantised, give the model that they were quantised from."
+    elif isinstance(error, RuntimeError):
+        why = f"Its config and its weights disagree: {why}"
+        fix = "Take config.json and weights from one place."
+    elif not isinstance(error, OSError | ValueError):
+        why = f"Its files hold something unexpected ({type(error).__name__}: {why})."
+        fix = "Check config.json and the tokenizer files against those of the model's publisher."
+    return ModelError(
+        f"Cannot load {place}{what}",
+        why=why,
+        fix=fix
+        or "Check the name, the network if it is a hub id, and that the weights are safetensors.",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # A lack of weights is announced in a table; here it is refused.
+    from transformers.utils import logging as loud
+
+    verbosity = loud.get_verbosity()
+    loud.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        loud.set_verbosity(verbosity)

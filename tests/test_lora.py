@@ -1,0 +1,162 @@
+"""LoRA directories: every kind of head comes back as it was tuned, over its own base only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.lora import CELLS, Cell, check, examples, make_base, tune_cell
+from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
+
+from equipoise import load_causal, merge, save_dial_model
+from equipoise.config import TuneConfig
+from equipoise.dials.manifest import MANIFEST_NAME
+from equipoise.errors import ModelError
+from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.tune.trainer import tune, with_dials
+
+NEW_PROCESS = (Cell(False, 0, "exmate"), Cell(True, 64, "rlhf"))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_what_was_tuned_is_what_is_loaded_and_merged(cell: Cell, tmp_path: Path) -> None:
+    found = check(cell, tmp_path, new_process=cell in NEW_PROCESS)
+    assert found["holds"], found
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An untied base, and what tuning wrote beside it, named as a user names it: relative."""
+    cell = Cell(False, 0, "clm")
+    tuned = tune_cell(cell, make_base(cell, tmp_path / "base"), tmp_path / "checkpoints")
+    save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_base_is_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell = Cell(True, 0, "clm")
+    make_base(cell, Path("base"))
+    tuned = tune_cell(cell, Path("base"), Path("checkpoints"))
+    save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, Path("adapter"))
+    monkeypatch.chdir("/")
+    assert load_causal(str(tmp_path / "adapter")).manifest is not None
+
+
+def test_another_base_under_the_same_name_is_refused(adapter: Path) -> None:
+    base = adapter.parent / "base"
+    policy = load_causal(str(base))
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.mul_(0.5)
+    policy.model.save_pretrained(base)
+    with pytest.raises(ModelError, match="another base"):
+        load_causal(str(adapter))
+
+
+def test_a_folder_that_is_gone_is_not_asked_of_the_hub(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As directories of before have it: no list of files, and the base by a relative name.
+    (adapter.parent / "base").rename(adapter.parent / "elsewhere")
+    spec = json.loads((adapter / "adapter_config.json").read_text())
+    spec["base_model_name_or_path"] = "someone/base"
+    (adapter / "adapter_config.json").write_text(json.dumps(spec))
+    dials = json.loads((adapter / MANIFEST_NAME).read_text())
+    del dials["files"], dials["digest"]
+    (adapter / MANIFEST_NAME).write_text(json.dumps(dials))
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", asked)
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", asked)
+    with pytest.raises(ModelError, match="the hub is not asked"):
+        load_causal(str(adapter))
+
+
+def test_the_hash_that_clients_see_covers_the_base(tmp_path: Path) -> None:
+    """A foreign adapter holds no hash of its base; the policy's hash has to."""
+    cell = Cell(True, 0, "clm")
+    make_base(cell, tmp_path / "base")
+    tuned = tune_cell(cell, tmp_path / "base", tmp_path / "checkpoints")
+    save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "adapter")
+    (tmp_path / "adapter" / MANIFEST_NAME).unlink()
+    before = load_causal(str(tmp_path / "adapter")).hash
+    shutil.rmtree(tmp_path / "base")
+    make_base(Cell(True, 64, "clm"), tmp_path / "base")
+    assert load_causal(str(tmp_path / "adapter")).hash != before
+
+
+def test_an_adapter_without_all_of_its_weights_is_refused(adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if "lm_head" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, path)
+    (adapter / MANIFEST_NAME).unlink()  # its list of files would say so first
+    with pytest.raises(ModelError, match="not whole"):
+        load_causal(str(adapter))
+
+
+def test_an_adapter_cannot_be_the_start_model(adapter: Path) -> None:
+    policy = load_causal(str(adapter))
+    for rank in (0, 2):
+        with pytest.raises(ModelError, match="cannot be the start model"):
+            with_dials(
+                policy, attributes=["safety"], levels=5, lora_rank=rank, base_model="", seed=0
+            )
+    merged = load_causal(str(merge(adapter, adapter.parent / "merged")))
+    with_dials(
+        merged,
+        attributes=["helpfulness", "safety"],
+        levels=5,
+        lora_rank=2,
+        base_model="",
+        seed=0,
+    )
+
+
+def test_merging_what_is_no_adapter_or_onto_a_folder_is_refused(adapter: Path) -> None:
+    for source, target in ((adapter.parent / "base", "new"), (adapter, "base")):
+        with pytest.raises(ModelError, match="Cannot merge"):
+            merge(source, adapter.parent / target)
+
+
+def test_a_head_with_a_bias_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(resolve_model("workshop://start"))
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    model = PhiForCausalLM(PhiConfig(**shape, intermediate_size=32, num_attention_heads=2))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    policy = load_causal(str(tmp_path / "base"))
+    with pytest.raises(ModelError, match="bias"):
+        with_dials(policy, attributes=["safety"], levels=5, lora_rank=2, base_model="", seed=0)
+
+
+def test_names_of_other_architectures_are_found(tmp_path: Path) -> None:
+    """GPT-2's embedding is called ``wte``, and its layers are no linear ones."""
+    tokenizer = load_tokenizer(resolve_model("workshop://start"))
+    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tuned = tune(
+        load_causal(str(tmp_path / "base")),
+        examples(),
+        TuneConfig(objective="clm", steps=2, batch_size=4, lora_rank=2, dtype="float32"),
+        attributes=("helpfulness", "safety"),
+        levels=5,
+        seed=0,
+        checkpoints=tmp_path / "checkpoints",
+    )
+    save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "adapter")
+    again = load_causal(str(tmp_path / "adapter")).model
+    ids = torch.tensor([[5, 6, 7, tuned.manifest.all_ids[0]]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, tuned.model(ids).logits)
