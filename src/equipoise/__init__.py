@@ -7,10 +7,34 @@ lives in: ``from equipoise.tune.trainer import tune``.
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+
+def _let_idle_threads_sleep() -> None:
+    """Set ``OMP_WAIT_POLICY=PASSIVE`` unless the operator has decided; too late is said.
+
+    OpenMP reads it once, when torch is loaded. Threads that spin while they wait take the cores
+    from those that they wait for: beside one busy process work comes to a halt.
+    """
+    # One thread has nobody to wait for.
+    decided = "OMP_WAIT_POLICY" in os.environ or os.environ.get("OMP_NUM_THREADS") == "1"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "torch" in sys.modules and not decided:
+        warnings.warn(
+            "torch was imported before equipoise, so its idle threads spin and may be many times "
+            "slower beside other work; import equipoise first, or set OMP_WAIT_POLICY=PASSIVE in "
+            "the environment",
+            stacklevel=3,
+        )
+
+
+_let_idle_threads_sleep()
 
 _HOME = {
     "Branch": "types",
