@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from equipoise.pipeline import run_all
-from equipoise.plan import PLANNED
+from equipoise.plan import PLANNED, read_plan
 from equipoise.pool.calibrate import Calibration
 from equipoise.progress import Progress
 from equipoise.recipe_io import load_recipe
@@ -65,8 +65,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipeline")
     recipe = load_recipe(str(write_recipe(root / "tiny.yaml", recipe_of(root))))
     # The last test draws the pictures.
-    with RunDir.open(root / "run", recipe) as run, blank_pictures():
-        page = run_all(run, progress=Progress(quiet=True))
+    said = (root / "said.txt").open("w")
+    with said, RunDir.open(root / "run", recipe) as run, blank_pictures():
+        page = run_all(run, progress=Progress(said))
     assert page == root / "run/report/report.html"
     return root / "run"
 
@@ -126,6 +127,14 @@ def test_deliveries_cover_the_grid_once(finished: Path) -> None:
             rows = [row for shard in shards for row in shard]
             cells = {(row.prompt_id, row.setting) for row in rows}
             assert len(cells) == len(rows) == 4 * settings
+
+
+def test_after_every_planned_stage_it_is_said_what_is_left(finished: Path) -> None:
+    said = (finished.parent / "said.txt").read_text().splitlines()
+    left = [line for line in said if line.startswith("left: about ")]
+    assert len(left) == len(read_plan(finished)) - 1
+    planned = [float(line.split("planned ")[1].rstrip(")")) for line in left]
+    assert planned == sorted(planned, reverse=True)
 
 
 def test_the_same_command_again_has_nothing_to_do(

@@ -50,6 +50,7 @@ def run_all(
     Raises:
         EquipoiseError: With what happened, why, and what to do; what was finished is kept.
     """
+    from equipoise.pace import Pace
     from equipoise.plan import print_plan
 
     job = _job(run, progress, text=text, fresh=fresh)
@@ -57,9 +58,12 @@ def run_all(
         if getattr(run.recipe, name) is not None:
             make(job)
     pool.prompts(job)
-    print_plan(job)
-    for stage in list(STAGES.values())[1:]:
-        stage(job)
+    pace = Pace(print_plan(job), job.progress.say)
+    with job.progress.watched(pace.check):
+        for name, stage in list(STAGES.items())[1:]:
+            pace.begin(name)
+            stage(job)
+            pace.end(run.done(name).minutes if run.is_done(name) else 0.0)
     minutes = run.minutes()
     listed = ", ".join(f"{name} {spent:.1f}" for name, spent in minutes.items())
     job.progress.say(f"minutes: {listed}; {sum(minutes.values()):.1f} in all")

@@ -47,8 +47,8 @@ class Speed:
     """Mean length of a training prompt."""
 
 
-def print_plan(job: Job) -> None:
-    """Print, and keep, the estimated minutes of every stage that is still to be done."""
+def print_plan(job: Job) -> dict[str, float]:
+    """Print, keep and return the estimated minutes of every stage that is still to be done."""
     asked = {name for name, field in OPTIONAL.items() if getattr(job.recipe, field)}
     todo = [
         name
@@ -56,7 +56,7 @@ def print_plan(job: Job) -> None:
         if not job.run.is_done(name) and (name not in OPTIONAL or name in asked)
     ]
     if not todo:
-        return
+        return {}
     job.settle_threads()
     minutes = estimate(job, probe(job))
     job.progress.say("plan (estimated minutes, from a short probe of this machine):")
@@ -67,6 +67,7 @@ def print_plan(job: Job) -> None:
     plan = {name: minutes[name] for name in todo} | read_plan(job.run.path)
     with job.run.writing():
         publish_bytes(job.run.path / PLAN, json_bytes(plan))
+    return {name: minutes[name] for name in todo}
 
 
 def read_plan(run: Path) -> dict[str, float]:

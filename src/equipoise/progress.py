@@ -22,11 +22,26 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._stream, self._quiet = stream or sys.stderr, quiet
+        self._above: Callable[[str], None] | None = None
+        self._watch: Callable[[], None] = lambda: None
 
     def say(self, text: str) -> None:
-        """Print one line (or several)."""
-        if not self._quiet:
+        """Print one line (or several); above a bar if one is shown."""
+        if self._quiet:
+            return
+        if self._above is not None:
+            self._above(text)
+        else:
             print(text, file=self._stream, flush=True)
+
+    @contextmanager
+    def watched(self, watch: Callable[[], None]) -> Iterator[None]:
+        """Call ``watch`` whenever a task has got on."""
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = lambda: None
 
     @contextmanager
     def task(self, name: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
@@ -41,9 +56,16 @@ class Progress:
             yield lambda _count: None
         elif self._stream.isatty():
             with self._bar(name, total, done) as advance:
-                yield advance
+                yield self._followed(advance)
         else:
-            yield self._lines(name, total, done)
+            yield self._followed(self._lines(name, total, done))
+
+    def _followed(self, advance: Callable[[int], None]) -> Callable[[int], None]:
+        def followed(units: int) -> None:
+            advance(units)
+            self._watch()
+
+        return followed
 
     @contextmanager
     def steps(self, name: str) -> Iterator[Callable[[int, int], None]]:
@@ -99,7 +121,11 @@ class Progress:
         )
         with Bars(*columns, console=Console(file=self._stream)) as bars:
             task = bars.add_task(name, total=total, completed=done)
-            yield lambda units: bars.advance(task, units)
+            self._above = lambda text: bars.console.print(text, markup=False, highlight=False)
+            try:
+                yield lambda units: bars.advance(task, units)
+            finally:
+                self._above = None
 
 
 def _clock(seconds: float) -> str:

@@ -20,6 +20,13 @@ SECONDS = 0.4
 """Time given to each number of threads."""
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def settle_threads(run_dir: Path, model: Path | None) -> int:
     """Set torch's threads as this run first settled them, and return their number.
 

@@ -75,8 +75,9 @@ def bake(
 def doctor() -> None:
     """Check the parts that runs depend on; exit code 1 if one is missing."""
     import importlib.metadata
-    import os
     import shutil
+
+    from equipoise.threads import cores
 
     bad = 0
     print(f"python      {sys.version.split()[0]}")
@@ -86,8 +87,7 @@ def doctor() -> None:
         except importlib.metadata.PackageNotFoundError:
             bad += 1
             print(f"{name:<11} MISSING  fix: pip install -c constraints.txt equipoise")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"cores       {cores}")
+    print(f"cores       {cores()}")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     note = "" if free > 2 else "  LOW  fix: a run of a small real model needs about 2 GiB"
     print(f"free disk   {free:.1f} GiB{note}")
