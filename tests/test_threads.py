@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from equipoise import threads
+
 VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 COMMAND = """
 from equipoise.cli.main import main
@@ -50,3 +52,24 @@ def test_who_imports_torch_first_is_told_once(given: dict[str, str], warned: int
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("import equipoise first") == warned
     assert ("<string>:3" in done.stderr) == bool(warned)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "four", "expected"),
+    [
+        ([100, 100, 100, 100], [180, 180, 180, 180], [300, 300, 300, 300], 4),
+        ([10, 100, 100, 100], [60, 60, 60, 60], [50, 50, 50, 50], 1),  # a burst of other work
+        ([100, 100, 100, 100], [105, 105, 105, 105], [107, 107, 107, 107], 1),  # hardly a gain
+        ([100, 100, 100, 100], [20, 20, 20, 20], [150, 150, 150, 150], 4),
+    ],
+)
+def test_the_number_of_threads_is_not_that_of_one_moment(
+    one: list[int],
+    two: list[int],
+    four: list[int],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speeds = {1: iter(one), 2: iter(two), 4: iter(four)}
+    monkeypatch.setattr(threads, "_speed", lambda _width, n: float(next(speeds[n])))
+    assert threads.fastest(64, most=4) == expected
