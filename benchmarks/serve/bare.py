@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from equipoise.models.load import LoadedPolicy
 from equipoise.types import Sampling
 
@@ -18,6 +16,8 @@ def bare_generate(
     A batch ends with its longest row, and rows that are done go on as padding: so it counts the
     tokens up to the end token only, as the others do.
     """
+    import torch
+
     encoder, lengths = loaded.encoder, list[int]()
     ends = torch.tensor(sorted(encoder.eos_ids))
     for at in range(0, len(prompts), batch_size):
