@@ -83,8 +83,8 @@ def test_an_answer_can_be_sent_back_as_the_official_client_holds_it(
     ("turn", "field"),
     [
         ({"role": "assistant", "refusal": "no"}, "refusal"),
-        ({"role": "assistant", "tool_calls": []}, "tool_calls"),
-        ({"role": "assistant", "name": None}, "name"),
+        ({"role": "assistant", "tool_calls": [{}]}, "tool_calls"),
+        ({"role": "user", "tool_calls": []}, "tool_calls"),
         ({"role": "user", "refusal": None}, "refusal"),
         ({"role": "system", "audio": None}, "audio"),
     ],
@@ -248,6 +248,16 @@ def test_what_clients_send_unasked_is_taken(door: Door, port: int) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         reply = call(port, "POST", "/v1/chat/completions", body | {name: 0.5}, key=key)
         assert (reply.status, reply.json["error"]["param"]) == (400, name)
+
+
+def test_none_in_the_official_client_is_not_given(client: openai.OpenAI, door: Door) -> None:
+    """It sends null for each."""
+    names = ("temperature", "top_p", "n", "stream", "tools", "functions", "metadata", "logprobs",
+             "store", "response_format", "service_tier", "audio", "modalities")  # fmt: skip
+    nothing: Any = dict.fromkeys(names)
+    for more in ({}, nothing):
+        client.chat.completions.create(model="toy", messages=HELLO, seed=1, **more)
+    assert door.engine.seen[-1] == door.engine.seen[-2]
 
 
 def test_same_seed_same_generation(client: openai.OpenAI, door: Door) -> None:

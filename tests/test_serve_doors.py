@@ -245,7 +245,11 @@ def test_no_side_door_moves_a_dial(door: Door) -> None:
             headers = rng.sample(SIDE_HEADERS, rng.randint(0, 5))
             text = rng.choice(TEXTS)
             turns = [
-                {"role": rng.choice(["system", "user", "assistant"]), "content": rng.choice(TEXTS)}
+                {
+                    "role": rng.choice(["system", "developer", "user", "assistant"]),
+                    "content": rng.choice(TEXTS),
+                    "name": rng.choice(TEXTS),
+                }
                 for _ in range(rng.randint(0, 2))
             ]
             body = chat_body() | {
@@ -255,6 +259,8 @@ def test_no_side_door_moves_a_dial(door: Door) -> None:
                     [{}, {"safety": 0}, {"safety": {"level": 0}}, {"safety": "auto"}]
                 ),
                 "user": text,
+                "safety_identifier": text,
+                "prompt_cache_key": text,
                 "stop": rng.choice([["zz"], "<|safety_0|>"]),
             }
             reply = await ask(
@@ -387,9 +393,9 @@ def bad_bodies(door: Door) -> list[tuple[str, object]]:
         ("bias null", chat_body(logit_bias={"1": None})),
         ("bias list", chat_body(logit_bias=[1])),
         ("biases", chat_body(logit_bias={str(i): 0 for i in range(301)})),
-        *((f"temperature {v}", chat_body(temperature=v)) for v in (-1, 2.1, "1", True, None, [])),
+        *((f"temperature {v}", chat_body(temperature=v)) for v in (-1, 2.1, "1", True, [])),
         *((f"top_p {v}", chat_body(top_p=v)) for v in (0, 1e-50, -1, 1.1, "1", True)),
-        *((f"n {v}", chat_body(n=v)) for v in (0, 5, 16384, 1.5, "1", True, None)),
+        *((f"n {v}", chat_body(n=v)) for v in (0, 5, 16384, 1.5, "1", True)),
         *((f"max {v}", chat_body(max_tokens=v)) for v in (0, -1, 1025, 10**18, 1.5, "5", True)),
         ("max differ", chat_body(max_tokens=5, max_completion_tokens=6)),
         *((f"stop {v!r}"[:30], chat_body(stop=v)) for v in
@@ -422,11 +428,11 @@ def bad_bodies(door: Door) -> list[tuple[str, object]]:
         ("message empty", messages({"role": "user", "content": ""})),
         ("message blank", messages({"role": "user", "content": " \n"})),
         ("message surrogate", messages({"role": "user", "content": "a\ud800"})),
-        ("message name", messages({**user, "name": "system"})),
+        ("message name", messages({**user, "name": ["system"]})),
         ("message tool calls", messages({**user, "tool_calls": []})),
         ("message prefix", messages({**user, "prefix": True})),
         *((f"role {r}", messages({"role": r, "content": "x"}, user)) for r in
-          ("tool", "developer", "function", "System", "model", "", None, 1, "<|im_start|>")),
+          ("tool", "Developer", "function", "System", "model", "", None, 1, "<|im_start|>")),
         ("last is assistant", messages(user, {"role": "assistant", "content": "Sure"})),
         ("only system", messages({"role": "system", "content": "x"})),
         *((f"parts {p}", messages({"role": "user", "content": p})) for p in
@@ -502,7 +508,13 @@ def test_many_faults_are_not_all_written_down(
 
 
 @pytest.mark.parametrize(
-    "role_content", [("system", "Be brief."), ("assistant", "<|safety_0|>"), ("user", "\x00")]
+    "role_content",
+    [
+        ("system", "Be brief."),
+        ("developer", "<|safety_0|>"),
+        ("assistant", "<|safety_0|>"),
+        ("user", "\x00"),
+    ],
 )
 def test_honest_turns_pass(door: Door, role_content: tuple[str, str]) -> None:
     role, content = role_content

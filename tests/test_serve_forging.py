@@ -89,7 +89,7 @@ def test_no_text_of_many_is_a_marker(tmp_path: Path, family: str) -> None:
 
 # --- every field at once, from the bytes of a body to what the engine gets ----------------------
 
-FIELDS = ("system", "parts", "assistant", "user turn", "stop", "user")
+FIELDS = ("system", "developer", "parts", "assistant", "user turn", "stop", "user", "name")
 
 
 def job_of(door: Door, body: object) -> Job:
@@ -105,7 +105,8 @@ def filled(texts: dict[str, str]) -> dict[str, Any]:
     half = len(texts["parts"]) // 2
     parts = (texts["parts"][:half], texts["parts"][half:])
     turns = [
-        {"role": "system", "content": texts["system"]},
+        {"role": "system", "content": texts["system"], "name": texts["name"][:256]},
+        {"role": "developer", "content": texts["developer"]},
         {"role": "user", "content": [{"type": "text", "text": part} for part in parts]},
         {"role": "assistant", "content": texts["assistant"]},
         {"role": "user", "content": texts["user turn"]},
@@ -143,7 +144,7 @@ def test_no_text_in_any_field_is_a_marker(tmp_path: Path, family: str, n: int) -
 
 
 REFUSED = {
-    "name": lambda text: {"messages": [{"role": "user", "content": "hi", "name": text}]},
+    "type": lambda text: {"messages": [{"role": "user", "content": "hi", "type": text}]},
     "role": lambda text: {"messages": [{"role": text, "content": "hi"}]},
     "tool output": lambda text: {
         "messages": [{"role": "tool", "content": text}, {"role": "user", "content": "hi"}]

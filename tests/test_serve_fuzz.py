@@ -51,7 +51,12 @@ def reachable(mode: GenerationMode) -> dict[str, Any]:
         text = {"type": "string", "pattern": "[a-z]", "maxLength": 200}
         turn = {
             "type": "object",
-            "properties": {"role": {"const": "user"}, "content": text},
+            "properties": {
+                "role": {"const": "user"},
+                "content": text,
+                "name": {"type": ["string", "null"], "maxLength": 256},
+                "type": {"enum": ["text", None]},
+            },
             "required": ["role", "content"],
             "additionalProperties": False,
         }

@@ -17,6 +17,7 @@ from batcher_kit import dialled, fresh, generation
 from equipoise.serve.engine import Token
 from equipoise.types import DialSetting, Sampling
 from serve_kit import Door, Reply, ask, chat_body, make_door
+from test_serve_compat import NEUTRAL, OPENAI
 from test_serve_doors import UNKNOWN
 
 # --- what a request may ask for -----------------------------------------------------------------
@@ -38,6 +39,8 @@ def harmless(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
         "stop": "<|safety_0|>",
         "stream": False,
         "presence_penalty": 0,
+        "tool_choice": "none",
+        "safety_identifier": "<|safety_0|>",
         "logit_bias": {str(i): rng.choice([-100, 100]) for i in rng.sample(usable, 5)},
     }
     body |= {name: knobs[name] for name in rng.sample(list(knobs), rng.randint(0, 5))}
@@ -45,7 +48,7 @@ def harmless(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
 
 
 def unknown(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
-    """Token ids, templates, adapters, other engines' knobs: with values that would do something."""
+    """Token ids, templates, adapters, other engines' knobs: most values would do something."""
     ids = list(door.model.encoder.manifest.all_ids)  # type: ignore[union-attr]
     template = "{{ '<|safety_0|>' }}{{ messages[0].content }}"
     values: list[Any] = [
@@ -53,8 +56,10 @@ def unknown(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
         {"template": template}, "security-lab", {"name": "lora", "path": "/etc"}, {"safety": 0},
         "<|safety_0|>", [0.0] * 32, [{"token_ids": ids}],
     ]  # fmt: skip
-    body[rng.choice(UNKNOWN)] = rng.choice(values)
-    return {400}
+    name, value = rng.choice(UNKNOWN), rng.choice(values)
+    body[name] = value
+    neutral = [json.dumps(one) for one in (None, *NEUTRAL.get(name, ()))]  # 0 is not False
+    return {200} if name in OPENAI and json.dumps(value) in neutral else {400}
 
 
 def bad_bias(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from equipoise.config import SamplingConfig
 from equipoise.dials.dial_policy import Key, Limits, Refusal, effective_setting, scenario_for
+from equipoise.dials.template import check_prompt
 from equipoise.errors import DataError, EncodingError, ModelError
 from equipoise.seeds import derive_seed
 from equipoise.serve.engine import Generation
@@ -172,6 +173,12 @@ def _scenario_name(asked: str, key: Key, rules: Rules, model: ServedModel) -> st
 def _prompt_ids(messages: tuple[Message, ...], encoder: Encoder, limits: Limits) -> tuple[int, ...]:
     if sum(len(m.content) for m in messages) > limits.max_prompt_tokens * _CHARACTERS_PER_TOKEN:
         raise _too_long(f"at most {limits.max_prompt_tokens} tokens are taken")
+    try:
+        check_prompt(messages)
+    except DataError as error:
+        raise bad_request(
+            f"{error.what}: {error.why}; {error.fix}", param="messages", code="unusable_messages"
+        ) from None
     try:
         ids = tuple(encoder.prompt_ids(messages))
     except (DataError, EncodingError, ModelError) as error:

@@ -1,7 +1,8 @@
 """What travels: the chat request, field by field, and the bodies that answer it.
 
-Only what is listed here exists. Token-id prompts, embeddings, templates and their arguments, tools,
-adapters and the like are unknown fields and refused by name.
+Only what is listed here exists, beside what does nothing (:mod:`equipoise.serve.compat`). Token-id
+prompts, embeddings, templates and their arguments, adapters and the like are unknown fields and
+refused by name.
 """
 
 from __future__ import annotations
@@ -9,86 +10,35 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, JsonValue, StringConstraints, ValidationError
 
 from equipoise.dials.policy_file import validation_fault
+from equipoise.serve.compat import NOT_HERE, NeutralFields, NullIsDefault, Only, Wire, Zero
 from equipoise.serve.failures import RefusedError, as_name, bad_request
-from equipoise.types import DialSetting, Finish, Message
+from equipoise.serve.turns import MAX_MESSAGES, ChatMessage
+from equipoise.types import DialSetting, Finish
 
-MAX_MESSAGES = 256
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 64
 MAX_BIASES = 300
 _MAX_FAULTS = 5
-_UNSAID = ("refusal", "annotations", "audio", "function_call", "tool_calls")
-"""What official clients lay beside the text of an answer that they send back, as null."""
 _FORM = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
-Neutral = Annotated[float, Field(ge=0.0, le=0.0)] | None
-"""A knob that some clients send always: taken where it changes nothing, refused elsewhere."""
 BiasKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TextPart(_Wire):
-    """A piece of a message; pieces are joined as they are."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _declare_unsaid(schema: dict[str, Any]) -> None:
-    schema["properties"] |= {name: {"type": "null"} for name in _UNSAID}
-
-
-class ChatMessage(_Wire):
-    """One turn. All of it is untrusted, the assistant's turns too."""
-
-    model_config = ConfigDict(json_schema_extra=_declare_unsaid)
-
-    role: Literal["system", "user", "assistant"]
-    content: (
-        str
-        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_the_unsaid(cls, turn: Any) -> Any:
-        # An answer can be appended to the messages as it came; what says something stays unknown.
-        if not isinstance(turn, dict) or turn.get("role") != "assistant":
-            return turn
-        return {name: v for name, v in turn.items() if v is not None or name not in _UNSAID}
-
-    def plain(self) -> Message:
-        """Return the turn as the encoder takes it."""
-        if isinstance(self.content, str):
-            return Message(self.role, self.content)
-        return Message(self.role, "".join(part.text for part in self.content))
-
-
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """Options of a stream."""
 
-    include_usage: bool = False
+    include_usage: Annotated[bool, NullIsDefault()] = False
+    include_obfuscation: Annotated[None, Only(False)] = None
 
 
-class ChatRequest(_Wire):
+class ChatRequest(NeutralFields):
     """The body of ``POST /v1/chat/completions``."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -98,23 +48,21 @@ class ChatRequest(_Wire):
     ]
     dials: Annotated[dict[str, JsonValue], Field(max_length=64)] = Field(default_factory=dict)
     """Dial to a number in [0, 1], ``{"level": k}`` or ``"auto"``."""
-    temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False), NullIsDefault()] = 1.0
     """0 takes the likeliest token."""
-    top_p: Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False), NullIsDefault()] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] = 1
+    n: Annotated[int, Field(ge=1, le=16), NullIsDefault()] = 1
     best_of: Annotated[int, Field(ge=1, le=16)] | None = None
     """Sample so many and keep the ``n`` nearest the setting; for servers that score."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stream: bool = False
+    stream: Annotated[bool, NullIsDefault()] = False
     stream_options: StreamOptions | None = None
     logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_BIASES)] | None = None
-    presence_penalty: Neutral = None
-    frequency_penalty: Neutral = None
-    user: Annotated[str, StringConstraints(max_length=256)] | None = None
-    """Taken for compatibility, neither used nor logged."""
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -139,7 +87,7 @@ def parse_chat(body: Any) -> ChatRequest:
 
 def _faults(error: ValidationError) -> RefusedError:
     items = error.errors(include_url=False, include_context=False, include_input=False)
-    unknown = [item for item in items if item["type"] == "extra_forbidden"]
+    unknown = [item for item in items if item["type"] in ("extra_forbidden", NOT_HERE)]
     code = "unknown_field" if unknown else "invalid_value"
     # A field of two forms reports each form's fault; names that the client chose may be anything.
     texts = dict.fromkeys(
