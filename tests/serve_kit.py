@@ -162,6 +162,7 @@ def make_door(
     content_log: bool = False,
     now_ns: Callable[[], int] = time.monotonic_ns,
     model: ServedModel | None = None,
+    cors_origins: Sequence[str] = (),
     **engine: Any,
 ) -> Door:
     """Return a door with the example policy and two keys.
@@ -188,6 +189,7 @@ def make_door(
         fake,
         source.current,
         hosts=HOSTS,
+        cors_origins=cors_origins,
         content_log=ContentLog(folder / "content.jsonl", days=1) if content_log else None,
         now_ns=now_ns,
     )

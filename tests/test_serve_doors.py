@@ -63,7 +63,7 @@ def test_the_table_is_all_there_is(door: Door) -> None:
     }
     assert all(isinstance(route, APIRoute) for route in door.app._app.routes)  # type: ignore[attr-defined]
     assert routes == {(method, path) for method, path, _ in ROUTES}
-    assert [path for _, path, _ in ROUTES if path == OPEN_PATH] == ["/healthz"]
+    assert [method for method, path, _ in ROUTES if path == OPEN_PATH] == ["GET", "HEAD"]
 
 
 def test_no_route_takes_anything_but_the_request(door: Door) -> None:
@@ -115,6 +115,7 @@ def test_what_is_no_route_needs_a_key_too(door: Door, path: str) -> None:
 
 def test_only_reading_health_is_open(door: Door) -> None:
     assert send(door, method="GET", path="/healthz").status == 200
+    assert send(door, method="HEAD", path="/healthz").status == 200
     assert send(door, method="POST", path="/healthz").status == 401
 
 

@@ -46,6 +46,15 @@ def serve(
         list[str] | None,
         typer.Option("--allow-host", metavar="NAME", help="A further Host header to serve."),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin",
+            metavar="ORIGIN",
+            help="Pages of this origin (https://app.example.org) may call it; may be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     content_log: Annotated[
         Path | None,
         typer.Option("--content-log", metavar="FILE", help="Log prompts and completions here."),
@@ -88,6 +97,7 @@ def serve(
         name=name,
         slots=slots,
         allow_hosts=tuple(allow_host or ()),
+        cors_origins=tuple(cors_origin or ()),
         content_log=content_log,
         content_log_days=content_log_days,
         drain_seconds=drain_seconds,

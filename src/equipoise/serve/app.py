@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from equipoise.serve.answer import Answer
 from equipoise.serve.auth import CLIENT_LEFT, VISIT, Gate, Visit
 from equipoise.serve.chat import Job, ServedModel, prepare
+from equipoise.serve.cors import Cors
 from equipoise.serve.failures import RefusedError, internal_error, json_bytes, not_ready, not_scored
 from equipoise.serve.limits import Admission, RateLimit
 from equipoise.serve.listing import list_models
@@ -146,13 +147,17 @@ async def chat(house: House, request: Request) -> Response:
     return Answer(job, house.engine, house.model.encoder, house.admission, done, house.scorer)
 
 
+_READ: tuple[tuple[str, Callable[[House, Request], Any]], ...] = (
+    ("/healthz", healthz),
+    ("/readyz", readyz),
+    ("/metrics", metrics),
+    ("/openapi.json", openapi),
+    ("/v1/models", models),
+    ("/v1/models/{name}", model),
+)
 ROUTES: tuple[tuple[str, str, Callable[[House, Request], Any]], ...] = (
-    ("GET", "/healthz", healthz),
-    ("GET", "/readyz", readyz),
-    ("GET", "/metrics", metrics),
-    ("GET", "/openapi.json", openapi),
-    ("GET", "/v1/models", models),
-    ("GET", "/v1/models/{name}", model),
+    # The body that HEAD leaves out is dropped below us, where its length is known.
+    *((method, path, endpoint) for path, endpoint in _READ for method in ("GET", "HEAD")),
     ("POST", "/v1/chat/completions", chat),
 )
 
@@ -163,6 +168,7 @@ def build_app(
     rules: Callable[[], Rules | None],
     *,
     hosts: frozenset[str],
+    cors_origins: Sequence[str] = (),
     content_log: ContentLog | None = None,
     scorer: LiveScorer | None = None,
     drain_seconds: float = 30.0,
@@ -175,6 +181,7 @@ def build_app(
         engine: Started and drained with the application.
         rules: Returns the rules in force.
         hosts: Host names that are served.
+        cors_origins: Origins of pages that may read answers.
         content_log: Where texts go, if the operator wants them.
         scorer: Scores every answer; ``model.scored`` says the same to the door.
         drain_seconds: How long running answers may take when the server stops.
@@ -221,6 +228,7 @@ def build_app(
         rate=RateLimit(now_ns),
         model_hash=model.hash,
         metrics=house.metrics,
+        cors=Cors(cors_origins, [(method, path) for method, path, _ in ROUTES]),
     )
     return gate, house
 

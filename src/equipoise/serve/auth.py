@@ -1,5 +1,7 @@
 """The gate before every route: host, key, sizes, rate. Nothing but ``/healthz`` is open.
 
+Preflights of pages that the operator has listed need no key; see :mod:`equipoise.serve.cors`.
+
 Plain ASGI around the whole app, so that a route cannot be added without it, and deny by default: a
 path that is no route is answered 401 without a key as well. It is also the one place where errors
 become responses and where a request is logged: sizes, dials and hashes, never a text or a key.
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from equipoise.serve import keys
+from equipoise.serve.cors import Cors
 from equipoise.serve.failures import RefusedError, internal_error, json_bytes
 from equipoise.serve.limits import RateLimit, check_headers, read_body
 from equipoise.serve.metrics import Metrics
@@ -58,6 +61,7 @@ class Gate:
         rate: Counts requests per key.
         model_hash: Named in every response to a key, beside the hash of the policy.
         metrics: Counts responses.
+        cors: Says which pages of other origins may read what is answered.
     """
 
     def __init__(
@@ -69,10 +73,11 @@ class Gate:
         rate: RateLimit,
         model_hash: str,
         metrics: Metrics,
+        cors: Cors,
     ) -> None:
         self._app, self._rules = app, rules
         self._hosts, self._rate, self._metrics = hosts, rate, metrics
-        self._model_hash = model_hash
+        self._model_hash, self._cors = model_hash, cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or refuse it."""
@@ -93,6 +98,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 extra = ((b"x-request-id", request_id.encode()), _NO_SNIFF, *known.items())
+                extra += tuple(self._cors.headers(scope))
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
@@ -130,6 +136,11 @@ class Gate:
             return
         self._check_host(scope)
         check_headers(scope)
+        preflight = self._cors.preflight(scope)
+        if preflight is not None:
+            await send({"type": "http.response.start", "status": 204, "headers": preflight})
+            await send({"type": "http.response.body"})
+            return
         rules, key = self._recognised(scope, record, known)
         limits = rules.policy.limits
         self._rate.take(key.id, key.requests_per_minute or limits.requests_per_minute)

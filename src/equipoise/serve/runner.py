@@ -42,6 +42,8 @@ class ServeOptions:
     """Name of the model in the API; by default that of its directory."""
     slots: int = 16
     allow_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    """Origins of pages that may read answers; see :mod:`equipoise.serve.cors`."""
     content_log: Path | None = None
     content_log_days: int = 30
     drain_seconds: int = 30
@@ -51,8 +53,12 @@ def check_start(options: ServeOptions) -> None:
     """Refuse to listen where strangers are without keys of the operator's own.
 
     Raises:
-        ConfigError: The address is not a loopback one, and there are no keys.
+        ConfigError: The address is not a loopback one, and there are no keys; or an origin is none.
     """
+    from equipoise.serve.cors import check_origin
+
+    for origin in options.cors_origins:
+        check_origin(origin)
     if options.keys is None and not options.environment_keys and not _is_loopback(options.host):
         raise ConfigError(
             f"refusing to listen on {options.host} without keys",
@@ -160,6 +166,7 @@ def serve(
         engine,
         source.current,
         hosts=allowed_hosts(options),
+        cors_origins=options.cors_origins,
         content_log=content_log,
         scorer=scorer,
         drain_seconds=options.drain_seconds,
