@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from equipoise.cli.main import main
-from equipoise.dials.dial_policy import Key
+from equipoise.dials.dial_policy import Key, scenario_for
 from equipoise.dials.policy_file import parse_policy
 from equipoise.errors import ConfigError
 from equipoise.serve import keys as keys_module
@@ -283,6 +283,35 @@ def test_broken_keys_let_nobody_in(tmp_path: Path) -> None:
     assert asyncio.run(status()) == 200
 
 
+def test_a_key_for_a_scenario_that_is_not_there_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    door = make_door(tmp_path)
+    keys = ["--keys", str(door.keys_file)]
+    assert command("keys", "new", "a", *keys, "--scenario", "nope", "--scenario", "kids") == 0
+    assert command("keys", "new", "b", *keys, "--scenario", "gone") == 0
+    a, b = (key.id for key in read_keys(door.keys_file)[-2:])
+    keys_module.revoke_key(door.keys_file, b)
+
+    def warnings() -> list[str]:
+        caplog.clear()
+        for _ in range(3):
+            door.rules()
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    said = f"key {a}: the policy has no scenario nope; what it asks for there gets 404"
+    assert warnings() == [said]
+    door.source.reload()
+    assert warnings() == []
+    policy = example_policy()
+    policy["scenarios"]["nope"] = policy["scenarios"]["kids"]
+    rewrite(door.policy_file, policy)
+    assert warnings() == []
+    del policy["scenarios"]["nope"]  # and the policy may lose it later
+    rewrite(door.policy_file, policy)
+    assert warnings() == [said]
+
+
 def test_a_change_within_one_tick_of_the_clock_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,6 +423,8 @@ def test_loopback_gets_a_key_of_its_own(tmp_path: Path, host: str) -> None:
     assert rules is not None and secret is not None
     assert find(rules.keys, secret) is not None
     assert set(rules.keys[0].scenarios) == set(rules.policy.scenarios)
+    assert next(iter(rules.policy.scenarios)) != rules.policy.default_scenario
+    assert scenario_for(rules.policy, rules.keys[0], None) == rules.policy.default_scenario
 
 
 def test_keys_may_come_from_the_environment(

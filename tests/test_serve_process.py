@@ -20,9 +20,11 @@ from pathlib import Path
 import openai
 import pytest
 
+from equipoise.cli.main import main
 from equipoise.dials.dial_policy import Key
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install, save_dial_model
+from equipoise.serve import runner
 from equipoise.serve.keys import add_key, digest, new_secret
 from serve_kit import call, chat_body, example_policy, policy_text, wait_for
 from tuning_kit import tiny_policy
@@ -209,6 +211,21 @@ def test_the_whole_life_of_a_server(served: Served) -> None:
     assert "OUTBOUND" not in said
     assert "canary" not in said and key not in said
     assert said.count('"status": 200') >= 4
+
+
+def test_a_start_warns_of_keys_for_scenarios_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "equipoise.serve")
+    monkeypatch.setattr(runner, "run_app", lambda app, **_: None)
+    monkeypatch.setattr(runner, "_log_to_stderr", lambda: None)
+    keys = tmp_path / "keys.json"
+    add_key(keys, Key(id="k", sha256=digest("x"), scenarios=("nope",)))
+    command = ["serve", str(save_toy(tmp_path)), "--policy", "example", "--keys", str(keys)]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--port", str(free_port())])
+    assert not ended.value.code
+    assert "key k: the policy has no scenario nope" in caplog.text
 
 
 def test_a_start_without_keys_prints_one_and_ends_though_every_step_hangs(tmp_path: Path) -> None:

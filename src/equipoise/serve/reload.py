@@ -71,6 +71,8 @@ class RulesSource:
         self._first = _stamp(policy)
         """What lay there at the start is what the operator started the server with."""
         self._rules: Rules | None = None
+        self._lost: list[tuple[str, str]] = []
+        """Of the rules last in force: key id and a scenario of the key that the policy lacks."""
 
     def current(self) -> Rules | None:
         """Return the rules in force, or ``None`` if there are none; never raises."""
@@ -89,8 +91,10 @@ class RulesSource:
             if not closed and self._is_being_written(stamp[0]):
                 _log.error("no dial policy in force: it is new and does not end with a line `...`")
                 self._stamp = self._rules = None
-            elif before is None or before.policy_hash != self._rules.policy_hash:
+                return None
+            if before is None or before.policy_hash != self._rules.policy_hash:
                 _log.info("dial policy %s in force", self._rules.policy_hash[:12])
+            self._warn_of_lost_scenarios(self._rules)
         return self._rules
 
     def reload(self) -> None:
@@ -123,6 +127,26 @@ class RulesSource:
                 )
         server = Server(self._attributes, self._levels, policy.server, policy.round_up)
         return Rules(policy, policy.hash, keys, server), is_closed(data)
+
+    def _warn_of_lost_scenarios(self, rules: Rules) -> None:
+        """Log each once; no error, as a policy may well drop a scenario that keys still name."""
+        before, self._lost = (
+            self._lost,
+            [
+                (key.id, name)
+                for key in rules.keys
+                if not key.revoked
+                for name in key.scenarios
+                if name not in rules.policy.scenarios
+            ],
+        )
+        for key_id, name in self._lost:
+            if (key_id, name) not in before:
+                _log.warning(
+                    "key %s: the policy has no scenario %s; what it asks for there gets 404",
+                    key_id,
+                    name,
+                )
 
     def _stamps(self) -> _Stamp:
         return tuple(_stamp(path) for path in (self._policy, self._keys) if path is not None)

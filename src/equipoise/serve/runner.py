@@ -128,7 +128,9 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
             )
         return source, None
     secret = new_secret()
-    key = Key(id="this-start", sha256=digest(secret), scenarios=tuple(rules.policy.scenarios))
+    first = rules.policy.default_scenario
+    scenarios = (first, *(name for name in rules.policy.scenarios if name != first))
+    key = Key(id="this-start", sha256=digest(secret), scenarios=scenarios)
     return read(fixed_keys=(key,)), secret
 
 
@@ -172,6 +174,7 @@ def serve(
         drain_seconds=options.drain_seconds,
     )
     _log_to_stderr()
+    source.current()  # what is odd about it is to be seen now, not at the first request
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
     print(f"{model.name} on {url}/v1 with policy {options.policy}", file=sys.stderr)
     if secret is not None:
