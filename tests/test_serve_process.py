@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -24,7 +25,10 @@ from equipoise.cli.main import main
 from equipoise.dials.dial_policy import Key
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install, save_dial_model
+from equipoise.errors import ConfigError
+from equipoise.models import load as models_load
 from equipoise.serve import runner
+from equipoise.serve.connection import listening
 from equipoise.serve.keys import add_key, digest, new_secret
 from serve_kit import call, chat_body, example_policy, policy_text, wait_for
 from tuning_kit import tiny_policy
@@ -211,6 +215,54 @@ def test_the_whole_life_of_a_server(served: Served) -> None:
     assert "OUTBOUND" not in said
     assert "canary" not in said and key not in said
     assert said.count('"status": 200') >= 4
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_busy_port_is_said_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    keys = tmp_path / "keys.json"
+    add_key(keys, Key(id="k", sha256=digest("x")))
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "nowhere", "--policy", "example", "--keys", str(keys),
+                  "--host", host, "--port", port])  # fmt: skip
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and said.out == ""
+    assert f"cannot listen on {host}, port {port}" in said.err
+    assert "Address already in use" in said.err and "--port" in said.err
+    assert "Errno" not in said.err and "/v1 with policy" not in said.err
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
+def test_an_address_of_another_machine_is_said(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot listen on"), listening(host, free_port()):
+        pass
+
+
+def test_success_and_key_are_printed_once_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The port may be taken while the model is loaded."""
+    monkeypatch.delenv("EQUIPOISE_KEYS", raising=False)
+    monkeypatch.setattr(runner, "_log_to_stderr", lambda: None)
+    model_dir, load = save_toy(tmp_path), models_load.load_causal
+    with socket.socket() as busy:
+        busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        busy.bind(("127.0.0.1", 0))
+
+        def taken(name: str) -> Any:
+            busy.listen()
+            return load(name)
+
+        monkeypatch.setattr(models_load, "load_causal", taken)
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", str(model_dir), "--policy", "example",
+                  "--port", str(busy.getsockname()[1])])  # fmt: skip
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and said.out == ""
+    assert "cannot listen on" in said.err and "/v1 with policy" not in said.err
 
 
 def test_a_start_warns_of_keys_for_scenarios_that_are_not_there(

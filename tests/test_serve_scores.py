@@ -22,7 +22,7 @@ from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
 from equipoise.types import Prompt
 from eval_kit import Identity
 from serve_kit import ATTRIBUTES, Door, Reply, ask, call, chat_body, make_door, wait_for
-from test_serve_process import save_toy
+from test_serve_process import free_port, save_toy
 
 
 class ByText:
@@ -107,7 +107,8 @@ def test_the_command_hands_its_scorer_to_the_door(
     monkeypatch.setattr(runner, "_log_to_stderr", lambda: None)
     monkeypatch.delenv("EQUIPOISE_KEYS", raising=False)
     with pytest.raises(SystemExit) as ended:
-        main(["serve", str(save_toy(tmp_path)), "--policy", "example", *options])
+        command = ["serve", str(save_toy(tmp_path)), "--policy", "example"]
+        main([*command, "--port", str(free_port()), *options])
     assert not ended.value.code
     said = capsys.readouterr()
     key = said.out.strip()

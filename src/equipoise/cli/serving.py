@@ -84,6 +84,7 @@ def serve(
     from equipoise.dials.policy_file import find_policy
     from equipoise.models.load import load_causal
     from equipoise.pipeline import quieten
+    from equipoise.serve.connection import listening
     from equipoise.serve.keys import environment_keys
     from equipoise.serve.runner import ServeOptions, check_start
     from equipoise.serve.runner import serve as run_server
@@ -103,6 +104,8 @@ def serve(
         drain_seconds=drain_seconds,
     )
     check_start(options)
+    with listening(options.host, options.port):
+        pass  # a port that is taken is known now, not when a large model has been loaded
     quieten()
     loaded, scorer = load_causal(model), None
     if score and loaded.manifest is not None:

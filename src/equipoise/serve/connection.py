@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from equipoise.errors import ConfigError
 from equipoise.serve.limits import MAX_HEADER_BYTES
 
 HEADER_SECONDS = 10.0
 _MAX_CONNECTIONS = 2048
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Listen on every address of a host while the block runs; yields the sockets.
+
+    Raises:
+        ConfigError: An address is taken, not this machine's, or not for this user.
+    """
+    with ExitStack() as opened:
+        try:
+            found = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            sockets = [
+                opened.enter_context(
+                    socket.create_server(address, family=family, backlog=_MAX_CONNECTIONS)
+                )
+                for family, address in dict.fromkeys((item[0], item[4]) for item in found)
+            ]
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise ConfigError(
+                f"cannot listen on {host or 'any address'}, port {port}",
+                why=why.partition(" (while")[0],
+                fix="end what listens there, or pass another --port or --host",
+            ) from error
+        yield sockets
 
 
 class ImpatientH11(H11Protocol):
@@ -66,21 +98,19 @@ class ImpatientH11(H11Protocol):
             self.transport.close()
 
 
-def door_config(
-    app: Any, *, host: str, port: int, drain_seconds: int | None = None
-) -> uvicorn.Config:
+def door_config(app: Any, *, drain_seconds: int | None = None) -> uvicorn.Config:
     """Return how uvicorn runs a door, in production and on loopback alike.
+
+    The address is a free port of 127.0.0.1, unless the server is given sockets.
 
     Args:
         app: The application.
-        host: Address to listen on.
-        port: 0 for a free one.
         drain_seconds: How long requests may take to finish at the end; no limit by default.
     """
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
+        host="127.0.0.1",
+        port=0,
         log_config=None,
         access_log=False,  # paths and queries are the client's text
         server_header=False,

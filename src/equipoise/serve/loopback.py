@@ -23,7 +23,7 @@ def on_loopback(app: Any) -> Iterator[int]:
     Raises:
         ServingError: It does not start.
     """
-    server = uvicorn.Server(door_config(app, host="127.0.0.1", port=0))
+    server = uvicorn.Server(door_config(app))
     thread = threading.Thread(target=server.run, name="equipoise-door", daemon=True)
     thread.start()
     deadline = time.monotonic() + _START_SECONDS

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -152,6 +153,7 @@ def serve(
     """
     from equipoise.serve.app import build_app
     from equipoise.serve.batcher import ContinuousBatcher
+    from equipoise.serve.connection import listening
     from equipoise.serve.content_log import ContentLog
 
     check_start(options)
@@ -175,24 +177,19 @@ def serve(
     )
     _log_to_stderr()
     source.current()  # what is odd about it is to be seen now, not at the first request
-    url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
-    print(f"{model.name} on {url}/v1 with policy {options.policy}", file=sys.stderr)
-    if secret is not None:
-        # Not on stderr, which is where the log goes and from there to whoever reads logs.
-        print("key of this start, shown once on standard output:", file=sys.stderr)
-        print(secret, flush=True)
 
     def on_stop() -> None:
         house.draining = True
 
-    run_app(
-        app,
-        host=options.host,
-        port=options.port,
-        drain_seconds=options.drain_seconds,
-        on_stop=on_stop,
-        on_reload=source.reload,
-    )
+    with listening(options.host, options.port) as sockets:
+        _announce(options, model.name, secret)
+        run_app(
+            app,
+            sockets=sockets,
+            drain_seconds=options.drain_seconds,
+            on_stop=on_stop,
+            on_reload=source.reload,
+        )
     if engine.lingers or (scorer is not None and scorer.lingers):
         # Given up, but still inside a library, which aborts the process if it comes back while the
         # interpreter is being taken down.
@@ -201,16 +198,25 @@ def serve(
         os._exit(0)
 
 
+def _announce(options: ServeOptions, name: str, secret: str | None) -> None:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"http://{host}:{options.port}"
+    print(f"{name} on {url}/v1 with policy {options.policy}", file=sys.stderr)
+    if secret is not None:
+        # Not on stderr, which is where the log goes and from there to whoever reads logs.
+        print("key of this start, shown once on standard output:", file=sys.stderr)
+        print(secret, flush=True)
+
+
 def run_app(
     app: Any,
     *,
-    host: str,
-    port: int,
+    sockets: list[socket.socket],
     drain_seconds: int,
     on_stop: Callable[[], None],
     on_reload: Callable[[], None],
 ) -> None:
-    """Run an application under uvicorn; see :func:`serve`."""
+    """Run an application under uvicorn on sockets that listen; see :func:`serve`."""
     import uvicorn
 
     from equipoise.serve.connection import door_config
@@ -228,7 +234,7 @@ def run_app(
             if hasattr(signal, "SIGHUP"):
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_reload)
 
-    _Server(door_config(app, host=host, port=port, drain_seconds=drain_seconds)).run()
+    _Server(door_config(app, drain_seconds=drain_seconds)).run(sockets)
 
 
 def _is_loopback(host: str) -> bool:
