@@ -301,6 +301,19 @@ def parsed(changed: object) -> DialPolicy:
     return parse_policy(yaml.safe_dump(changed).encode(), ATTRIBUTES, 5)
 
 
+def test_the_example_is_no_fix_for_dials_that_it_is_not_for() -> None:
+    three = (*ATTRIBUTES, "brevity")
+    for policy in ("example", shipped_policies()["example"]):
+        with pytest.raises(ConfigError) as caught:
+            load_policy(policy, three, 5)
+        assert "--policy example" not in caught.value.fix
+        assert all(dial in caught.value.fix for dial in three)
+        assert str(shipped_policies()["example"]) in caught.value.fix
+    with pytest.raises(ConfigError) as caught:
+        parse_policy(b"version: 1", ATTRIBUTES, 5)
+    assert "--policy example" in caught.value.fix
+
+
 def test_the_shipped_policy_is_sound() -> None:
     policy = parsed(plain())
     assert set(policy.scenarios) == {"kids", "clinic", "general", "coding", "security-lab"}

@@ -92,9 +92,21 @@ def parse_policy(
         raise ConfigError(
             f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in dial policy {file}",
             why="\n".join(["the rules below cannot be used", *(f"    {text}" for text in faults)]),
-            fix="correct these lines; `--policy example` is a complete one",
+            fix=_way_out(attributes, levels),
         )
     return policy
+
+
+def _way_out(attributes: Sequence[str], levels: int) -> str:
+    # The shipped policy is for two dials; to a model with others it is what has these faults.
+    example = shipped_policies()["example"]
+    policy = DialPolicy.model_validate(_plain(example.read_bytes(), example.name))
+    if not policy_faults(policy, attributes, levels):
+        return "correct these lines; `--policy example` is a complete one"
+    return (
+        "write a policy whose scenarios each have a range and a default for "
+        f"{', '.join(attributes)}; {example} shows the form"
+    )
 
 
 def validation_fault(item: Mapping[str, Any]) -> str:
