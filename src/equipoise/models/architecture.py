@@ -46,6 +46,7 @@ def check_architecture(config: Any, place: str) -> None:
     """
     try:
         layer_windows(config)
+        _refuse_distances(config)
         small = cut_config(config)
         key = type(config).__name__ + json.dumps(small.to_dict(), sort_keys=True, default=str)
         if key not in _TRIED_BEFORE:
@@ -53,6 +54,18 @@ def check_architecture(config: Any, place: str) -> None:
             _TRIED_BEFORE[key] = None
     except EquipoiseError as error:
         raise ModelError(f"{place}: {error.what}", why=error.why, fix=error.fix) from error
+
+
+def _refuse_distances(config: Any) -> None:
+    """Refuse ALiBi: its bias counts places in the row, which are not those behind the prompt."""
+    text = config.get_text_config()
+    options = [vars(text), vars(getattr(text, "attn_config", text))]
+    if text.model_type == "bloom" or any(option.get("alibi") for option in options):
+        raise _refused(
+            text.model_type,
+            "its attention is biased by the distance in the row (ALiBi), which is wrong for the "
+            "second branch of a prompt",
+        )
 
 
 def cut_config(config: Any, *, vocabulary: int | None = _VOCABULARY) -> Any:
@@ -125,7 +138,7 @@ def narrow(config: Any) -> Any:
         text.hidden_size = _HEADS * _HEAD
         if getattr(text, "num_key_value_heads", None):
             text.num_key_value_heads = max(1, _HEADS * shared // heads)
-        if getattr(text, "head_dim", None):
+        if vars(text).get("head_dim"):
             text.head_dim = _HEAD
     return small
 
@@ -137,13 +150,22 @@ def try_architecture(config: Any) -> None:
         ModelError: It cannot be built, cached decoding or branches go wrong, or differ.
     """
     layer_windows(config)
+    compare(narrowest_model(config))
+
+
+def narrowest_model(config: Any) -> Any:
+    """Build a random model of a (small) config, with narrow heads where that can be built.
+
+    Raises:
+        ModelError: It cannot be built.
+    """
     try:
         model = random_model(narrow(config))
         with torch.inference_mode():
             _plain(model, _texts()[0])
-    except Exception:  # its numbers do not fit together; it has to be tried as wide as it is
-        model = random_model(config)
-    compare(model)
+    except Exception:  # its numbers do not fit together; it has to be as wide as it is
+        return random_model(config)
+    return model
 
 
 def compare(model: Any) -> None:
@@ -162,10 +184,10 @@ def compare(model: Any) -> None:
                 found = difference(model)
         except Exception as error:  # whatever a model of another build raises
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise _refused(kind, f"{what} fails ({reason[:200]})") from error
+            raise _refused(kind, f"{what} fails on two layers of it ({reason[:200]})") from error
         if not found < _TOLERANCE:
-            why = f"{what} gives other numbers than plain forwards, by {found:.2g} times the "
-            raise _refused(kind, why + "spread of its logits")
+            why = f"{what} gives other numbers than plain forwards: on two random layers of it the "
+            raise _refused(kind, f"{why}logits differ by {found:.2g} times their spread")
 
 
 def random_model(config: Any) -> Any:
@@ -174,16 +196,9 @@ def random_model(config: Any) -> Any:
     Raises:
         ModelError: Its class cannot be found or built.
     """
-    from transformers import AutoModelForCausalLM
-
-    build: Any = AutoModelForCausalLM.from_config
-    with torch.random.fork_rng(devices=[]), _silence():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            model = build(config, dtype=torch.float32)
-        except Exception as error:  # a class checks its config as it pleases
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise _refused(config.model_type, f"it cannot be built ({reason[:200]})") from error
+        model = _built(config, torch.float32)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.ndim >= 2:
@@ -191,10 +206,32 @@ def random_model(config: Any) -> Any:
     return model.to("cpu").eval()
 
 
+def _built(config: Any, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM.from_config
+    with _silence():
+        try:
+            return build(config, dtype=dtype)
+        except Exception as error:  # a class checks its config as it pleases
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise _refused(config.model_type, f"it cannot be built ({reason[:200]})") from error
+
+
+def empty_model(config: Any) -> Any:
+    """Build a model of a config without numbers (on the meta device), to count and name them.
+
+    Raises:
+        ModelError: Its class cannot be found or built.
+    """
+    with torch.device("meta"):
+        return _built(config, None)
+
+
 def _refused(kind: str, why: str) -> ModelError:
     return ModelError(
         f"models of type {kind} are not supported",
-        why=f"tried on two layers of it: {why}",
+        why=why,
         fix="use another model; docs/architectures.md lists those that were tried",
     )
 

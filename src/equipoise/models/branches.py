@@ -34,11 +34,10 @@ def layer_windows(config: Any) -> dict[str, int | None]:
     unknown = sorted(set(kinds) - {FULL, SLIDING})
     if unknown:
         raise ModelError(
-            f"Models of type {config.model_type} are not supported",
-            why=f"They have layers of kind {', '.join(unknown)}; the branches of a prompt can be "
-            "kept apart in full and sliding attention only.",
-            fix="Use a model whose layers are all full or sliding attention; docs/architectures.md "
-            "lists those that were tried.",
+            f"models of type {config.model_type} are not supported",
+            why=f"they have layers of kind {', '.join(unknown)}, and the branches of a prompt can "
+            "be kept apart in full and sliding attention only",
+            fix="use another model; docs/architectures.md lists those that were tried",
         )
     return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
 

@@ -34,6 +34,8 @@ def tune(job: Job) -> None:
     from equipoise.tune.trainer import tune as train
 
     checkpoints = stage.work / "checkpoints"
+    if not checkpoints.is_dir():
+        _rehearse(job, stage.work / "rehearsal")
     with job.progress.steps("tune") as on_step, job.run.writing():
         if recipe.tune.objective == "rlhf":
             tuned = tune_by_rlhf(job, checkpoints, on_step)
@@ -65,6 +67,22 @@ def tune(job: Job) -> None:
     if tuned.start_curve:
         stage.publish_json(START_CURVE, tuned.start_curve)
     stage.finish(dtype=tuned.dtype, steps=len(tuned.curve), seconds=tuned.seconds)
+
+
+def _rehearse(job: Job, folder: Path) -> None:
+    """Find out before the first step whether what will be saved can be loaded."""
+    from equipoise.models.load import resolve_model
+    from equipoise.tune.rehearsal import rehearse_policy
+
+    recipe = job.recipe
+    with job.run.writing():
+        rehearse_policy(
+            resolve_model(recipe.model),
+            recipe.tune,
+            folder,
+            attributes=recipe.attributes,
+            levels=recipe.levels,
+        )
 
 
 def steering_of(job: Job) -> ShiftDirections | None:

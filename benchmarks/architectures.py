@@ -1,0 +1,156 @@
+"""Every causal architecture of the installed transformers, tried as `equipoise check` tries it.
+
+Each gets two random, narrow layers and the Workshop's tokenizer. It passes when all parts work:
+sample, tune, tune with LoRA, serve, merge. What fails is refused when a model of it is loaded; what
+cannot even be built from its default config was not tried.
+
+    python -m benchmarks.architectures        # about 15 minutes on one core
+    python -m benchmarks.architectures llama gemma2      # prints, writes nothing
+
+Writes benchmarks/architectures.json and docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from equipoise.check import Trial, try_model
+from equipoise.models.load import load_tokenizer, resolve_model
+
+RESULT = Path(__file__).with_name("architectures.json")
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+SECONDS = 120
+"""An architecture that takes longer was not tried."""
+MUST_PASS = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "cohere2"),
+    *("glm4", "granite", "olmo2", "smollm3", "gpt2", "gpt_neox", "opt", "starcoder2", "stablelm"),
+    *("falcon", "qwen3_moe"),
+)
+REFUSED = (
+    *("bloom", "mpt", "falcon-alibi", "llama4_text", "mamba", "qwen3_next", "lfm2-conv", "jamba"),
+)
+_WINDOWED = ("mistral", "starcoder2", "phi3")
+"""Models of these exist with a window and without; the default config has none."""
+
+
+def tokenizer() -> Any:
+    """Return a fresh copy of the Workshop's tokenizer."""
+    return load_tokenizer(resolve_model("workshop://start"))
+
+
+def config_of(kind: str) -> Any:
+    """Return the default config of a type, with a window where one is common."""
+    name, _, variant = kind.partition("-")
+    config = AutoConfig.for_model(name)
+    text = config.get_text_config()
+    text.vocab_size = len(tokenizer()) + 8
+    for name_of_id in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name_of_id, None)
+    if name in _WINDOWED:
+        text.sliding_window = 8
+    if variant == "alibi":
+        config.alibi = True
+    if variant == "conv":
+        config.layer_types = ["conv", "full_attention"] * (config.num_hidden_layers // 2)
+    return config
+
+
+def tried(kind: str) -> dict[str, Any]:
+    """Try one architecture; return its verdict and why."""
+
+    def too_long(*_: Any) -> None:
+        raise TimeoutError(f"took longer than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SECONDS)
+    try:
+        trials = try_model(config_of(kind), tokenizer(), kind)
+    except Exception as error:  # its default config is not one of a language model
+        return {"verdict": "not tried", "why": f"{type(error).__name__}: {error}".splitlines()[0]}
+    finally:
+        signal.alarm(0)
+    return {"verdict": verdict(trials), "why": reason(trials), "parts": works(trials)}
+
+
+def works(trials: list[Trial]) -> list[str]:
+    """Return the parts that work."""
+    return [trial.part for trial in trials if trial.problem is None]
+
+
+def verdict(trials: list[Trial]) -> str:
+    """Passed, refused, or which parts fail."""
+    if len(works(trials)) == len(trials):
+        return "passed"
+    return "in part" if works(trials) else "refused"
+
+
+def reason(trials: list[Trial]) -> str:
+    """Return why the first part that fails does."""
+    problems = [trial.problem for trial in trials if trial.problem is not None]
+    return problems[0].why if problems else ""
+
+
+def page(found: dict[str, dict[str, Any]], versions: dict[str, Any]) -> str:
+    """Return docs/architectures.md."""
+    groups = {
+        name: sorted(kind for kind, row in found.items() if row["verdict"] == name)
+        for name in ("passed", "in part", "refused", "not tried")
+    }
+    lines = [
+        "# Architectures",
+        "",
+        "Two random, narrow layers of every causal architecture of transformers "
+        f"{versions['transformers']} were sampled, tuned (full weights and LoRA), saved, loaded, "
+        "served and merged, as [`equipoise check`](check.md) does with your model. Sampled and "
+        "tuned numbers are held against plain forwards of the model. Written by "
+        "`python -m benchmarks.architectures` from "
+        "[architectures.json](../benchmarks/architectures.json).",
+        "",
+        f"**Passed ({len(groups['passed'])})**: {', '.join(groups['passed'])}.",
+        "",
+        "A type that is refused is refused when a model is loaded, before its weights are read. "
+        "Real weights were not tried here, but for those that other pages name.",
+    ]
+    for name, title in (
+        ("in part", "Works in part"),
+        ("refused", "Refused"),
+        ("not tried", "Not tried (its default config cannot be built as a small language model)"),
+    ):
+        lines += ["", f"## {title} ({len(groups[name])})", "", "| type | why |", "| --- | --- |"]
+        for kind in groups[name]:
+            row = found[kind]
+            parts = f"works: {', '.join(row['parts'])}; " if name == "in part" else ""
+            why = str(row["why"]).replace("|", "\\|")[:220]
+            lines.append(f"| {kind} | {parts}{why} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Try the named architectures, or all of them."""
+    warnings.simplefilter("ignore")
+    kinds = sys.argv[1:] or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *REFUSED})
+    found: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        found[kind] = tried(kind)
+        print(f"{kind:<28} {found[kind]['verdict']:<10} {found[kind]['why'][:120]}", flush=True)
+    if sys.argv[1:]:
+        return
+    about = machine()
+    counts = dict(Counter(row["verdict"] for row in found.values()))
+    result = {"n": len(found), "counts": counts, "architectures": found, "machine": about}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(page(found, about))
+
+
+if __name__ == "__main__":
+    main()

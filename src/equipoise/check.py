@@ -1,0 +1,170 @@
+"""What can be done with a model, tried in seconds and without reading its weights.
+
+Two random layers of the model, narrow, with its own tokenizer, go the whole way: sampled, tuned,
+saved, loaded, served, merged. What fails for them would fail for the model, only later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from equipoise.errors import EquipoiseError, ModelError
+from equipoise.models.adapter import merge
+from equipoise.models.architecture import check_architecture
+from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.models.sampling import TransformersEngine
+from equipoise.serve.batcher import ContinuousBatcher
+from equipoise.serve.engine import Generation
+from equipoise.tune.rehearsal import rehearse, small_base
+from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ATTRIBUTES, LEVELS = ("helpfulness", "safety"), 5
+PARTS = ("sample", "tune", "tune with LoRA", "serve", "merge")
+_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8)
+_MERGED = 1e-5
+"""Largest difference of a merged model's logits, times their spread."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One part, tried."""
+
+    part: str
+    problem: EquipoiseError | None
+    """``None``: it works."""
+
+
+def try_model(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Trial]:
+    """Try every part on two random layers of a model.
+
+    Args:
+        config: The model's config.
+        tokenizer: The model's tokenizer, with a chat template.
+        name: For messages.
+
+    Returns:
+        One per part, in the order of :data:`PARTS`. What builds on a part that failed has the same
+        problem.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        done: dict[str, Path] = {}
+
+        def tuned(name: str, rank: int) -> Callable[[], Path]:
+            return lambda: rehearse(
+                done["sample"], folder / name, lora_rank=rank, attributes=ATTRIBUTES, levels=LEVELS
+            )
+
+        steps: dict[str, tuple[str | None, Callable[[], Path]]] = {
+            "sample": (None, lambda: _sampled(config, tokenizer, name, folder / "base")),
+            "tune": ("sample", tuned("full", 0)),
+            "tune with LoRA": ("sample", tuned("lora", 2)),
+            "serve": ("tune", lambda: _served(done["tune"])),
+            "merge": (
+                "tune with LoRA",
+                lambda: merge_and_compare(done["tune with LoRA"], folder / "merged"),
+            ),
+        }
+        trials: dict[str, Trial] = {}
+        for part, (needs, attempt) in steps.items():
+            problem = trials[needs].problem if needs is not None else None
+            if problem is None:
+                problem = _problem_of(part, attempt, done)
+            trials[part] = Trial(part, problem)
+        return [trials[part] for part in PARTS]
+
+
+def _problem_of(
+    part: str, attempt: Callable[[], Path], done: dict[str, Path]
+) -> EquipoiseError | None:
+    try:
+        done[part] = attempt()
+    except EquipoiseError as error:
+        return error
+    except Exception as error:  # a fault of ours, or of a library: it counts as one more reason
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return ModelError(
+            f"`{part}` fails on two layers of it",
+            why=f"{type(error).__name__}: {reason[:300]}",
+            fix="use another model, and report this one",
+        )
+    return None
+
+
+def _sampled(config: Any, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path) -> Path:
+    check_architecture(config, name)
+    base = small_base(config, tokenizer, folder)
+    policy = load_causal(str(base), device="cpu")
+    ids = tuple(policy.encoder.prompt_ids((Message("user", "How do I do this?"),)))
+    request = GenerationRequest(ids, (Branch((), 1), Branch((), 2)))
+    _engine(policy).generate([request], _SAMPLING)
+    return base
+
+
+def _engine(policy: LoadedPolicy) -> TransformersEngine:
+    return TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
+
+
+def _served(directory: Path) -> Path:
+    """Serve two dialled requests at once; their tokens are those that the engine samples."""
+    policy = load_causal(str(directory), device="cpu")
+    ids = tuple(policy.encoder.prompt_ids((Message("user", "How do I do this?"),)))
+    branches = tuple(
+        Branch(policy.encoder.control_ids(DialSetting((level, level))), seed=level)
+        for level in (0, LEVELS - 1)
+    )
+    expected = _engine(policy).generate([GenerationRequest(ids, branches)], _SAMPLING)[0]
+    generations = [
+        Generation(ids, branch.control_ids, _SAMPLING, branch.seed, prefix_salt="check")
+        for branch in branches
+    ]
+    found = asyncio.run(_answers(policy, generations))
+    if found != [list(sampled.token_ids) for sampled in expected]:
+        raise ModelError(
+            "the server would sample other tokens than the engine",
+            why="the same ids and seeds gave other tokens, on two layers of it",
+            fix="serve it with another engine; see docs/serving.md",
+        )
+    return directory
+
+
+async def _answers(policy: LoadedPolicy, generations: Sequence[Generation]) -> list[list[int]]:
+    batcher = ContinuousBatcher(policy.model, policy.encoder, slots=len(generations))
+
+    async def ids(generation: Generation) -> list[int]:
+        return [token.id async for token in batcher.stream(generation) if token.id >= 0]
+
+    await batcher.start()
+    try:
+        return list(await asyncio.gather(*map(ids, generations)))
+    finally:
+        await batcher.drain(0.0)
+
+
+def merge_and_compare(directory: Path, out: Path) -> Path:
+    """Merge an adapter; transformers alone reads the result, and its logits are the adapter's."""
+    from transformers import AutoModelForCausalLM
+
+    policy = load_causal(str(directory), device="cpu")
+    plain: Any = AutoModelForCausalLM.from_pretrained(merge(directory, out)).eval()
+    ids = policy.encoder.prompt_ids((Message("user", "How do I do this?"),))
+    row = torch.tensor([[*ids, *policy.encoder.control_ids(DialSetting((0, LEVELS - 1)))]])
+    with torch.inference_mode():
+        own, merged = policy.model(row).logits, plain(row).logits
+    if not float((own - merged).abs().max() / own.std()) < _MERGED:
+        raise ModelError(
+            "an adapter of this model does not merge",
+            why="the merged model gives other logits, on two layers of it",
+            fix="serve the adapter as it is, or tune full weights",
+        )
+    return out
