@@ -156,7 +156,8 @@ def merge_and_compare(directory: Path, out: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     policy = load_causal(str(directory), device="cpu")
-    plain: Any = AutoModelForCausalLM.from_pretrained(merge(directory, out)).eval()
+    read: Any = AutoModelForCausalLM.from_pretrained
+    plain = read(merge(directory, out)).eval()
     ids = policy.encoder.prompt_ids((Message("user", "How do I do this?"),))
     row = torch.tensor([[*ids, *policy.encoder.control_ids(DialSetting((0, LEVELS - 1)))]])
     with torch.inference_mode():

@@ -84,10 +84,12 @@ def rehearse(
         for example in _examples(len(attributes), levels)
         for setting in (DialSetting((level,) * len(attributes)) for level in (0, levels - 1))
     ]
+    whole: Any = tuned.model
+    own = whole.to("cpu")
     with torch.inference_mode():
         for ids in rows:
             row = torch.tensor([ids])
-            if not torch.equal(tuned.model.to("cpu")(row).logits, again.model(row).logits):
+            if not torch.equal(own(row).logits, again.model(row).logits):
                 raise ModelError(
                     "a tuned model of this kind does not come back as it was saved",
                     why="its logits differ, after one step on two random layers of it",
