@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from equipoise.dials import encode
+from equipoise.dials import skeletons
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import control_tokens, install
 from equipoise.errors import DataError, EncodingError, EquipoiseError, ModelError
@@ -284,7 +284,7 @@ def test_what_is_no_prompt_is_refused(turns: list[tuple[str, str]], why: str) ->
 
 def test_the_cache_of_skeletons_is_bounded_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each order of roles is a skeleton of its own, and a client may think up any."""
-    monkeypatch.setattr(encode, "_MAX_CACHED_TURNS", 40)
+    monkeypatch.setattr(skeletons, "_MAX_CACHED_TURNS", 40)
     encoder = Encoder(FAMILIES["byte_bpe"]())
     for _ in range(2):
         for order in product(("user", "assistant"), repeat=4):

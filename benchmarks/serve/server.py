@@ -16,7 +16,6 @@ from pathlib import Path
 import yaml
 
 from equipoise.dials.dial_policy import Key
-from equipoise.dials.encode import Encoder
 from equipoise.dials.policy_file import shipped_policies
 from equipoise.dials.tokens import install
 from equipoise.models.load import LoadedPolicy, load_causal
@@ -73,7 +72,7 @@ def dialled(model: str = "workshop://start") -> LoadedPolicy:
     manifest = install(
         loaded.model, loaded.tokenizer, attributes=("helpfulness", "safety"), levels=5
     )
-    encoder = Encoder(loaded.tokenizer, manifest)
+    encoder = loaded.encoder.with_dials(manifest)
     return LoadedPolicy(loaded.model, loaded.tokenizer, encoder, manifest, loaded.hash)
 
 

@@ -98,7 +98,7 @@ def dialled(recipe: Recipe) -> tuple[Any, Encoder]:
         base_model=recipe.model,
         seed=recipe.seed,
     )
-    return model.train(), Encoder(policy.tokenizer, manifest)
+    return model.train(), policy.encoder.with_dials(manifest)
 
 
 def padded(model: Any, rows: Sequence[Presentation]) -> Tensor:

@@ -8,10 +8,10 @@ result is checked before it leaves.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from equipoise.dials import markers, sealing, template
+from equipoise.dials.skeletons import Skeletons
 from equipoise.errors import DataError, EncodingError, ModelError
 from equipoise.types import DialSetting, Message
 
@@ -20,19 +20,6 @@ if TYPE_CHECKING:
 
     from equipoise.dials.manifest import DialManifest
 
-_MAX_CACHED_SKELETONS = 1024
-_MAX_CACHED_TURNS = 16_384
-"""Of all cached skeletons together; some 6 MiB, whatever orders of roles a client thinks up."""
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A skeleton whose markers are written as seals."""
-
-    pieces: tuple[str, ...]
-    slots: tuple[template.Slot, ...]
-    markers: tuple[int, ...]
-
 
 class Encoder:
     """Turns prompts, control settings and completions into ids, and ids into text.
@@ -40,7 +27,7 @@ class Encoder:
     Args:
         tokenizer: A fast Hugging Face tokenizer; it is not changed.
         manifest: The dials installed on it, if any.
-        eos_ids: Further ids that end a completion, e.g. those of ``generation_config``.
+        eos_ids: Further ids that end a completion: :func:`equipoise.dials.markers.given_ends`.
 
     Raises:
         ModelError: If the tokenizer is not a fast one, cannot be sealed, or lacks the
@@ -62,13 +49,12 @@ class Encoder:
         self.forbidden: frozenset[int] = controls | markers.marker_ids(tokenizer, self._backend)
         """Ids that no untrusted text can produce."""
         self._sealed = sealing.seal(self._backend, self.forbidden)
-        self._skeletons: dict[tuple[template.Turn, ...], _Prepared] = {}
-        self._cached_turns = 0
-        turn_end = self._turn_end()
-        given: list[int | None] = [turn_end, *(eos_ids or ()), tokenizer.eos_token_id]
-        ends = [token_id for token_id in given if token_id is not None]
-        self._eos_id: int | None = ends[0] if ends else None
-        self.eos_ids: frozenset[int] = frozenset(ends) - controls
+        self._skeletons = Skeletons(tokenizer, self._backend, self._sealed, self.forbidden)
+        self._given_ends = tuple(eos_ids or ())
+        own = [self._skeletons.turn_end(), tokenizer.eos_token_id]
+        ends = [i for i in (*own, *self._given_ends) if i is not None and i not in controls]
+        self._eos_id: int | None = next(iter(ends), None)
+        self.eos_ids: frozenset[int] = frozenset(ends)
         """Every id that ends a completion."""
         flagged = self.forbidden | set(tokenizer.all_special_ids)
         self.masked_ids: tuple[int, ...] = tuple(sorted(flagged - self.eos_ids))
@@ -76,13 +62,21 @@ class Encoder:
         self._silent = flagged | self.eos_ids
         self._decodes_after_guard = self._loses_leading_blank()
 
+    def with_dials(self, manifest: DialManifest) -> Encoder:
+        """Return the encoder of the same model with these dials, which its tokenizer holds by now.
+
+        Raises:
+            ModelError: If the tokenizer lacks the manifest's control tokens.
+        """
+        return Encoder(self.tokenizer, manifest, eos_ids=self._given_ends)
+
     @property
     def eos_id(self) -> int:
         """The id that ends the assistant's turn: the template's, else the tokenizer's own."""
         if self._eos_id is None:
             raise ModelError(
                 "the tokenizer has no end token",
-                why="neither its eos_token nor its chat template names one",
+                why="neither its chat template nor its eos_token nor generation_config names one",
                 fix="set tokenizer.eos_token to the token that ends an answer",
             )
         return self._eos_id
@@ -97,7 +91,7 @@ class Encoder:
             EncodingError: If the result holds a marker that the template did not write.
         """
         template.check_prompt(messages)
-        prepared = self._prepared(tuple((m.role, m.content == "") for m in messages))
+        prepared = self._skeletons.of(tuple((m.role, m.content == "") for m in messages))
         parts = [prepared.pieces[0]]
         for slot, piece in zip(prepared.slots, prepared.pieces[1:], strict=True):
             parts += [slot.fit(self._untrusted(messages[slot.message].content)), piece]
@@ -169,58 +163,6 @@ class Encoder:
         a, b = (self._checked(self._sealed.encode(text), ()) for text in pair)
         end = self.eos_id
         return [*a, end, *b, end], [0] * (len(a) + 1) + [1] * (len(b) + 1)
-
-    def _prepared(self, turns: tuple[template.Turn, ...]) -> _Prepared:
-        prepared = self._skeletons.get(turns)
-        if prepared is None:
-            if not self.has_chat_template:
-                raise ModelError(
-                    "the tokenizer has no chat template",
-                    why="a prompt is a list of chat turns, and nothing says how the model reads it",
-                    fix="use an instruction-tuned model, or set tokenizer.chat_template",
-                )
-            prepared = self._trusted(turns)
-            self._cached_turns += len(turns)
-            if (
-                len(self._skeletons) >= _MAX_CACHED_SKELETONS
-                or self._cached_turns > _MAX_CACHED_TURNS
-            ):
-                self._skeletons.clear()
-                self._cached_turns = len(turns)
-            self._skeletons[turns] = prepared
-        return prepared
-
-    def _trusted(self, turns: tuple[template.Turn, ...]) -> _Prepared:
-        rendered = template.skeleton(self.tokenizer, turns, generation_prompt=True)
-        pieces: list[str] = []
-        written: list[int] = []
-        for piece in rendered.pieces:
-            text, found = self._sealed.seal_trusted(piece)
-            pieces.append(text)
-            written += found
-        # The model's own tokenizer must see the same markers, or the template writes one in a
-        # form (other case, say) that only its normaliser knows.
-        own = self._backend.encode("x".join(rendered.pieces), add_special_tokens=False).ids
-        if [token_id for token_id in own if token_id in self.forbidden] != written:
-            raise ModelError(
-                "the chat template writes a marker that cannot be told from text",
-                why="the model's own tokenizer finds other markers in it than are spelt out",
-                fix="spell the markers in the chat template as they are in the tokenizer",
-            )
-        return _Prepared(tuple(pieces), rendered.slots, tuple(written))
-
-    def _turn_end(self) -> int | None:
-        """Return the marker that the template writes after the assistant's content, if any."""
-        if not self.has_chat_template:
-            return None
-        try:
-            turns = (("user", False), ("assistant", False))
-            rendered = template.skeleton(self.tokenizer, turns, generation_prompt=False)
-        except (DataError, ModelError):
-            return None
-        if rendered.slots[-1].message != 1:
-            return None
-        return next(iter(self._sealed.seal_trusted(rendered.pieces[-1])[1]), None)
 
     def _untrusted(self, text: str) -> str:
         try:

@@ -11,7 +11,7 @@ from equipoise.errors import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from equipoise.dials.manifest import DialManifest
 
@@ -61,6 +61,23 @@ def marker_ids(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> frozen
     if unknown is not None and _is_written_for_unknown_text(tokenizer, backend):
         flagged.discard(unknown)
     return frozenset(i for i in flagged if not sealing.is_byte_piece(backend.id_to_token(i) or ""))
+
+
+def given_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ends that ``generation_config`` lists: one id or several, known to the tokenizer.
+
+    Where that file is missing its place is taken by ``config.json``, whose ids may be mere defaults
+    of the model's class: of these only markers count.
+    """
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    ids = listed if isinstance(listed, (list, tuple)) else [listed]
+    backend = fast_backend(tokenizer)
+    known = [i for i in ids if isinstance(i, int) and i >= 0 and backend.id_to_token(i) is not None]
+    if getattr(config, "_from_model_config", False):
+        marks = backend.get_added_tokens_decoder().keys() | set(tokenizer.all_special_ids)
+        known = [i for i in known if i in marks]
+    return tuple(known)
 
 
 def _is_written_for_unknown_text(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> bool:

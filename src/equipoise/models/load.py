@@ -197,7 +197,7 @@ def load_causal(
     Raises:
         ModelError: Missing or unreadable files, no chat template, or a manifest that does not fit.
     """
-    from equipoise.dials import tokens
+    from equipoise.dials import markers, tokens
     from equipoise.dials.encode import Encoder
     from equipoise.models.adapter import is_adapter, read_adapter
     from equipoise.models.read import read_causal
@@ -224,7 +224,7 @@ def load_causal(
     return LoadedPolicy(
         model=model.to(device or default_device()).eval(),
         tokenizer=tokenizer,
-        encoder=Encoder(tokenizer, manifest),
+        encoder=Encoder(tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer)),
         manifest=manifest,
         hash=policy_hash(place, manifest),
     )

@@ -101,7 +101,7 @@ def tune_by_rlhf(
         dtype=dtype,
         section="tune.rlhf",
     )
-    encoder = Encoder(policy.tokenizer, manifest)
+    encoder = policy.encoder.with_dials(manifest)
     engine = TransformersEngine(
         model, encoder, model_hash="", batch_size=max(online.batch_size, 128)
     )

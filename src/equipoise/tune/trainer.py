@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from equipoise.config import TuneConfig
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import DialManifest, install
 from equipoise.models.adapter import refuse_adapter
 from equipoise.models.load import LoadedPolicy
@@ -92,7 +91,7 @@ def tune(
         base_model=base_model,
         seed=seed,
     )
-    encoder = Encoder(policy.tokenizer, manifest)
+    encoder = policy.encoder.with_dials(manifest)
     plan = TuningPlan(examples, encoder, config, levels=levels, seed=seed)
     checkpoints.mkdir(parents=True, exist_ok=True)
     dtype = settled_dtype(checkpoints, config.dtype)

@@ -1,0 +1,111 @@
+"""What the chat template writes around turns, with its markers as seals, per order of roles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from equipoise.dials import template
+from equipoise.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from equipoise.dials.sealing import SealedTokenizer
+
+_MAX_CACHED_SKELETONS = 1024
+_MAX_CACHED_TURNS = 16_384
+"""Of all cached skeletons together; some 6 MiB, whatever orders of roles a client thinks up."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A skeleton whose markers are written as seals."""
+
+    pieces: tuple[str, ...]
+    slots: tuple[template.Slot, ...]
+    markers: tuple[int, ...]
+
+
+class Skeletons:
+    """The prepared skeletons of one tokenizer's chat template.
+
+    Args:
+        tokenizer: With the template, or without one.
+        backend: The fast tokenizer behind it.
+        sealed: Its sealed copy.
+        forbidden: The ids that only the template may write.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        backend: Tokenizer,
+        sealed: SealedTokenizer,
+        forbidden: frozenset[int],
+    ) -> None:
+        self._tokenizer, self._backend = tokenizer, backend
+        self._sealed, self._forbidden = sealed, forbidden
+        self._cache: dict[tuple[template.Turn, ...], Prepared] = {}
+        self._cached_turns = 0
+
+    def __iter__(self) -> Iterator[tuple[template.Turn, ...]]:
+        """Iterate over the sequences of turns that are cached."""
+        return iter(self._cache)
+
+    def of(self, turns: tuple[template.Turn, ...]) -> Prepared:
+        """Return the skeleton of a prompt.
+
+        Raises:
+            DataError: If the template refuses this sequence of roles.
+            ModelError: If there is no template, or one that cannot be used.
+        """
+        prepared = self._cache.get(turns)
+        if prepared is None:
+            if self._tokenizer.chat_template is None:
+                raise ModelError(
+                    "the tokenizer has no chat template",
+                    why="a prompt is a list of chat turns, and nothing says how the model reads it",
+                    fix="use an instruction-tuned model, or set tokenizer.chat_template",
+                )
+            prepared = self._trusted(turns)
+            self._cached_turns += len(turns)
+            if len(self._cache) >= _MAX_CACHED_SKELETONS or self._cached_turns > _MAX_CACHED_TURNS:
+                self._cache.clear()
+                self._cached_turns = len(turns)
+            self._cache[turns] = prepared
+        return prepared
+
+    def turn_end(self) -> int | None:
+        """Return the marker that the template writes after the assistant's content, if any."""
+        if self._tokenizer.chat_template is None:
+            return None
+        try:
+            turns = (("user", False), ("assistant", False))
+            rendered = template.skeleton(self._tokenizer, turns, generation_prompt=False)
+        except (DataError, ModelError):
+            return None
+        if rendered.slots[-1].message != 1:
+            return None
+        return next(iter(self._sealed.seal_trusted(rendered.pieces[-1])[1]), None)
+
+    def _trusted(self, turns: tuple[template.Turn, ...]) -> Prepared:
+        rendered = template.skeleton(self._tokenizer, turns, generation_prompt=True)
+        pieces: list[str] = []
+        written: list[int] = []
+        for piece in rendered.pieces:
+            text, found = self._sealed.seal_trusted(piece)
+            pieces.append(text)
+            written += found
+        # The model's own tokenizer must see the same markers, or the template writes one in a
+        # form (other case, say) that only its normaliser knows.
+        own = self._backend.encode("x".join(rendered.pieces), add_special_tokens=False).ids
+        if [token_id for token_id in own if token_id in self._forbidden] != written:
+            raise ModelError(
+                "the chat template writes a marker that cannot be told from text",
+                why="the model's own tokenizer finds other markers in it than are spelt out",
+                fix="spell the markers in the chat template as they are in the tokenizer",
+            )
+        return Prepared(tuple(pieces), rendered.slots, tuple(written))
