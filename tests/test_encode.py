@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from equipoise.dials import skeletons
+from equipoise.dials import copies, skeletons
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import control_tokens, install
 from equipoise.errors import DataError, EncodingError, EquipoiseError, ModelError
@@ -377,6 +377,39 @@ def test_the_seal_differs_from_encoder_to_encoder_and_shows_in_no_text() -> None
         first.completion_ids("x" + first._sealed.guard, finished=False)
     assert first._sealed.nonce not in str(caught.value)
     assert second.completion_ids(first._sealed.guard, finished=False)
+
+
+@pytest.mark.parametrize("family", ["unflagged", "line_breaks"])
+def test_a_copy_that_shares_the_model_gives_the_ids_of_one_that_is_rebuilt(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharing = dialled(family)
+    monkeypatch.setattr(copies, "rebuilt", None)
+    assert sharing.with_dials(sharing.manifest).forbidden == sharing.forbidden
+    monkeypatch.undo()
+    monkeypatch.setattr(copies, "shared", lambda *_, **__: None)
+    rebuilt = sharing.with_dials(sharing.manifest)
+    rng = random.Random(f"copies {family}")
+    texts = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
+    for _ in range(300):
+        turns = messages(
+            conversation(rng, lambda: rng.choice([hostile(rng, texts), ordinary(rng)]))
+        )
+        turns[-1] = Message("user", turns[-1].content + ".")
+        assert sharing.prompt_ids(turns) == rebuilt.prompt_ids(turns), turns
+        text = turns[-1].content
+        ids = sharing.completion_ids(text, finished=True)
+        assert ids == rebuilt.completion_ids(text, finished=True)
+        assert sharing.decode(ids) == rebuilt.decode(ids)
+        assert sharing.pair_ids(text, text) == rebuilt.pair_ids(text, text)
+
+
+def test_a_marker_that_the_vocabulary_can_spell_is_taken_out_of_it() -> None:
+    """No added token says that ``<s>`` is one; the merges of this tokenizer spell it."""
+    backend = FAMILIES["byte_bpe"]().backend_tokenizer
+    texts = {backend.token_to_id("<s>"): "<s>"}
+    assert not copies.can_share(backend, texts)
+    assert copies.can_share(backend, {backend.token_to_id("<|im_end|>"): "<|im_end|>"})
 
 
 def test_the_models_own_tokenizer_is_left_alone() -> None:

@@ -161,8 +161,15 @@ def unflagged() -> PreTrainedTokenizerFast:
 
 
 def line_breaks() -> PreTrainedTokenizerFast:
-    """Gemma style: line breaks and runs of blanks are added tokens, contents are stripped."""
-    tokenizer = _bytes(CORPUS, size=420)
+    """Gemma style: line breaks and runs of blanks are added tokens, contents are stripped.
+
+    The markers are pieces of the vocabulary, which no merge gives.
+    """
+    spec = json.loads(_bytes(CORPUS, size=420).to_str())
+    vocab = spec["model"]["vocab"]
+    for marker in ("<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"):
+        vocab[marker] = len(vocab)
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
     runs = ["\n" * n for n in range(1, 5)] + [" " * n for n in range(2, 9)] + ["<table>"]
     tokenizer.add_tokens([AddedToken(run, normalized=False) for run in runs])
     wrapped = _wrap(tokenizer, _GEMMA, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")

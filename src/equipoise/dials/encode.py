@@ -154,12 +154,13 @@ class Encoder:
 
     def _pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         tokenizer = self._sealed.tokenizer
-        form = tuple(tokenizer.encode("", "", add_special_tokens=True).ids)
+        form = self._sealed.own_ids(tokenizer.encode("", "", add_special_tokens=True).ids)
         pair = (self._untrusted(first), self._untrusted(second))
         if form:
             encoding = tokenizer.encode(*pair, add_special_tokens=True)
             expected = tuple(token_id for token_id in form if token_id in self.forbidden)
-            return self._checked(encoding.ids, expected), list(encoding.type_ids)
+            ids = self._sealed.own_ids(encoding.ids)
+            return self._checked(ids, expected), list(encoding.type_ids)
         a, b = (self._checked(self._sealed.encode(text), ()) for text in pair)
         end = self.eos_id
         return [*a, end, *b, end], [0] * (len(a) + 1) + [1] * (len(b) + 1)

@@ -9,15 +9,14 @@ can write no marker, and all else is segmented by the model's own rules.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from equipoise.dials import copies
 from equipoise.errors import ModelError
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -30,7 +29,7 @@ class SealedTokenizer:
     """The sealed copy and what is needed to write its markers."""
 
     tokenizer: Tokenizer
-    """Same ids as the original; only the forbidden tokens' texts differ."""
+    """Same ids as the original but for :attr:`own`; only the forbidden tokens' texts differ."""
     seals: Mapping[int, str]
     """Forbidden id to its secret text."""
     nonce: str
@@ -38,14 +37,19 @@ class SealedTokenizer:
     guard: str
     guard_id: int
     """One more secret token, after which text is encoded as text that follows a marker."""
-    markers: re.Pattern[str]
-    """Leftmost-longest over all added tokens of the original."""
+    own: Mapping[int, int]
+    """Id of a seal to the id of its token, where these differ."""
+    markers: tuple[str, ...]
+    """All added tokens of the original, and all forbidden ones; longest first."""
     marker_ids: Mapping[str, int]
     """Original text to id, of the forbidden tokens only."""
 
     def seal_trusted(self, text: str) -> tuple[str, tuple[int, ...]]:
         """Replace the markers in *trusted* text by seals; return it and the ids, in order."""
         found: list[int] = []
+        present = [marker for marker in self.markers if marker in text]
+        if not present:
+            return text, ()
 
         def swap(match: re.Match[str]) -> str:
             token_id = self.marker_ids.get(match.group())
@@ -54,12 +58,16 @@ class SealedTokenizer:
             found.append(token_id)
             return self.seals[token_id]
 
-        return self.markers.sub(swap, text), tuple(found)
+        # Leftmost-longest, as the tokenizer finds them.
+        return re.sub("|".join(map(re.escape, present)), swap, text), tuple(found)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text; seals in it become their markers."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.own_ids(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def own_ids(self, ids: Sequence[int]) -> list[int]:
+        """Return ids of the sealed copy as the original's."""
+        return [self.own.get(token_id, token_id) for token_id in ids] if self.own else list(ids)
 
 
 def random_letters() -> str:
@@ -82,125 +90,93 @@ def seal(backend: Tokenizer, forbidden: frozenset[int]) -> SealedTokenizer:
     Raises:
         ModelError: If the copy does not keep every id.
     """
-    spec: dict[str, Any] = json.loads(backend.to_str())
     added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
     # Seals are matched in raw text. A marker that was matched after normalisation left the text
     # around it whole for the normaliser; where that shows in the ids, its seal does so too.
-    variants = [_build(backend, spec, forbidden, keep_normalized=False)]
-    if spec["normalizer"] is not None and any(
+    by_normaliser = backend.normalizer is not None and any(
         added[i].normalized for i in forbidden & added.keys()
-    ):
-        variants.append(_build(backend, spec, forbidden, keep_normalized=True))
-    problems = [_difference(backend, sealed) for sealed in variants]
-    usable = [s for s, problem in zip(variants, problems, strict=True) if problem is None]
+    )
+    usable: list[SealedTokenizer] = []
+    problems: list[str] = []
+    for keep_normalized in (False, True) if by_normaliser else (False,):
+        try:
+            sealed = _sealed(backend, forbidden, keep_normalized=keep_normalized)
+        except _NotTheSameError as problem:
+            problems.append(str(problem))
+            continue
+        if not by_normaliser or _agrees(backend, sealed):
+            return sealed
+        usable.append(sealed)
     if not usable:
         raise ModelError(
             "this tokenizer cannot be sealed against untrusted text",
-            why=str(problems[0]),
+            why=problems[0],
             fix="use the tokenizer that the model was published with (a tokenizer.json of BPE, "
             "Unigram, WordPiece or WordLevel type)",
         )
-    return next((sealed for sealed in usable if _agrees(backend, sealed)), usable[0])
+    return usable[0]
 
 
-def _build(
-    backend: Tokenizer, spec: Mapping[str, Any], forbidden: frozenset[int], *, keep_normalized: bool
+class _NotTheSameError(Exception):
+    """A copy differs from the original in more than the texts of the forbidden tokens."""
+
+
+def _sealed(
+    backend: Tokenizer, forbidden: frozenset[int], *, keep_normalized: bool
 ) -> SealedTokenizer:
     nonce = random_letters()
     # Fixed length, so that no seal is the beginning of another; a digit at the end, as a letter
     # could melt into a combining accent at the start of the content that follows.
     guard, *tails = (f"{nonce}{number:06d}" for number in range(len(forbidden) + 1))
     seals = dict(zip(sorted(forbidden), tails, strict=True))
-    added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
     texts = {token_id: backend.id_to_token(token_id) or "" for token_id in seals}
-    listed = {entry["id"] for entry in spec["added_tokens"]}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    unlisted = [
-        {"id": token_id, "content": seals[token_id], "special": True} | flags
-        for token_id in seals
-        if token_id not in listed
-    ]
-    entries = [
-        entry
-        if entry["id"] not in seals
-        else entry
-        | {
-            "content": seals[entry["id"]],
-            "special": True,
-            "single_word": False,
-            "normalized": keep_normalized and entry["normalized"],
-        }
-        for entry in spec["added_tokens"]
-    ]
-    changed = {
-        **spec,
-        "truncation": None,
-        "padding": None,
-        "model": _sealed_model(spec["model"], {texts[i]: seals[i] for i in seals}),
-        "added_tokens": sorted(unlisted + entries, key=lambda entry: entry["id"]),
-    }
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(changed))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise ModelError(
-            "this tokenizer cannot be sealed against untrusted text",
-            why=f"its edited copy does not load: {error}",
-            fix="use the tokenizer that the model was published with",
-        ) from error
+    tokenizer = _copy(backend, texts, seals, keep_normalized=keep_normalized)
     tokenizer.add_special_tokens([AddedToken(guard, special=True, normalized=False)])
-    contents = {token.content for token in added.values()} | set(texts.values())
-    longest_first = sorted(contents, key=len, reverse=True)
+    guard_id = tokenizer.token_to_id(guard)
+    assert guard_id is not None
+    if backend.id_to_token(guard_id) is not None:
+        raise _NotTheSameError("its ids have holes")
+    found = tokenizer.encode_batch(list(seals.values()), add_special_tokens=False)
+    own: dict[int, int] = {}
+    for (token_id, text), encoding in zip(seals.items(), found, strict=True):
+        if encoding.ids != [tokenizer.token_to_id(text)]:
+            raise _NotTheSameError(f"token {token_id} is not reachable by its seal")
+        if encoding.ids != [token_id]:
+            own[encoding.ids[0]] = token_id
+    contents = {token.content for token in backend.get_added_tokens_decoder().values()}
     return SealedTokenizer(
         tokenizer=tokenizer,
         seals=seals,
         nonce=nonce,
         guard=guard,
-        guard_id=tokenizer.encode(guard, add_special_tokens=False).ids[0],
-        markers=re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"),
+        guard_id=guard_id,
+        own=own,
+        markers=tuple(sorted((contents | set(texts.values())) - {""}, key=len, reverse=True)),
         marker_ids={text: token_id for token_id, text in texts.items()},
     )
 
 
-def _sealed_model(model: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """Rename pieces of the base vocabulary and drop the merges that would yield them."""
-    result = dict(model)
-    if model["type"] == "Unigram":
-        result["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
-        return result
-    result["vocab"] = {renamed.get(piece, piece): i for piece, i in model["vocab"].items()}
-    if model.get("unk_token") in renamed:
-        result["unk_token"] = renamed[model["unk_token"]]
-    if model["type"] == "BPE":
-        skip = len(model.get("continuing_subword_prefix") or "")
-        result["dropout"] = None
-        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        result["merges"] = [
-            [left, right]
-            for left, right in pairs
-            if not {left, right, left + right[skip:]} & renamed.keys()
-        ]
-    return result
-
-
-def _difference(backend: Tokenizer, sealed: SealedTokenizer) -> str | None:
-    """Return what differs from the original beyond the forbidden tokens' texts, or None."""
-    for token_id, text in sealed.seals.items():
-        if sealed.encode(text) != [token_id]:
-            return f"token {token_id} is not reachable by its seal"
-    names = {text: sealed.seals[token_id] for text, token_id in sealed.marker_ids.items()}
-    expected = {names.get(text, text): i for text, i in backend.get_vocab().items()}
-    actual = sealed.tokenizer.get_vocab()
-    if actual.pop(sealed.guard, None) in expected.values():
-        return "its ids have holes"
-    return None if actual == expected else "ids of ordinary pieces moved in the sealed copy"
+def _copy(
+    backend: Tokenizer, texts: dict[int, str], seals: dict[int, str], *, keep_normalized: bool
+) -> Tokenizer:
+    if copies.can_share(backend, texts):
+        tokenizer = copies.shared(backend, seals, keep_normalized=keep_normalized)
+        if tokenizer is not None:
+            return tokenizer
+    tokenizer = copies.rebuilt(backend, seals, keep_normalized=keep_normalized)
+    if copies.vocabulary_moved(backend, tokenizer, seals):
+        raise _NotTheSameError("ids of ordinary pieces moved in the sealed copy")
+    return tokenizer
 
 
 def _agrees(backend: Tokenizer, sealed: SealedTokenizer) -> bool:
     """True if text around the markers gets the ids that the model's own tokenizer gives it."""
-    for marker in sealed.marker_ids:
-        for probe in _PROBES:
-            text = marker + probe + marker + probe
-            own = backend.encode(text, add_special_tokens=False).ids
-            if sealed.encode(sealed.seal_trusted(text)[0]) != own:
-                return False
-    return True
+    pairs = [
+        ((text + probe) * 2, (sealed.seals[token_id] + probe) * 2)
+        for text, token_id in sealed.marker_ids.items()
+        for probe in _PROBES
+    ]
+    own = backend.encode_batch([plain for plain, _ in pairs], add_special_tokens=False)
+    return all(
+        sealed.encode(text) == encoding.ids for (_, text), encoding in zip(pairs, own, strict=True)
+    )
