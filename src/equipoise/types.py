@@ -13,6 +13,8 @@ from typing import Literal, Protocol, runtime_checkable
 Role = Literal["system", "user", "assistant"]
 Split = Literal["train", "dev", "test"]
 Finish = Literal["stop", "length"]
+TemplateValue = str | int | float | bool | None
+"""Value of a variable that the operator or a recipe gives to a chat template."""
 JudgeKind = Literal["optimization", "generalization"]
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from equipoise.dials import markers, sealing, template
+from equipoise.dials import markers, sealing
 from equipoise.dials.skeletons import Skeletons
+from equipoise.dials.template import ChatTemplate, check_prompt
+from equipoise.dials.thoughts import Follower, find_thought
 from equipoise.errors import DataError, EncodingError, ModelError
 from equipoise.types import DialSetting, Message
 
@@ -44,12 +46,17 @@ class Encoder:
         self.tokenizer = tokenizer
         self.manifest = manifest
         self._backend = markers.fast_backend(tokenizer)
-        self.has_chat_template: bool = tokenizer.chat_template is not None
+        self._template = ChatTemplate(tokenizer)
+        self.has_chat_template = self._template.exists
         controls = markers.control_ids(self._backend, manifest)
-        self.forbidden: frozenset[int] = controls | markers.marker_ids(tokenizer, self._backend)
+        self.thought = find_thought(self._backend, self._template)
+        """The marks of the model's thoughts; None for a model without."""
+        marks = self.thought.ids if self.thought is not None else frozenset[int]()
+        written = markers.marker_ids(tokenizer, self._backend, self._template)
+        self.forbidden: frozenset[int] = controls | written | marks
         """Ids that no untrusted text can produce."""
         self._sealed = sealing.seal(self._backend, self.forbidden)
-        self._skeletons = Skeletons(tokenizer, self._backend, self._sealed, self.forbidden)
+        self._skeletons = Skeletons(self._template, self._backend, self._sealed, self.forbidden)
         self._given_ends = tuple(eos_ids or ())
         own = [self._skeletons.turn_end(), tokenizer.eos_token_id]
         ends = [i for i in (*own, *self._given_ends) if i is not None and i not in controls]
@@ -57,8 +64,8 @@ class Encoder:
         self.eos_ids: frozenset[int] = frozenset(ends)
         """Every id that ends a completion."""
         flagged = self.forbidden | set(tokenizer.all_special_ids)
-        self.masked_ids: tuple[int, ...] = tuple(sorted(flagged - self.eos_ids))
-        """Ids that must never be sampled: control tokens and all markers but the ends."""
+        self.masked_ids: tuple[int, ...] = tuple(sorted(flagged - self.eos_ids - marks))
+        """Ids that must never be sampled: control tokens, all markers but ends and thoughts."""
         self._silent = flagged | self.eos_ids
         self._decodes_after_guard = self._loses_leading_blank()
 
@@ -90,7 +97,7 @@ class Encoder:
             ModelError: If there is no chat template, or one that rewrites contents.
             EncodingError: If the result holds a marker that the template did not write.
         """
-        template.check_prompt(messages)
+        check_prompt(messages)
         prepared = self._skeletons.of(tuple((m.role, m.content == "") for m in messages))
         parts = [prepared.pieces[0]]
         for slot, piece in zip(prepared.slots, prepared.pieces[1:], strict=True):
@@ -129,11 +136,24 @@ class Encoder:
         return self._pair(first, second)[1]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; markers and end tokens are left out."""
-        kept = [token_id for token_id in ids if token_id not in self._silent]
+        """Return the text of sampled ids; thoughts, markers and end tokens are left out."""
+        # Where the prompt has begun the thought, its end alone is among the ids.
+        within = self.thought is not None and self.thought.begun_before(ids)
+        follower = Follower(self.thought, within)
+        answer = [token_id for token_id in ids if follower.take(token_id)]
+        text = self._text([token_id for token_id in answer if token_id not in self._silent])
+        return text.lstrip("\n") if follower.behind else text
+
+    def _ends_a_thought(self, ids: Sequence[int]) -> bool:
+        marks = self.thought
+        return marks is not None and next(
+            (i == marks.close_id for i in ids if i in marks.ids), False
+        )
+
+    def _text(self, ids: Sequence[int]) -> str:
         if not self._decodes_after_guard:
-            return str(self._backend.decode(kept, skip_special_tokens=False))
-        return self._decode_after_guard(kept)
+            return str(self._backend.decode(ids, skip_special_tokens=False))
+        return self._decode_after_guard(ids)
 
     def _decode_after_guard(self, ids: Sequence[int]) -> str:
         sealed = self._sealed

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from equipoise.dials import sealing, template
+from equipoise.dials import sealing
 from equipoise.errors import ModelError
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from equipoise.dials.manifest import DialManifest
+    from equipoise.dials.template import ChatTemplate
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -44,17 +45,19 @@ def control_ids(backend: Tokenizer, manifest: DialManifest | None) -> frozenset[
     return frozenset(manifest.all_ids)
 
 
-def marker_ids(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> frozenset[int]:
+def marker_ids(
+    tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate
+) -> frozenset[int]:
     """Return ids flagged special and added ids that the template writes (DESIGN section 4)."""
     added = backend.get_added_tokens_decoder()
     flagged = {token_id for token_id, token in added.items() if token.special}
     flagged |= set(tokenizer.all_special_ids)
-    if tokenizer.chat_template is not None:
+    if template.exists:
         # Gemma's line break is an added token that its template writes, and plain text.
         marks = {i: t.content for i, t in added.items() if t.content.strip()}
-        literals = template.template_literals(tokenizer)
+        literals = template.literals()
         flagged |= {token_id for token_id, text in marks.items() if text in literals}
-        for render in template.common_renders(tokenizer):
+        for render in template.common_renders():
             ids = set(backend.encode(render, add_special_tokens=False).ids)
             flagged |= ids & marks.keys()
     unknown = tokenizer.unk_token_id

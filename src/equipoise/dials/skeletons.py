@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from equipoise.dials import template
+from equipoise.dials import slots
 from equipoise.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
 
     from equipoise.dials.sealing import SealedTokenizer
+    from equipoise.dials.template import ChatTemplate, Turn
 
 _MAX_CACHED_SKELETONS = 1024
 _MAX_CACHED_TURNS = 16_384
@@ -25,37 +25,37 @@ class Prepared:
     """A skeleton whose markers are written as seals."""
 
     pieces: tuple[str, ...]
-    slots: tuple[template.Slot, ...]
+    slots: tuple[slots.Slot, ...]
     markers: tuple[int, ...]
 
 
 class Skeletons:
-    """The prepared skeletons of one tokenizer's chat template.
+    """The prepared skeletons of one chat template.
 
     Args:
-        tokenizer: With the template, or without one.
-        backend: The fast tokenizer behind it.
+        template: Of the model.
+        backend: Its fast tokenizer.
         sealed: Its sealed copy.
         forbidden: The ids that only the template may write.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
         backend: Tokenizer,
         sealed: SealedTokenizer,
         forbidden: frozenset[int],
     ) -> None:
-        self._tokenizer, self._backend = tokenizer, backend
+        self._template, self._backend = template, backend
         self._sealed, self._forbidden = sealed, forbidden
-        self._cache: dict[tuple[template.Turn, ...], Prepared] = {}
+        self._cache: dict[tuple[Turn, ...], Prepared] = {}
         self._cached_turns = 0
 
-    def __iter__(self) -> Iterator[tuple[template.Turn, ...]]:
+    def __iter__(self) -> Iterator[tuple[Turn, ...]]:
         """Iterate over the sequences of turns that are cached."""
         return iter(self._cache)
 
-    def of(self, turns: tuple[template.Turn, ...]) -> Prepared:
+    def of(self, turns: tuple[Turn, ...]) -> Prepared:
         """Return the skeleton of a prompt.
 
         Raises:
@@ -64,7 +64,7 @@ class Skeletons:
         """
         prepared = self._cache.get(turns)
         if prepared is None:
-            if self._tokenizer.chat_template is None:
+            if not self._template.exists:
                 raise ModelError(
                     "the tokenizer has no chat template",
                     why="a prompt is a list of chat turns, and nothing says how the model reads it",
@@ -80,19 +80,19 @@ class Skeletons:
 
     def turn_end(self) -> int | None:
         """Return the marker that the template writes after the assistant's content, if any."""
-        if self._tokenizer.chat_template is None:
+        if not self._template.exists:
             return None
         try:
             turns = (("user", False), ("assistant", False))
-            rendered = template.skeleton(self._tokenizer, turns, generation_prompt=False)
+            rendered = slots.skeleton(self._template, turns, generation_prompt=False)
         except (DataError, ModelError):
             return None
         if rendered.slots[-1].message != 1:
             return None
         return next(iter(self._sealed.seal_trusted(rendered.pieces[-1])[1]), None)
 
-    def _trusted(self, turns: tuple[template.Turn, ...]) -> Prepared:
-        rendered = template.skeleton(self._tokenizer, turns, generation_prompt=True)
+    def _trusted(self, turns: tuple[Turn, ...]) -> Prepared:
+        rendered = slots.skeleton(self._template, turns, generation_prompt=True)
         pieces: list[str] = []
         written: list[int] = []
         for piece in rendered.pieces:

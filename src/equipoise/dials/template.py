@@ -1,21 +1,20 @@
-"""What a chat template writes around the turns, learnt without showing it any untrusted text.
-
-The template is rendered with random placeholders as contents, once per sequence of roles. What
-comes back is cut at the placeholders: the pieces between them are trusted, the gaps are slots.
-"""
+"""A model's chat template, with everything that it is rendered with besides the turns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import jinja2.lexer
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
 
 from equipoise.dials.sealing import random_letters
-from equipoise.errors import DataError, ModelError
-from equipoise.types import Message
+from equipoise.errors import ConfigError, DataError, ModelError
+from equipoise.types import Message, TemplateValue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +23,6 @@ Turn = tuple[str, bool]
 """A role, and whether the content is empty (templates may leave such a turn out)."""
 
 _ROLES = ("system", "user", "assistant")
-_REWRITE_PROBE = "\"'<&>\\\n{{ a }} {% b %} É  é\t# *"
-_DIGITS = str.maketrans("0123456789", "qrstuvwxyz")
 _COMMON: tuple[tuple[str, ...], ...] = (
     ("user",),
     ("system", "user"),
@@ -33,180 +30,138 @@ _COMMON: tuple[tuple[str, ...], ...] = (
     ("system", "user", "assistant", "user"),
     ("user", "assistant"),
 )
+_OURS = frozenset({"messages", "raise_exception", "strftime_now", "namespace"})
+"""Asked for by templates and given by transformers; its arguments and special tokens are, too."""
+_DEFAULTS: Mapping[str, TemplateValue] = {"enable_thinking": False}
+"""Given to templates that know them: a thought costs tokens, and dials are learnt without."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where the content of one message goes."""
+class _Generation(jinja2.ext.Extension):
+    """The tag ``{% generation %}`` of transformers, which changes nothing here."""
 
-    message: int
-    strip_left: str
-    """Characters that the template strips: ``""`` none, ``"*"`` all white space, else these."""
-    strip_right: str
+    tags = {"generation"}  # noqa: RUF012
 
-    def fit(self, content: str) -> str:
-        """Return the content as the template would write it."""
-        if self.strip_left:
-            content = content.lstrip(None if self.strip_left == "*" else self.strip_left)
-        if self.strip_right:
-            content = content.rstrip(None if self.strip_right == "*" else self.strip_right)
-        return content
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """A rendered sequence of roles: ``pieces[0] slots[0] pieces[1] ... pieces[-1]``."""
+class ChatTemplate:
+    """The chat template of a tokenizer, ready to be rendered.
 
-    pieces: tuple[str, ...]
-    slots: tuple[Slot, ...]
-
-
-def skeleton(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, generation_prompt: bool
-) -> Skeleton:
-    """Render a sequence of turns without their contents.
+    Args:
+        tokenizer: With a template, or without one.
+        variables: Given to the template at every rendering (``chat_template_kwargs``).
 
     Raises:
-        DataError: If the template refuses this sequence of roles.
-        ModelError: If the template drops or rewrites contents.
+        ConfigError: A variable that the template does not know, or that is not to be set.
+        ModelError: The template is not valid Jinja.
     """
-    nonce = random_letters()
-    names = [nonce + format(i, "06d").translate(_DIGITS) for i in range(len(turns))]
 
-    def cut(before: str, after: str) -> tuple[list[str], list[int]]:
-        contents = [
-            "" if empty else before + name + after
-            for name, (_, empty) in zip(names, turns, strict=True)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        variables: Mapping[str, TemplateValue] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.exists: bool = tokenizer.chat_template is not None
+        self._source: str = tokenizer.get_chat_template() if self.exists else ""
+        self.known = self._undeclared()
+        """Variables that the template asks for."""
+        given = dict(variables or {})
+        self._check(given)
+        self.variables = {k: v for k, v in _DEFAULTS.items() if k in self.known} | given
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        contents: Sequence[str],
+        *,
+        generation_prompt: bool,
+        reasoning: str | None = None,
+        **changed: TemplateValue,
+    ) -> str:
+        """Render a conversation.
+
+        Args:
+            turns: Roles.
+            contents: One per turn; never untrusted text.
+            generation_prompt: Whether the head of the assistant's next turn is written.
+            reasoning: The thought of every assistant's turn, as its ``reasoning_content``.
+            changed: Variables with other values than the usual ones.
+
+        Raises:
+            DataError: If the template refuses this sequence of roles.
+        """
+        conversation = [
+            {"role": role, "content": content}
+            | ({"reasoning_content": reasoning} if reasoning and role == "assistant" else {})
+            for (role, _), content in zip(turns, contents, strict=True)
         ]
-        return _cut(_render(tokenizer, turns, contents, generation_prompt), nonce, names)
+        variables: dict[str, Any] = {**self.variables, **changed}
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                conversation,
+                chat_template=self._source,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise DataError(
+                "the chat template refuses this sequence of turns: "
+                + ", ".join(role for role, _ in turns),
+                why=str(error),
+                fix="leave such prompts out, or bring their turns into the order the model knows",
+            ) from error
+        return str(rendered)
 
-    pieces, order = cut("", "")
-    missing = {i for i, (_, empty) in enumerate(turns) if not empty} - set(order)
-    if missing:
-        turn = min(missing)
-        raise ModelError(
-            f"the chat template leaves out turn {turn + 1} ({turns[turn][0]})",
-            why="a turn that the model never sees cannot be answered",
-            fix="leave such turns out of the prompts, or use another chat template",
-        )
+    def common_renders(self) -> list[str]:
+        """Return renders of common role sequences with placeholders, refused ones left out."""
+        renders = []
+        for roles in _COMMON:
+            turns = [(role, False) for role in roles]
+            contents = [random_letters() for _ in roles]
+            for generation_prompt in (False, True):
+                try:
+                    renders.append(
+                        self.render(turns, contents, generation_prompt=generation_prompt)
+                    )
+                except DataError:
+                    continue
+        return renders
 
-    def stripped(blank: str, *, left: bool) -> list[bool]:
-        padded, again = cut(blank if left else "", "" if left else blank)
-        if again != order:
-            raise _rewrites()
-        # Only one side is padded, so each blank has one place: the piece next to its slot.
-        ours = slice(None, -1) if left else slice(1, None)
-        result = []
-        for plain, seen in zip(pieces[ours], padded[ours], strict=True):
-            if seen not in (plain, plain + blank if left else blank + plain):
-                raise _rewrites()
-            result.append(seen == plain)
-        return result
+    def literals(self) -> str:
+        """Return the text and the string literals of the template's source, joined by NUL."""
+        # Escapes such as \n stay as written in string literals; markers hold none.
+        lexed = self._environment().lex(self._source)
+        return "\0".join(text for _, kind, text in lexed if kind in ("data", "string"))
 
-    probes = {
-        (blank, left): stripped(blank, left=left) for blank in " \n" for left in (True, False)
-    }
-    _check_verbatim(
-        _render(tokenizer, turns, _wrapped(names, turns), generation_prompt), names, order
-    )
-    slots = tuple(
-        Slot(message, _characters(probes, i, left=True), _characters(probes, i, left=False))
-        for i, message in enumerate(order)
-    )
-    return Skeleton(tuple(pieces), slots)
+    def _undeclared(self) -> frozenset[str]:
+        try:
+            parsed = self._environment().parse(self._source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(
+                "the chat template is not valid Jinja",
+                why=str(error),
+                fix="repair the tokenizer's chat_template",
+            ) from error
+        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
+    def _environment(self) -> jinja2.Environment:
+        return jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Turn],
-    contents: Sequence[str],
-    generation_prompt: bool,
-) -> str:
-    conversation = [
-        {"role": role, "content": content}
-        for (role, _), content in zip(turns, contents, strict=True)
-    ]
-    try:
-        rendered = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        raise DataError(
-            "the chat template refuses this sequence of turns: "
-            + ", ".join(role for role, _ in turns),
-            why=str(error),
-            fix="leave such prompts out, or bring their turns into the order the model knows",
-        ) from error
-    return str(rendered)
-
-
-def _cut(rendered: str, nonce: str, names: Sequence[str]) -> tuple[list[str], list[int]]:
-    first, *rest = rendered.split(nonce)
-    pieces, order = [first], []
-    index = {name[len(nonce) :]: i for i, name in enumerate(names)}
-    for part in rest:
-        number = index.get(part[:6])
-        if number is None:
-            raise _rewrites()
-        order.append(number)
-        pieces.append(part[6:])
-    return pieces, order
-
-
-def _characters(probes: dict[tuple[str, bool], list[bool]], slot: int, *, left: bool) -> str:
-    found = "".join(blank for blank in " \n" if probes[blank, left][slot])
-    return "*" if len(found) == 2 else found
-
-
-def _wrapped(names: Sequence[str], turns: Sequence[Turn]) -> list[str]:
-    return [
-        "" if empty else name + _REWRITE_PROBE + name
-        for name, (_, empty) in zip(names, turns, strict=True)
-    ]
-
-
-def _check_verbatim(rendered: str, names: Sequence[str], order: Sequence[int]) -> None:
-    for number in order:
-        name = names[number]
-        if rendered.count(name + _REWRITE_PROBE + name) != order.count(number):
-            raise _rewrites()
-
-
-def _rewrites() -> ModelError:
-    return ModelError(
-        "the chat template rewrites the contents of turns",
-        why="contents must reach the model as they are, stripped of outer blanks at most",
-        fix="use a chat template that inserts message['content'] unchanged",
-    )
-
-
-def common_renders(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return renders of common role sequences with placeholder contents, refused ones left out."""
-    renders = []
-    for roles in _COMMON:
-        turns = [(role, False) for role in roles]
-        contents = [random_letters() for _ in roles]
-        for generation_prompt in (False, True):
-            try:
-                renders.append(_render(tokenizer, turns, contents, generation_prompt))
-            except DataError:
-                continue
-    return renders
-
-
-def template_literals(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text and the string literals of the template's source, joined by NUL."""
-    source = tokenizer.get_chat_template()
-    try:
-        lexed = list(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).lex(source))
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(
-            "the chat template is not valid Jinja",
-            why=str(error),
-            fix="repair the tokenizer's chat_template",
-        ) from error
-    # Escapes such as \n stay as written in string literals; markers hold none.
-    return "\0".join(text for _, kind, text in lexed if kind in ("data", "string"))
+    def _check(self, given: Mapping[str, TemplateValue]) -> None:
+        taken = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        reserved = _OURS | set(self._tokenizer.special_tokens_map) | set(taken)
+        free = self.known - reserved
+        unknown = sorted(given.keys() - free)
+        if unknown:
+            raise ConfigError(
+                f"chat_template_kwargs: the chat template knows no {unknown[0]!r} to be set",
+                why=f"it asks for: {', '.join(sorted(free)) or 'nothing'}",
+                fix="take the line out, or correct the name",
+            )
 
 
 def check_prompt(messages: Sequence[Message]) -> None:
