@@ -118,6 +118,22 @@ def test_over_long_prompt(assets: Path, tmp_path: Path, fails: Fail) -> None:
     assert sum('"split": "train"' in line for line in kept) == 3
 
 
+def test_skipped_rows_are_counted_in_the_run(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_prompts(tmp_path / "some.jsonl", prompt_texts(3))
+    file.write_text(file.read_text() + "nonsense\n")
+    prompts = prompts_from(file, assets)
+    prompts["train"][0]["on_bad_row"] = "skip"
+    recipe = recipe_file(tmp_path, assets, prompts=prompts)
+    assert run(["generate", str(recipe), "--dir", str(tmp_path / "run")]) == 0
+    assert "3 train, 0 dev" in (said := capsys.readouterr().err)
+    assert "1 bad rows skipped" in said
+    kept = json.loads((tmp_path / "run/prompts/skipped/rows.json").read_text())
+    assert kept["count"] == 1
+    assert "some.jsonl, row 4: cannot be read" in kept["first"][0]
+
+
 @pytest.mark.parametrize("kind", ["nan", "equal"])
 def test_reward_model_with_useless_scores(
     generated: Path, assets: Path, tmp_path: Path, fails: Fail, kind: str

@@ -32,7 +32,7 @@ def pairs_file(file: Path) -> Path:
         }
         for index, text in enumerate(prompt_texts(20) * (PAIRS // 20))
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "nonsense\n", "utf-8")
     return file
 
 
@@ -46,7 +46,7 @@ def recipe_of(root: Path) -> dict[str, Any]:
         "helpfulness": {
             "backbone": str(assets / "policy"),
             "kind": "pairs",
-            "sources": [{"source": str(pairs_file(root / "pairs.jsonl"))}],
+            "sources": [{"source": str(pairs_file(root / "pairs.jsonl")), "on_bad_row": "skip"}],
             "held_out": 8,
             "max_length": 64,
         }
@@ -107,6 +107,15 @@ def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
     assert report["ceiling"]["generalization"]["mp"]["helpfulness"]["value"] > 0
     assert len(report["losses"]["tuned"]["loss"]) == 6
     assert "tuned − rerank4" in report["differences"]
+
+
+def test_the_report_counts_the_rows_that_were_skipped(finished: Path) -> None:
+    report = json.loads((finished / "report/report.json").read_text("utf-8"))
+    skipped = report["skipped"]["fit-reward helpfulness"]
+    assert skipped["count"] == 1
+    place = f"pairs.jsonl, row {PAIRS + 1}: cannot be read"
+    assert place in skipped["first"][0]
+    assert place in (finished / "report/report.html").read_text("utf-8")
 
 
 def test_the_judges_scale_is_that_of_the_whole_pool(finished: Path) -> None:

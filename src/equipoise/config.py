@@ -38,6 +38,8 @@ class SourceConfig(Config):
     """Keep only rows whose field equals the value, e.g. ``{label: unsafe}``."""
     min_score: float | None = None
     """Labelled answers: rows with a score of at least this are positive (safe)."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A row that cannot be used ends the run, or is left out and counted in the report."""
 
 
 class PromptsConfig(Config):

@@ -15,6 +15,9 @@ How to add one: subclass, raise it with all three parts, and list it above.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EquipoiseError(Exception):
     """Base of all user errors.
@@ -67,3 +70,16 @@ class TrainingError(EquipoiseError):
 
 class ServingError(EquipoiseError):
     """The server's engine or scorer cannot answer; nothing wrong was sent."""
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Say of which row a text or an order of turns was refused.
+
+    Raises:
+        DataError: In place of a DataError or EncodingError that came from inside.
+    """
+    try:
+        yield
+    except (DataError, EncodingError) as error:
+        raise DataError(f"{place}: {error.what}", why=error.why, fix=error.fix) from error

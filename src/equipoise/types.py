@@ -7,8 +7,11 @@ P prompts, K completions per prompt, C control cells, A attributes, L levels, N 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
+
+NOT_STORED: Mapping[str, bool] = {"stored": False}
+"""Metadata of a field that lives in memory only; it is in no file of a run."""
 
 Role = Literal["system", "user", "assistant"]
 Split = Literal["train", "dev", "test"]
@@ -38,6 +41,15 @@ class Prompt:
     """Where the prompt came from (file, data set or world)."""
     label: str = ""
     """The source's own label, e.g. ``safe`` / ``unsafe``; empty where there is none."""
+    row: int | None = field(default=None, compare=False, metadata=NOT_STORED)
+    """Its row in the source, counted from 1, while it is being loaded."""
+
+    @property
+    def place(self) -> str:
+        """What a message calls it, as it must not show its text: source and row number."""
+        return (
+            f"{self.id} of {self.source}" if self.row is None else f"{self.source}, row {self.row}"
+        )
 
 
 @dataclass(frozen=True, order=True)

@@ -78,6 +78,10 @@ CAPTIONS = {
         "How often each reward model and judge is right on held-out rows, beside two baselines "
         "that know no language model. A judge that barely beats them can not show fine control."
     ),
+    "skipped": (
+        "Rows of the data that could not be used and were left out, as the recipe asks "
+        "(on_bad_row: skip)."
+    ),
     "minutes": (
         "How long each stage took, beside the estimate that was printed before the run (none where "
         "a stage was run by itself)."

@@ -15,7 +15,7 @@ Json = Mapping[str, Any]
 
 def check_tables(report: Json) -> str:
     """Return intersections, judges, scale, counts and minutes; each only where it is known."""
-    parts = [part(report) for part in (_unseen, _judging, _scale, _kept, _minutes)]
+    parts = [part(report) for part in (_unseen, _judging, _scale, _skipped, _kept, _minutes)]
     return "<h2>Checks and counts</h2>" + "".join(parts) if any(parts) else ""
 
 
@@ -59,6 +59,15 @@ def _scale(report: Json) -> str:
         for attribute, facts in found.items()
     ]
     return _said(CAPTIONS["scale"], table(["attribute", *keys.values()], rows)) if rows else ""
+
+
+def _skipped(report: Json) -> str:
+    rows = [
+        [escape(stage), count(facts["count"]), "<br>".join(map(escape, facts["first"]))]
+        for stage, facts in (report.get("skipped") or {}).items()
+    ]
+    head = ["stage", "rows skipped", "the first"]
+    return _said(CAPTIONS["skipped"], table(head, rows)) if rows else ""
 
 
 def _kept(report: Json) -> str:

@@ -21,6 +21,7 @@ is :func:`plain` of a :class:`~equipoise.evaluate.measure.ControlReport`::
          "refusals": {GROUP: [E, …]}}},         # share refused, one per level of safety
      "ceiling": {"name": "attainable ceiling", "generalization": CONTROL},
      "pool": {ATTRIBUTE: {…}},                  # pool.calibrate.calibration_report
+     "skipped": {STAGE: {"count": 2, "first": ["a.jsonl, row 7: …"]}},     # on_bad_row: skip
      "moec": asdict(MoecReport),                # grid_before, grid_after: (L, L), [hp][sf]
      "backdoor": {"before": asdict(BackDoor), "after": asdict(BackDoor)},
      "losses": {RUN: {"step": […], "loss": […], "asked": […], "counterfactual": […], "pull": […]}},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.config import FitRewardConfig, RewardModelConfig
-from equipoise.errors import DataError
+from equipoise.errors import DataError, named
 from equipoise.models import reward_baselines as baselines
 from equipoise.models.load import load_tokenizer, model_hash, resolve_model
 from equipoise.models.reward import (
@@ -172,9 +172,10 @@ def encode_row(encode: InputEncoder, row: Row) -> EncodedRow:
     from equipoise.models.reward_training import EncodedRow
 
     messages = row.prompt.messages
-    if isinstance(row, PreferencePair):
-        return EncodedRow((encode(messages, row.chosen), encode(messages, row.rejected)), 1.0)
-    return EncodedRow((encode(messages, row.completion),), row.score)
+    with named(row.prompt.place):
+        if isinstance(row, PreferencePair):
+            return EncodedRow((encode(messages, row.chosen), encode(messages, row.rejected)), 1.0)
+        return EncodedRow((encode(messages, row.completion),), row.score)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,28 +11,37 @@ from pathlib import Path
 from equipoise.config import SourceConfig
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.pool.rows import Row, draw, numbered, read_rows
+from equipoise.pool.rows import Place, Row, draw, read_items
 from equipoise.pool.shapes import (
+    check_text,
     make_prompt,
-    parse_transcript,
-    parse_turns,
     prompt_turns,
+    split_answer,
     unknown_shape,
 )
-from equipoise.types import LabelledAnswer, Message, PreferencePair
+from equipoise.pool.skipped import Skipped
+from equipoise.types import LabelledAnswer, PreferencePair
 
 _WORKSHOP = "workshop://"
 _WORKSHOP_PAIRS = 12_000
 """That world never ends, so a source without limit needs one."""
+_SIDES = ("chosen", "rejected")
 _ANSWERS = ("response", "completion", "answer", "output")
 _SCORES = ("score", "is_safe", "safe", "label")
 _WORDS = {"safe": 1.0, "unsafe": 0.0}
+
+_Bounds = tuple[float | None, float | None]
+"""``score_min`` and ``score_max`` of a row."""
 
 log = logging.getLogger(__name__)
 
 
 def load_pairs(
-    sources: Sequence[SourceConfig], *, data: Path | None = None, seed: int = 0
+    sources: Sequence[SourceConfig],
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+    skipped: Skipped | None = None,
 ) -> list[PreferencePair]:
     """Load preference pairs; ``workshop://ATTRIBUTE`` for the packaged world.
 
@@ -50,8 +60,7 @@ def load_pairs(
             limit = source.limit or _WORKSHOP_PAIRS
             pairs += workshop.pairs(attribute, limit=limit, seed=seed)
             continue
-        rows = numbered(read_rows(source, data=data), source)
-        found = [(_read_pair(row, where, source.source)) for where, row in rows]
+        found = read_items(source, _read_pair, data=data, skipped=skipped)
         kept = [pair for pair in found if pair is not None]
         if not kept:
             raise DataError(
@@ -66,7 +75,11 @@ def load_pairs(
 
 
 def load_labelled(
-    sources: Sequence[SourceConfig], *, data: Path | None = None, seed: int = 0
+    sources: Sequence[SourceConfig],
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+    skipped: Skipped | None = None,
 ) -> list[LabelledAnswer]:
     """Load labelled answers, their scores brought to [0, 1].
 
@@ -78,50 +91,30 @@ def load_labelled(
     """
     answers: list[LabelledAnswer] = []
     for source in sources:
-        rows = list(numbered(read_rows(source, data=data), source))
-        read = [_read_labelled(row, where, source.source) for where, row in rows]
-        scores = _scale([row for _, row in rows], [answer.score for answer in read], source)
-        scaled = [replace(a, score=s) for a, s in zip(read, scores, strict=True)]
+        read = read_items(source, _read_labelled, data=data, skipped=skipped)
+        answered = [answer for answer, _ in read]
+        scores = _scale([a.score for a in answered], [bounds for _, bounds in read], source)
+        scaled = [replace(a, score=s) for a, s in zip(answered, scores, strict=True)]
         answers += draw([a for a in scaled if a.completion.strip()], source, seed=seed)
     return answers
 
 
-def _read_pair(row: Row, where: str, source: str) -> PreferencePair | None:
+def _read_pair(row: Row, where: Place) -> PreferencePair | None:
     if row.get("chosen") is None or row.get("rejected") is None:
         raise unknown_shape(row, where=where)
     own = prompt_turns(row, where=where)
-    chosen, rejected = (_answer(row[side], own, where=where) for side in ("chosen", "rejected"))
-    prompt = make_prompt(chosen[0], where, source)
-    same = prompt_key(prompt.messages) == prompt_key(
-        make_prompt(rejected[0], where, source).messages
-    )
+    chosen, rejected = (split_answer(row[side], own, where=where) for side in _SIDES)
+    prompt = make_prompt(chosen[0], where)
+    same = prompt_key(prompt.messages) == prompt_key(make_prompt(rejected[0], where).messages)
     texts = (chosen[1], rejected[1])
+    for text in texts:
+        check_text(text, where)
     if not same or not all(text.strip() for text in texts) or texts[0] == texts[1]:
         return None
     return PreferencePair(prompt, *texts)
 
 
-def _answer(
-    value: object, own: Sequence[Message] | None, *, where: str
-) -> tuple[Sequence[Message], str]:
-    """Split one side of a pair into prompt turns and completion."""
-    turns: Sequence[Message] | None
-    turns = parse_transcript(value) if isinstance(value, str) else parse_turns(value, where=where)
-    if turns is None:
-        if own is None:
-            raise DataError(
-                f"{where}: the pair has no prompt",
-                why="`chosen` is a bare text, and there is no `prompt` or `messages`.",
-                fix="Add the prompt, or give whole transcripts.",
-            )
-        return own, str(value)
-    if turns and turns[-1].role == "assistant":
-        before = own if own is not None else turns[:-1]
-        return before, turns[-1].content
-    return (own if own is not None else turns), ""
-
-
-def _read_labelled(row: Row, where: str, source: str) -> LabelledAnswer:
+def _read_labelled(row: Row, where: Place) -> tuple[LabelledAnswer, _Bounds]:
     turns = prompt_turns(row, where=where)
     answer = next((row[f] for f in _ANSWERS if isinstance(row.get(f), str)), None)
     value = next((row[f] for f in _SCORES if row.get(f) is not None), None)
@@ -131,23 +124,50 @@ def _read_labelled(row: Row, where: str, source: str) -> LabelledAnswer:
         raise unknown_shape(row, where=where)
     if isinstance(value, str):
         value = _WORDS.get(value.strip().casefold())
-    if value is None or not isinstance(value, int | float) or value != value:
+    score = _number(value)
+    if score is None:
         raise DataError(
             f"{where} has a label that is no score",
             why="A number, true / false, or safe / unsafe is expected.",
             fix="Correct the row.",
         )
-    return LabelledAnswer(make_prompt(turns, where, source), answer, float(value))
+    check_text(answer, where)
+    bounds = (_bound(row, "score_min", where), _bound(row, "score_max", where))
+    return LabelledAnswer(make_prompt(turns, where), answer, score), bounds
 
 
-def _scale(rows: Sequence[Row], scores: Sequence[float], source: SourceConfig) -> list[float]:
+def _bound(row: Row, field: str, where: Place) -> float | None:
+    if row.get(field) is None:
+        return None
+    value = _number(row[field])
+    if value is None:
+        raise DataError(
+            f"{where} has a `{field}` that is no number",
+            why="It is an end of the scale of `score`.",
+            fix="Correct the row, or leave the field out.",
+        )
+    return value
+
+
+def _number(value: object) -> float | None:
+    """Return a finite number, of a text as well; ``None`` for anything else."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _scale(scores: Sequence[float], bounds: Sequence[_Bounds], source: SourceConfig) -> list[float]:
+    """Bring scores to [0, 1]; an end that a row does not give is the source's own."""
     if source.min_score is not None:
         scaled = [float(score >= source.min_score) for score in scores]
     else:
-        lows = [_bound(row, "score_min", min(scores)) for row in rows]
-        highs = [_bound(row, "score_max", max(scores)) for row in rows]
-        bounds = zip(scores, lows, highs, strict=True)
-        scaled = [(s - low) / (high - low) if high > low else 0.5 for s, low, high in bounds]
+        least, greatest = min(scores), max(scores)
+        scaled = []
+        for score, (low, high) in zip(scores, bounds, strict=True):
+            low, high = least if low is None else low, greatest if high is None else high
+            scaled.append((score - low) / (high - low) if high > low else 0.5)
     if len(set(scaled)) < 2 or not all(0.0 <= score <= 1.0 for score in scaled):
         raise DataError(
             f"The scores of {source.source} teach nothing",
@@ -155,8 +175,3 @@ def _scale(rows: Sequence[Row], scores: Sequence[float], source: SourceConfig) -
             fix="Check the scores and `min_score`.",
         )
     return scaled
-
-
-def _bound(row: Row, field: str, default: float) -> float:
-    value = row.get(field)
-    return default if value is None else float(value)

@@ -56,7 +56,7 @@ def measures_of(
             advance(1)
     if "tuned" in found and "start" in found:
         references = found["start"]
-        for name, figures in perplexity_of(job, references, by_id, untouched()).items():
+        for name, figures in perplexity_of(job, stage, references, by_id, untouched()).items():
             methods[name]["quality"] |= figures
         methods["tuned"]["quality"]["drift"] = drift_of(job, stage, references)
     for name, curves in refusals_of(job, found, by_id).items():

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equipoise.config import Recipe, RewardModelConfig
 from equipoise.errors import ModelError
 from equipoise.progress import Progress
+from equipoise.store.fingerprint import ORDER
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import rows_from_jsonl
 from equipoise.store.stagedir import Stage
@@ -17,11 +18,13 @@ from equipoise.types import Prompt, RewardModel, ScoredCompletion, SteeredComple
 
 if TYPE_CHECKING:
     from equipoise.pool.calibrate import Calibration
+    from equipoise.pool.skipped import Skipped
 
 PROMPTS = "prompts.jsonl"
 CALIBRATION = "calibration.json"
 FITTED = "fitted"
 MADE = "made://"
+SKIPPED = "skipped"
 FLUENCY = "fluency.json"
 """Prompt id to the mean log-likelihood per token of the model's own completions."""
 
@@ -89,6 +92,25 @@ def settled(recipe: Recipe, run: Path) -> Recipe:
         for name, config in recipe.fit_reward.items()
     }
     return recipe.model_copy(update=changes)
+
+
+def note_skipped(stage: Stage, skipped: Skipped, name: str = "rows") -> None:
+    """Keep which rows ``on_bad_row: skip`` left out; a stage that read every row keeps nothing."""
+    if skipped.count:
+        stage.publish_json(f"{SKIPPED}/{name}.json", skipped.facts())
+
+
+def read_skipped(run: RunDir) -> dict[str, dict[str, Any]]:
+    """Return what :func:`note_skipped` kept, by stage (and name, if it is not ``rows``)."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in (name for name in ORDER if run.is_done(name)):
+        files = run.done(stage)
+        for file in files.outputs:
+            folder, _, name = file.partition("/")
+            if folder == SKIPPED:
+                title = f"{stage} {name.removesuffix('.json')}".removesuffix(" rows")
+                found[title] = files.read_json(file)
+    return found
 
 
 def read_prompts(run: RunDir) -> list[Prompt]:

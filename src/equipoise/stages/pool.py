@@ -16,6 +16,7 @@ from equipoise.stages.inputs import (
     PROMPTS,
     Job,
     load_reward_models,
+    note_skipped,
     policy_hash,
     read_prompts,
     reward_hashes,
@@ -37,22 +38,28 @@ def prompts(job: Job) -> None:
     from equipoise.dials.encode import Encoder
     from equipoise.models.load import load_tokenizer, resolve_model
     from equipoise.pool.prompts import check_lengths, load_prompts
+    from equipoise.pool.skipped import Skipped
 
-    config = job.recipe.prompts
-    loaded = load_prompts(config, data=job.data, seed=job.recipe.seed)
+    config, skipped = job.recipe.prompts, Skipped()
+    loaded = load_prompts(config, data=job.data, seed=job.recipe.seed, skipped=skipped)
     encoder = Encoder(load_tokenizer(resolve_model(job.recipe.model)))
-    kept = check_lengths(loaded, encoder, config)
+    unread = skipped.count
+    kept = check_lengths(loaded, encoder, config, skipped=skipped)
+    dropped = len(loaded) - len(kept) - (skipped.count - unread)
     counts = {name: sum(p.split == name for p in kept) for name in ("train", "dev", "test")}
     if not counts["train"] or not counts["test"]:
         raise DataError(
             "no prompts left to train or to test on",
-            why=f"after dropping over-long ones there are {counts}",
-            fix="raise prompts.max_prompt_tokens or add sources",
+            why=f"after dropping over-long ones and skipping bad rows there are {counts}",
+            fix="raise prompts.max_prompt_tokens, repair the rows, or add sources",
         )
     stage.publish_bytes(PROMPTS, rows_to_jsonl(kept))
-    stage.finish(counts=counts, dropped=len(loaded) - len(kept))
+    note_skipped(stage, skipped)
+    stage.finish(counts=counts, dropped=dropped)
+    left_out = f"; {skipped.count} bad rows skipped" if skipped.count else ""
+    left_out += f"; {dropped} over-long ones dropped" if dropped else ""
     job.progress.say(
-        f"prompts: {counts['train']} train, {counts['dev']} dev, {counts['test']} test"
+        f"prompts: {counts['train']} train, {counts['dev']} dev, {counts['test']} test{left_out}"
     )
 
 
@@ -82,13 +89,16 @@ def fit_reward(job: Job) -> None:
         return
     from equipoise.models.fit_reward import fit_reward as fit
     from equipoise.pool.preferences import load_labelled, load_pairs
+    from equipoise.pool.skipped import Skipped
 
     for name, config in recipe.fit_reward.items():
         folder = f"{FITTED}/{name}"
         if stage.has(folder):
             continue
         load = load_pairs if config.kind == "pairs" else load_labelled
-        rows = load(config.sources, data=job.data, seed=recipe.seed)
+        skipped = Skipped()
+        rows = load(config.sources, data=job.data, seed=recipe.seed, skipped=skipped)
+        note_skipped(stage, skipped, name)
         left_out = {*(evaluated if config.leave_out_test else ())}
         left_out |= {*(trained if config.leave_out_train else ())}
         if left_out:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from equipoise.stages.inputs import Job, workshop_parser
+from equipoise.stages.inputs import Job, note_skipped, workshop_parser
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
@@ -68,6 +68,7 @@ def quality_of(
 
 def perplexity_of(
     job: Job,
+    stage: Stage,
     own: Sequence[Delivery],
     prompts: Mapping[str, Prompt],
     untouched: LoadedPolicy,
@@ -76,6 +77,7 @@ def perplexity_of(
 
     Args:
         job: Of a run whose tune stage is complete.
+        stage: Keeps which rows of the references were skipped.
         own: The untouched model's answers to evaluated prompts: the references of a recipe that
             names none.
         prompts: Prompt id to prompt.
@@ -89,7 +91,8 @@ def perplexity_of(
     from equipoise.stages.tuning import MODEL
 
     recipe = job.recipe
-    pairs = _references(job) if recipe.evaluate.references else _own_answers(job, own, prompts)
+    asked = bool(recipe.evaluate.references)
+    pairs = _references(job, stage) if asked else _own_answers(job, own, prompts)
     if not pairs:
         return {}
     auto = DialSetting((None,) * len(recipe.attributes))
@@ -106,13 +109,19 @@ def perplexity_of(
     }
 
 
-def _references(job: Job) -> list[tuple[Prompt, str, bool]]:
+def _references(job: Job, stage: Stage) -> list[tuple[Prompt, str, bool]]:
+    from equipoise.pool.skipped import Skipped
     from equipoise.start.rows import load_rows
 
-    config = job.recipe.evaluate
+    config, skipped = job.recipe.evaluate, Skipped()
     rows = load_rows(
-        config.references, n_rows=config.fluency_prompts, data=job.data, seed=job.recipe.seed
+        config.references,
+        n_rows=config.fluency_prompts,
+        data=job.data,
+        seed=job.recipe.seed,
+        skipped=skipped,
     )
+    note_skipped(stage, skipped, "references")
     return [(*row, True) for row in rows if not isinstance(row, str)]
 
 

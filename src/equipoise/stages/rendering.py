@@ -7,7 +7,7 @@ from typing import Any
 
 from equipoise.plan import read_plan
 from equipoise.stages.bench import FACTS
-from equipoise.stages.inputs import Job, read_prompts
+from equipoise.stages.inputs import Job, read_prompts, read_skipped
 from equipoise.stages.tuning import START_CURVE
 from equipoise.store.stagedir import Stage
 from equipoise.store.stagefiles import StageFiles
@@ -43,7 +43,8 @@ def gather(job: Job) -> dict[str, Any]:
     run = job.run
     scored, distilled, tuned = run.done("score"), run.done("distil"), run.done("tune")
     measures = run.done("evaluate").read_json("measures.json")
-    counts = run.done("prompts").facts()["counts"]
+    loaded = run.done("prompts").facts()
+    counts, dropped = loaded["counts"], loaded.get("dropped", 0)
     recipe = run.recipe.model_dump(mode="json")
     # The folder of the data is the user's own affair: reports are passed on.
     recipe["data"] = None
@@ -54,6 +55,7 @@ def gather(job: Job) -> dict[str, Any]:
             "training prompts": counts["train"],
             "dev prompts": counts["dev"],
             "test prompts": counts["test"],
+            **({"over-long prompts dropped": dropped} if dropped else {}),
             "completions in the pool": scored.facts()["scored"],
             "tuning examples": distilled.facts()["examples"],
             **measures["n"],
@@ -62,6 +64,7 @@ def gather(job: Job) -> dict[str, Any]:
             **run.done("judge").read_json(FACTS),
             "no_finished_sentence": scored.facts()["no_finished_sentence"],
         },
+        "skipped": read_skipped(run),
         "moec": distilled.read_json("moec.json"),
         "backdoor": distilled.read_json("backdoor.json"),
         "losses": _losses(tuned),

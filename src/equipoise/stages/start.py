@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import RunError
-from equipoise.stages.inputs import Job, policy_hash, reward_hashes
+from equipoise.stages.inputs import Job, note_skipped, policy_hash, reward_hashes
 from equipoise.store.stagedir import Stage
 
 if TYPE_CHECKING:
     from equipoise.config import AlignConfig
     from equipoise.models.load import LoadedPolicy
+    from equipoise.pool.skipped import Skipped
     from equipoise.tune.checkpoints import Curve, OnStep
 
 MODEL = "model"
@@ -29,13 +30,17 @@ def base(job: Job) -> None:
     if stage is None:
         return
     from equipoise.dials.encode import Encoder
+    from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
     from equipoise.start.pretrain import new_model, train_tokenizer
     from equipoise.start.rows import load_rows
     from equipoise.start.teach import encode_rows, teach
 
-    n_rows = config.steps * config.batch_size
-    rows = load_rows(config.sources, n_rows=n_rows, data=job.data, seed=recipe.seed)
+    n_rows, skipped = config.steps * config.batch_size, Skipped()
+    rows = load_rows(
+        config.sources, n_rows=n_rows, data=job.data, seed=recipe.seed, skipped=skipped
+    )
+    note_skipped(stage, skipped)
     tokenizer = train_tokenizer(rows, config.vocabulary)
     encoded = encode_rows(
         rows, Encoder(tokenizer), max_length=config.max_length, answers_only=False
@@ -65,17 +70,20 @@ def sft(job: Job) -> None:
     if stage is None:
         return
     from equipoise.models.load import load_causal
+    from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
     from equipoise.start.rows import load_rows
     from equipoise.start.teach import encode_rows, teach
 
-    policy = load_causal(config.model)
+    policy, skipped = load_causal(config.model), Skipped()
     rows = load_rows(
         config.sources,
         n_rows=config.steps * config.batch_size,
         data=job.data,
         seed=derive_seed(recipe.seed, "sft rows"),
+        skipped=skipped,
     )
+    note_skipped(stage, skipped)
     encoded = encode_rows(rows, policy.encoder, max_length=config.max_length, answers_only=True)
 
     def train(on_step: OnStep, checkpoints: Path) -> Curve:
@@ -104,10 +112,13 @@ def align(job: Job) -> None:
     if stage is None:
         return
     from equipoise.models.load import load_causal
+    from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
 
     policy, before = load_causal(config.model), load_causal(config.model)
-    learn = (_by_dpo if config.method == "dpo" else _by_rlhf)(job, config, policy, before)
+    skipped = Skipped()
+    learn = (_by_dpo if config.method == "dpo" else _by_rlhf)(job, config, policy, before, skipped)
+    note_skipped(stage, skipped)
 
     def train(on_step: OnStep, checkpoints: Path) -> Curve:
         return learn(
@@ -121,7 +132,11 @@ def align(job: Job) -> None:
 
 
 def _by_dpo(
-    job: Job, config: AlignConfig, policy: LoadedPolicy, before: LoadedPolicy
+    job: Job,
+    config: AlignConfig,
+    policy: LoadedPolicy,
+    before: LoadedPolicy,
+    skipped: Skipped,
 ) -> Callable[..., Curve]:
     from equipoise.overlap import prompt_key
     from equipoise.pool.preferences import load_pairs
@@ -133,13 +148,17 @@ def _by_dpo(
     loaded = load_prompts(recipe.prompts, data=job.data, seed=recipe.seed)
     unseen = {prompt_key(prompt.messages) for prompt in loaded if prompt.split != "train"}
     seed = derive_seed(recipe.seed, "align")
-    found = load_pairs(config.sources, data=job.data, seed=seed)
+    found = load_pairs(config.sources, data=job.data, seed=seed, skipped=skipped)
     pairs = [pair for pair in found if prompt_key(pair.prompt.messages) not in unseen]
     return partial(align_by_dpo, policy, before, pairs, config)
 
 
 def _by_rlhf(
-    job: Job, config: AlignConfig, policy: LoadedPolicy, before: LoadedPolicy
+    job: Job,
+    config: AlignConfig,
+    policy: LoadedPolicy,
+    before: LoadedPolicy,
+    skipped: Skipped,
 ) -> Callable[..., Curve]:
     from equipoise.config import PromptsConfig
     from equipoise.models.reward import load_reward_model
@@ -148,7 +167,7 @@ def _by_rlhf(
 
     # Read like training prompts, so that no test prompt is among them.
     asked = PromptsConfig(train=config.sources, test=job.recipe.prompts.test)
-    loaded = load_prompts(asked, data=job.data, seed=job.recipe.seed)
+    loaded = load_prompts(asked, data=job.data, seed=job.recipe.seed, skipped=skipped)
     prompts = [prompt for prompt in loaded if prompt.split == "train"]
     rewards = {
         name: load_reward_model(reward, attribute=name, fitted_root=None)

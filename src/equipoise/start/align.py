@@ -13,7 +13,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from equipoise.config import AlignConfig
 from equipoise.denoise import judged_text
-from equipoise.errors import DataError
+from equipoise.errors import DataError, named
 from equipoise.models.load import LoadedPolicy
 from equipoise.models.sampling import TransformersEngine
 from equipoise.seeds import derive_seed
@@ -76,8 +76,9 @@ def align_by_dpo(
     encoder = policy.encoder
     columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for pair in pairs:
-        head = encoder.prompt_ids(pair.prompt.messages)
-        sides = [encoder.completion_ids(t, finished=True) for t in (pair.chosen, pair.rejected)]
+        with named(pair.prompt.place):
+            head = encoder.prompt_ids(pair.prompt.messages)
+            sides = [encoder.completion_ids(t, finished=True) for t in (pair.chosen, pair.rejected)]
         if len(head) + max(map(len, sides)) <= config.max_length:
             for column, ids in zip(columns.values(), (head, *sides), strict=True):
                 column.append(ids)

@@ -10,8 +10,15 @@ from typing import Literal
 
 from equipoise.config import SourceConfig
 from equipoise.errors import DataError
-from equipoise.pool.rows import Row, draw, numbered, read_rows
-from equipoise.pool.shapes import make_prompt, parse_turns, prompt_turns, unknown_shape
+from equipoise.pool.rows import Place, Row, draw, read_items
+from equipoise.pool.shapes import (
+    check_text,
+    make_prompt,
+    prompt_turns,
+    split_answer,
+    unknown_shape,
+)
+from equipoise.pool.skipped import Skipped
 from equipoise.seeds import derive_seed
 from equipoise.types import Message, Prompt
 
@@ -23,7 +30,12 @@ _ANSWERS = ("completion", "response", "answer", "output")
 
 
 def load_rows(
-    sources: Sequence[SourceConfig], *, n_rows: int, data: Path | None, seed: int
+    sources: Sequence[SourceConfig],
+    *,
+    n_rows: int,
+    data: Path | None,
+    seed: int,
+    skipped: Skipped | None = None,
 ) -> list[str | Dialogue]:
     """Load texts (rows with ``text``) and dialogues (rows that end with an answer), shuffled.
 
@@ -33,6 +45,7 @@ def load_rows(
         n_rows: The limit of an endless source that has none of its own.
         data: Folder in which relative sources are looked up.
         seed: Of ``limit``, of the endless sources, and of the order.
+        skipped: Takes note of the rows that ``on_bad_row: skip`` leaves out.
 
     Raises:
         DataError: A source is missing, empty or of unknown shape, or no row holds a text.
@@ -42,8 +55,7 @@ def load_rows(
         if source.source.startswith(_WORKSHOP):
             found += _workshop(source, source.limit or n_rows, seed)
             continue
-        rows = numbered(read_rows(source, data=data), source)
-        read = [_read(row, where, source.source) for where, row in rows]
+        read = read_items(source, _read, data=data, skipped=skipped)
         kept = [row for row in read if row is not None]
         if not kept:
             raise DataError(
@@ -70,26 +82,27 @@ def _workshop(source: SourceConfig, limit: int, seed: int) -> list[Dialogue]:
     return list(islice(dialogues(kind, seed=derive_seed(seed, "start text", name)), limit))
 
 
-def _read(row: Row, where: str, source: str) -> str | Dialogue | None:
+def _read(row: Row, where: Place) -> str | Dialogue | None:
     if isinstance(row.get("text"), str):
+        check_text(row["text"], where)
         return str(row["text"]) if row["text"].strip() else None
     turns, answer = _turns(row, where)
     if not turns or not answer.strip() or turns[-1].role != "user":
         return None
-    return make_prompt(turns, where, source), answer
+    check_text(answer, where)
+    return make_prompt(turns, where), answer
 
 
-def _turns(row: Row, where: str) -> tuple[Sequence[Message], str]:
+def _turns(row: Row, where: Place) -> tuple[Sequence[Message], str]:
     turns = prompt_turns(row, where=where)
     answer = next((row[name] for name in _ANSWERS if isinstance(row.get(name), str)), None)
-    if turns is None and isinstance(row.get("chosen"), str):
+    if turns is not None and answer is not None:
+        return turns, answer
+    if turns and turns[-1].role == "assistant":
+        return turns[:-1], turns[-1].content
+    if row.get("chosen") is not None:
         # The better side of a preference pair is a dialogue as well.
-        turns = parse_turns(row["chosen"], where=where)
+        return split_answer(row["chosen"], turns, where=where)
     if turns is None:
         raise unknown_shape(row, where=where)
-    if answer is not None:
-        return turns, answer
-    if turns[-1].role == "assistant":
-        return turns[:-1], turns[-1].content
-    chosen = row.get("chosen")
-    return turns, chosen if isinstance(chosen, str) else ""
+    return turns, ""

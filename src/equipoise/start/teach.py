@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from equipoise.config import PretrainConfig, SftConfig
 from equipoise.dials.encode import Encoder
-from equipoise.errors import DataError, TrainingError
+from equipoise.errors import DataError, TrainingError, named
 from equipoise.start.rows import Dialogue
 from equipoise.tune.checkpoints import (
     AGAIN,
@@ -55,8 +55,9 @@ def encode_rows(
                 )
             head, answer = [], encoder.completion_ids(row, finished=True)
         else:
-            head = encoder.prompt_ids(row[0].messages)
-            answer = encoder.completion_ids(row[1], finished=True)
+            with named(row[0].place):
+                head = encoder.prompt_ids(row[0].messages)
+                answer = encoder.completion_ids(row[1], finished=True)
         ids = [*head, *answer]
         encoded.append((ids, [*([-100] * len(head) if answers_only else head), *answer]))
     kept = [row for row in encoded if len(row[0]) <= max_length]

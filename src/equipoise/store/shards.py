@@ -12,7 +12,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -113,7 +113,7 @@ def _plain(value: Any, *, for_arrow: bool) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {
             item.name: _plain(getattr(value, item.name), for_arrow=for_arrow)
-            for item in fields(value)
+            for item in _stored(type(value))
         }
     if isinstance(value, Mapping):
         pairs = [(str(key), _plain(item, for_arrow=for_arrow)) for key, item in value.items()]
@@ -128,7 +128,12 @@ def _plain(value: Any, *, for_arrow: bool) -> Any:
 @cache
 def _hints(row_type: type) -> dict[str, Any]:
     hints = typing.get_type_hints(row_type)
-    return {item.name: hints[item.name] for item in fields(row_type)}
+    return {item.name: hints[item.name] for item in _stored(row_type)}
+
+
+@cache
+def _stored(row_type: type) -> tuple[Field[Any], ...]:
+    return tuple(item for item in fields(row_type) if item.metadata.get("stored", True))
 
 
 def _arrow_fields(row_type: type) -> Iterable[pa.Field]:
