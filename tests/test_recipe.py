@@ -139,11 +139,105 @@ def test_overrides_are_typed_by_yaml_and_checked_like_the_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "item", ["tune.steps", "=3", "tune..steps=3", "tune.steps=[", "seed.9.x=1"]
+    "item",
+    [
+        "tune.steps",
+        "=3",
+        "tune..steps=3",
+        "tune.steps=[",
+        "seed.9.x=1",
+        "prompts.train.²=x",
+        f"prompts.train.{'9' * 5000}=x",
+        "tune.steps=&x [*x]",
+        "tune.steps=!!int x",
+        "tune.steps=" + "[" * 5000,
+    ],
 )
 def test_overrides_that_cannot_be_read(tmp_path: Path, item: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         load_recipe(write(tmp_path, GOOD), overrides=[item])
+
+
+def test_what_a_flag_began_is_blamed_on_the_flag(tmp_path: Path) -> None:
+    flag = "reward_models.brevity.model=x"
+    assert f"--set {flag}: `reward_models.brevity`: no such" in why(tmp_path, GOOD, flag)
+    flag = "judges.brevity.sign=-1"
+    assert f"--set {flag}: `judges.brevity.model` is missing" in why(tmp_path, GOOD, flag)
+
+
+def test_a_description_is_optional(tmp_path: Path) -> None:
+    text = GOOD.replace("description: none\n", "")
+    assert load_recipe(write(tmp_path, text)).description == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "wanted"),
+    [
+        ("seed", "010", 10),
+        ("seed", "0x1F", 31),
+        ("tune.learning_rate", "1e-4", 1e-4),
+        ("tune.learning_rate", "1", 1.0),
+        ("name", "on", "on"),
+        ("description", "12:30", "12:30"),
+        ("data", "~", None),
+    ],
+)
+def test_values_are_what_they_look_like(
+    tmp_path: Path, path: str, value: str, wanted: object
+) -> None:
+    for recipe in (
+        load_recipe(write(tmp_path, GOOD), overrides=[f"{path}={value}"]),
+        load_recipe(_with(tmp_path, path, value)),
+    ):
+        plain = recipe.model_dump()
+        for part in path.split("."):
+            plain = plain[part]
+        assert plain == wanted
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((path, word) for path in ("seed", "tune.learning_rate") for word in ("yes", "true")),
+        ("tune.lora_rank", "yes"),
+        ("tune.steps", "on"),
+        ("seed", "12:30"),
+        ("seed", "1_000"),
+        ("seed", "'3'"),
+        ("seed", "1.0"),
+        ("tune.learning_rate", ".inf"),
+        ("tune.learning_rate", "1e999"),
+        ("tune.weight", ".nan"),
+        ("tune.weight_relative", "yes"),
+        ("tune.weight_relative", "1"),
+        ("judges.safety.sign", "true"),
+        ("distil.balance_cap", ".inf"),
+    ],
+)
+def test_what_is_no_number_is_not_taken_for_one(tmp_path: Path, path: str, value: str) -> None:
+    flag = f"{path}={value}"
+    assert f"--set {flag}: `{path}` is" in why(tmp_path, GOOD, flag)
+    with pytest.raises(ConfigError, match=f"`{path}` is"):
+        load_recipe(_with(tmp_path, path, value))
+
+
+def _with(folder: Path, path: str, value: str) -> str:
+    """Write the recipe with one value as the text that it is in YAML."""
+    marked = yaml.safe_load(GOOD)
+    place = marked
+    *parts, last = path.split(".")
+    for part in parts:
+        place = place.setdefault(part, {})
+    place[last] = "MARK"
+    return write(folder, yaml.safe_dump(marked).replace("MARK", value))
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [*x]", "a: &x {b: *x}", "a: !!int x", "a: !!bool maybe", "a: " + "[" * 5000]
+)
+def test_yaml_that_no_recipe_can_hold_is_a_clear_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_recipe(write(tmp_path, GOOD + text + "\n"))
 
 
 def test_the_batch_of_completions_is_made_of_groups(tmp_path: Path) -> None:

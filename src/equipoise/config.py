@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, unknown keys refused."""
+    """Base of every config: frozen, unknown keys refused, true is no number, no number infinite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SourceConfig(Config):
@@ -87,6 +87,14 @@ class RewardModelConfig(Config):
     logit: Annotated[int, Field(ge=0)] = 0
     """Which logit of the classification head is the score."""
     max_length: Positive = 512
+
+    @field_validator("sign", mode="before")
+    @classmethod
+    def _no_truth(cls, sign: object) -> object:
+        # A literal compares by ==, and True == 1.
+        if isinstance(sign, bool):
+            raise ValueError("Input should be 1 or -1")
+        return sign
 
     @property
     def oracle(self) -> str | None:
@@ -340,7 +348,7 @@ class Recipe(Config):
     """The whole run."""
 
     name: str
-    description: str
+    description: str = ""
     seed: int = 0
     attributes: list[str] = ["helpfulness", "safety"]
     levels: Annotated[int, Field(ge=2, le=100)] = 5

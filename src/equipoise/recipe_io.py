@@ -6,6 +6,7 @@ through the same checks; their errors name the flag instead of a line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from equipoise.config import Recipe
 from equipoise.errors import ConfigError
 from equipoise.recipe_check import Place, contradictions, explain, nearest
+from equipoise.recipe_yaml import parse
 
 
 def shipped() -> dict[str, Path]:
@@ -28,7 +30,7 @@ def shipped() -> dict[str, Path]:
 
 def describe_shipped() -> dict[str, str]:
     """Return name to one-line description of the shipped recipes."""
-    return {name: str(yaml.safe_load(file.read_text("utf-8"))["description"]).strip()
+    return {name: str(parse(file.read_text("utf-8"))[0]["description"]).strip()
             for name, file in shipped().items()}  # fmt: skip
 
 
@@ -106,10 +108,8 @@ def build_recipe(
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
-        text = file.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        plain = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        plain, node = parse(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(
@@ -152,7 +152,10 @@ def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int]) -> list[
 
 def _apply(plain: dict[str, Any], item: str) -> Place:
     path, equals, text = item.partition("=")
-    place = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
+    # Not isdigit(): it takes `²`. A longer number is no position in any list.
+    place = tuple(
+        int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in path.strip().split(".")
+    )
     if not equals or not all(str(part) for part in place):
         raise ConfigError(
             f"--set {item} cannot be read",
@@ -160,11 +163,11 @@ def _apply(plain: dict[str, Any], item: str) -> Place:
             fix="for instance: --set tune.objective=exmate",
         )
     try:
-        value = yaml.safe_load(text)
+        value = parse(text)[0]
     except yaml.YAMLError as error:
         raise ConfigError(
             f"--set {item} cannot be read",
-            why=f"the value is not YAML: {getattr(error, 'problem', error)}",
+            why=f"the value is not YAML: {getattr(error, 'problem', None) or error}",
             fix="put the value in quotes",
         ) from error
     target: Any = plain
@@ -203,4 +206,8 @@ def _where(place: Place, lines: Mapping[Place, int], flags: Mapping[Place, str],
             return flags[place[:length]]
         if place[:length] in lines:
             return f"{file}:{lines[place[:length]]}"
+        # What the file does not hold came with a flag for something inside it.
+        inside = [text for path, text in flags.items() if path[:length] == place[:length]]
+        if inside:
+            return inside[-1]
     return f"{file}:1" if lines else file
