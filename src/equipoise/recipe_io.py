@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from equipoise.config import Recipe
 from equipoise.errors import ConfigError
 from equipoise.recipe_check import Place, contradictions, explain, nearest
+from equipoise.recipe_paths import settled_paths
 from equipoise.recipe_yaml import parse
 
 
@@ -65,7 +66,10 @@ def load_recipe(name: str, *, overrides: Sequence[str] = (), data: str | None = 
     """
     file = find_recipe(name)
     plain, lines = _read(file)
-    return build_recipe(plain, lines=lines, file=str(file), overrides=overrides, data=data)
+    folder = None if name in shipped() else file.parent
+    return build_recipe(
+        plain, lines=lines, file=str(file), overrides=overrides, data=data, folder=folder
+    )
 
 
 def build_recipe(
@@ -75,6 +79,7 @@ def build_recipe(
     file: str,
     overrides: Sequence[str] = (),
     data: str | None = None,
+    folder: Path | None = None,
 ) -> Recipe:
     """Lay overrides over plain data and check the result; see :func:`load_recipe`.
 
@@ -84,20 +89,22 @@ def build_recipe(
         file: Name to print in errors.
         overrides: As in :func:`load_recipe`.
         data: As in :func:`load_recipe`.
+        folder: In which relative paths of the plain data are looked up before the working
+            directory; paths of overrides are relative to the latter.
     """
     flags: dict[Place, str] = {}
     for item in overrides:
         place = _apply(plain, item)
         flags[place] = f"--set {item}"
     if data is not None:
-        plain["data"] = str(Path(data).absolute())
+        plain["data"], flags[("data",)] = data, f"--data {data}"
     try:
         recipe = Recipe.model_validate(plain)
         problems = contradictions(recipe)
     except ValidationError as error:
         problems = [(item["loc"], explain(item)) for item in error.errors()]
     if not problems:
-        return recipe
+        return settled_paths(recipe, folder, list(flags))
     texts = [f"{_where(place, lines, flags, file)}: {text}" for place, text in problems]
     raise ConfigError(
         f"{len(texts)} error{'s' if len(texts) > 1 else ''} in recipe {file}",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from equipoise.config import SourceConfig
 from equipoise.errors import DataError
 from equipoise.pool.skipped import Skipped
+from equipoise.recipe_paths import home
 from equipoise.seeds import derive_seed
 
 Row = Mapping[str, Any]
@@ -114,7 +115,7 @@ def draw(items: Sequence[_Item], source: SourceConfig, *, seed: int) -> list[_It
 
 def find_file(name: str, data: Path | None) -> Path | None:
     """Return the file that a source names, or nothing for a ``datasets`` name."""
-    path = Path(name).expanduser()
+    path = home(name)
     places = [path] if path.is_absolute() or data is None else [data / path, path]
     for place in places:
         if place.is_file():

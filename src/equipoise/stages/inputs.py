@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise.config import Recipe, RewardModelConfig
 from equipoise.errors import ModelError
 from equipoise.progress import Progress
+from equipoise.recipe_paths import home
 from equipoise.store.fingerprint import ORDER
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import rows_from_jsonl
@@ -47,7 +48,7 @@ class Job:
     @property
     def data(self) -> Path | None:
         """Folder of relative data sources."""
-        return Path(self.recipe.data) if self.recipe.data else None
+        return home(self.recipe.data) if self.recipe.data else None
 
     @property
     def fitted_root(self) -> Path:

@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 from equipoise.plan import read_plan
+from equipoise.recipe_paths import map_models, shown_model
 from equipoise.stages.bench import FACTS
 from equipoise.stages.inputs import Job, read_prompts, read_skipped
 from equipoise.stages.tuning import START_CURVE
@@ -45,7 +46,7 @@ def gather(job: Job) -> dict[str, Any]:
     measures = run.done("evaluate").read_json("measures.json")
     loaded = run.done("prompts").facts()
     counts, dropped = loaded["counts"], loaded.get("dropped", 0)
-    recipe = run.recipe.model_dump(mode="json")
+    recipe = map_models(run.recipe.model_dump(mode="json"), lambda _, name: shown_model(name))
     # The folder of the data is the user's own affair: reports are passed on.
     recipe["data"] = None
     return {
@@ -102,7 +103,7 @@ def _cards(job: Job) -> dict[str, Any]:
     ):
         for attribute, config in configs.items():
             name = f"{kind} {attribute}"
-            found[name] = {"model": config.model}
+            found[name] = {"model": shown_model(config.model)}
             if config.oracle is not None:
                 continue
             place = Path(resolve_model(config.model, fitted_root=job.fitted_root))

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from equipoise.config import Recipe
+from equipoise.recipe_paths import settled_paths
 
 STAGES = (
     "prompts", "fit-reward", "generate", "score", "steer", "regenerate", "distil", "tune", "judge",
@@ -82,13 +83,16 @@ def first_affected(changes: list[str]) -> str | None:
 def with_new_defaults(old: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Return stored top-level fields with the defaults of fields that were added since.
 
-    So a run outlives a new option, whose default must be what was done before it came.
+    So a run outlives a new option, whose default must be what was done before it came. Relative
+    paths, which older runs hold, are those of the working directory, as they were then.
     """
     fields = Recipe.model_fields
     required = {name: plain for name, plain in recipe.model_dump(mode="json").items()
                 if fields[name].is_required()}  # fmt: skip
     try:
-        full = Recipe.model_validate({**required, **old}).model_dump(mode="json")
+        full = settled_paths(Recipe.model_validate({**required, **old}), None).model_dump(
+            mode="json"
+        )
     except ValidationError:
         return dict(old)
     return {**old, **full}

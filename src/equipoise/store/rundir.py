@@ -26,6 +26,7 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
+from equipoise.recipe_paths import settled_paths
 from equipoise.store.fingerprint import (
     OPTIONAL,
     ORDER,
@@ -66,7 +67,7 @@ class RunDir:
 
         Args:
             path: The run directory.
-            recipe: The resolved recipe.
+            recipe: The resolved recipe; relative paths in it are those of the working directory.
             fresh: With a changed recipe, drop the stages from the first affected one on; with an
                 unchanged one, drop all stages, or those from ``only_from`` on.
             only_from: The stage that the user named, if any.
@@ -75,7 +76,7 @@ class RunDir:
             RunError: Another process holds the directory, the recipe has changed and ``fresh`` is
                 false, or the disk is full.
         """
-        run = cls(path, recipe)
+        run = cls(path, settled_paths(recipe, None))
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is not a directory", why="a file is there", fix="name another")
         with run.writing():
