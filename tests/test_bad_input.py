@@ -98,6 +98,17 @@ def test_empty_prompt_file(assets: Path, tmp_path: Path, fails: Fail) -> None:
     assert "empty.jsonl" in fails("generate", recipe)
 
 
+def test_a_corrected_recipe_goes_on_in_the_same_directory(
+    assets: Path, tmp_path: Path, fails: Fail
+) -> None:
+    fails("generate", recipe_file(tmp_path, assets, model=str(tmp_path / "nowhere")))
+    empty = write_prompts(tmp_path / "empty.jsonl", [])
+    fails("generate", recipe_file(tmp_path, assets, prompts=prompts_from(empty, assets)))
+    assert (
+        run(["generate", str(recipe_file(tmp_path, assets)), "--dir", str(tmp_path / "run")]) == 0
+    )
+
+
 def test_prompt_with_no_user_turn(assets: Path, tmp_path: Path, fails: Fail) -> None:
     file = tmp_path / "mute.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "system", "content": "be kind"}]}) + "\n")

@@ -185,6 +185,20 @@ def test_a_changed_recipe_is_refused_with_a_diff_and_fresh_keeps_the_rest(tmp_pa
     assert stored_recipe(tmp_path / "run") == changed
 
 
+def test_a_run_that_made_nothing_takes_the_corrected_recipe(tmp_path: Path) -> None:
+    with RunDir.open(tmp_path, recipe()) as run:
+        run.begin("prompts")
+    changed = recipe(seed=5)
+    with RunDir.open(tmp_path, changed) as run:
+        stage = run.begin("prompts")
+        assert stored_recipe(tmp_path) == changed
+        (stage.work / "checkpoint").write_text("of an hour")
+    # From here on there is something to lose.
+    with pytest.raises(RunError, match="seed: 5 -> 6"), RunDir.open(tmp_path, recipe(seed=6)):
+        pass
+    assert (tmp_path / "prompts/work/checkpoint").exists()
+
+
 def test_a_run_outlives_an_option_that_came_after_it(tmp_path: Path) -> None:
     with RunDir.open(tmp_path, recipe()) as run:
         finished_prompts(run)

@@ -46,7 +46,7 @@ from equipoise.store.publish import (
     remove_orphans,
 )
 from equipoise.store.stagedir import Stage
-from equipoise.store.stagefiles import StageFiles
+from equipoise.store.stagefiles import RunFile, StageFiles
 
 BROKEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR)
 """Errors of a disk or its rights, as opposed to mistakes in this program."""
@@ -200,7 +200,10 @@ class RunDir:
         file, new = self.path / "recipe.json", self.recipe.model_dump(mode="json")
         old = read_json_or_none(file)
         changes = diff(with_new_defaults(old, self.recipe), new) if old is not None else []
-        if changes and not fresh:
+        if changes and not self._begun():
+            # Such as the corrected recipe after a first try that failed at once.
+            self.drop_from(ORDER[0])
+        elif changes and not fresh:
             raise RunError(
                 f"the recipe is not the one that {self.path} was made with",
                 why="changed:\n" + "\n".join(f"    {line}" for line in changes),
@@ -213,6 +216,11 @@ class RunDir:
                 self.drop_from(first)
         if old != new:
             publish_bytes(file, json_bytes(new))
+
+    def _begun(self) -> bool:
+        """True if a stage holds anything that was made, be it a checkpoint."""
+        made = (file for name in ORDER for file in (self.path / name).rglob("*") if file.is_file())
+        return any(file.name != RunFile.STARTED for file in made)
 
 
 def stored_recipe(path: Path) -> Recipe:
