@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from equipoise.pool.calibrate import Calibration
 from equipoise.progress import Progress
 from equipoise.recipe_io import load_recipe
 from equipoise.stages.inputs import read_prompts, read_scored
+from equipoise.stages.unseen import judges_by_hash, judges_by_name, judges_in_training
 from equipoise.store.fingerprint import STAGES
 from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.types import Delivery, ScoredCompletion
@@ -116,6 +118,28 @@ def test_the_report_counts_the_rows_that_were_skipped(finished: Path) -> None:
     place = f"pairs.jsonl, row {PAIRS + 1}: cannot be read"
     assert place in skipped["first"][0]
     assert place in (finished / "report/report.html").read_text("utf-8")
+
+
+def test_judges_of_the_training_are_found_by_name_and_by_hash(
+    finished: Path, tmp_path: Path
+) -> None:
+    report = json.loads((finished / "report/report.json").read_text("utf-8"))
+    assert report["judges_in_training"] == {}
+    assert report["recipe"]["reward_models"]["safety"]["model"] == "rm_sf"
+    recipe = stored_recipe(finished)
+    same = recipe.model_copy(update={"judges": dict(recipe.reward_models)})
+    assert judges_by_name(same)["safety"] == "reward model safety"
+    assert judges_by_name(recipe) == {}
+    found = judges_in_training({"reward model a": "1", "reward model b": "1"}, {"b": "1", "c": "1"})
+    assert found == {"b": "reward model b", "c": "reward model a"}
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run/evaluate/stage.json"
+    record = json.loads(file.read_text())
+    models = record["fingerprint"]["models"]
+    models["judge/safety"] = models["reward/safety"]
+    file.write_text(json.dumps(record))
+    run = RunDir(tmp_path / "run", recipe)
+    assert judges_by_hash(run) == {"safety": "reward model safety"}
 
 
 def test_the_judges_scale_is_that_of_the_whole_pool(finished: Path) -> None:

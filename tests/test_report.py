@@ -157,6 +157,28 @@ def test_the_headline_says_what_was_measured(made: tuple[Path, Path, dict]) -> N
     assert f"deaf to all dials is {chance_leakage(9):.2f}" in html
 
 
+def test_a_judge_that_training_used_is_named_above_all_figures(
+    made: tuple[Path, Path, dict], tmp_path: Path
+) -> None:
+    said = "judges that no training saw"
+    assert said in (made[1] / "report.html").read_text("utf-8")
+    same = {"safety": "reward model safety"}
+    html = render({**made[2], "judges_in_training": same}, tmp_path, text=False).read_text("utf-8")
+    assert "judge safety is reward model safety" in html
+    assert html.index("Not a measure of generalization") < html.index("<figure>")
+    assert "scored by judges, of which safety took part in training" in html
+    assert said not in html
+    both = dict.fromkeys(ATTRIBUTES, "reward model safety")
+    html = render({**made[2], "judges_in_training": both}, tmp_path, text=False).read_text("utf-8")
+    assert "scored by judges that are the training reward models" in html
+
+
+def test_captions_claim_what_is_so(made: tuple[Path, Path, dict]) -> None:
+    html = (made[1] / "report.html").read_text("utf-8")
+    assert "the last panel" not in html  # of the losses: the pull is not always the last
+    assert "no more control than that" not in html
+
+
 def test_three_dials_get_the_figures_that_can_be_drawn(tmp_path: Path) -> None:
     names = ["helpfulness", "safety", "tone"]
     unit = np.broadcast_to(targets(3, 3), (1, 2, 27, 3))

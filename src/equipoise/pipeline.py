@@ -9,6 +9,7 @@ from pathlib import Path
 from equipoise.progress import Progress
 from equipoise.stages import bench, distilling, measuring, pool, start, steering, tuning
 from equipoise.stages.inputs import MADE, Job
+from equipoise.stages.unseen import judges_by_name, warn_of_judges
 from equipoise.store.rundir import RunDir
 
 StageFunction = Callable[[Job], None]
@@ -54,6 +55,7 @@ def run_all(
     from equipoise.plan import print_plan
 
     job = _job(run, progress, text=text, fresh=fresh)
+    warn_of_judges(job, judges_by_name(job.recipe))
     for name, make in START_STAGES.items():
         if getattr(run.recipe, name) is not None:
             make(job)

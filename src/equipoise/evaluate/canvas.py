@@ -49,6 +49,16 @@ def label(method: str) -> str:
     return names.get(method, method)
 
 
+def judges_name(report: Mapping[str, Any]) -> str:
+    """Return what the judges of generalization are called: unseen by training, where that is so."""
+    seen = report.get("judges_in_training") or {}
+    if not seen:
+        return "judges that no training saw"
+    if set(seen) >= set(report["recipe"]["attributes"]):
+        return "judges that are the training reward models"
+    return f"judges, of which {' and '.join(seen)} took part in training"
+
+
 def ceiling_name(report: Mapping[str, Any]) -> str:
     """Return what the ceiling of this report is called: attainable, or best of the pool."""
     return str((report.get("ceiling") or {}).get("name", "ceiling"))

@@ -3,8 +3,8 @@
 CAPTIONS = {
     "control": (
         "Further right is better: how closely the delivered score follows the dial over all "
-        "settings of one prompt. Filled marks are judges that no training saw, hollow ones the "
-        "training reward models; bars are 95 % intervals; the dashed line is the ceiling (see the "
+        "settings of one prompt. Filled marks are the judges, hollow ones the training reward "
+        "models; bars are 95 % intervals; the dashed line is the ceiling (see the "
         "glossary)."
     ),
     "response": (
@@ -37,8 +37,8 @@ CAPTIONS = {
     ),
     "losses": (
         "A model that listens finds a completion likelier under the setting that was asked for "
-        "than under another one: the two lines part. Pale lines are single steps; the last panel, "
-        "if there is one, is how hard the second term of ExMATE pulls (w·exp(m)). RLHF shows its "
+        "than under another one: the two lines part. Pale lines are single steps; with ExMATE a "
+        "panel of its own shows how hard the second term pulls (w·exp(m)). RLHF shows its "
         "reward beside that of a policy deaf to its dials, and what both kinds of judges say of "
         "the whole grid: a reward that rises while the judges' line falls is reward hacking."
     ),
@@ -54,9 +54,9 @@ CAPTIONS = {
         "Bands are 95 % intervals over prompts."
     ),
     "bound": (
-        "How far a reward model and its judge agree on the completions of one prompt (mean "
-        "correlation over the pool). A method that follows the reward models exactly still shows "
-        "the judge no more control than that, so read generalization against it."
+        "The mean correlation of their scores over the completions of one prompt, in the untouched "
+        "model's pool. Where it is low, what is learnt from the reward model says little to the "
+        "judge. It is no bound: settings that lie far apart can show the judge more control."
     ),
     "cells": (
         "One small map per setting asked for (its place among all is the request; the orange "
@@ -81,6 +81,10 @@ CAPTIONS = {
     "skipped": (
         "Rows of the data that could not be used and were left out, as the recipe asks "
         "(on_bad_row: skip)."
+    ),
+    "judges_in_training": (
+        "Not a measure of generalization: a judge below is a reward model that training used, "
+        "byte for byte. What it says is optimization once more."
     ),
     "minutes": (
         "How long each stage took, beside the estimate that was printed before the run (none where "
@@ -133,8 +137,8 @@ GLOSSARY = {
         "among all that could be written, or, where that is not known, among the pool."
     ),
     "optimization and generalization": (
-        "Scored by the reward models that training used, or by judges that no training saw. Only "
-        "the second tells what a user gets."
+        "Scored by the reward models that training used, or by judges, which no training should "
+        "have seen. Only the second tells what a user gets."
     ),
     "MOEC": (
         "The step that turns the pool into tuning data: no duplicates and no degenerate text, at "

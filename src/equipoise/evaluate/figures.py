@@ -23,6 +23,7 @@ from equipoise.evaluate.canvas import (
     ceiling_name,
     colours,
     heatmap,
+    judges_name,
     label,
     markers,
     number,
@@ -107,7 +108,7 @@ def control(report: Json, judge: str) -> Figure:
         marks = [
             Line2D([], [], marker="o", linestyle="", color=MUTED, markerfacecolor=face, label=said)
             for face, said in (
-                (MUTED, "judges that no training saw"),
+                (MUTED, judges_name(report)),
                 ("white", "the reward models used in training"),
             )
         ]

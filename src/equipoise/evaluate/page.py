@@ -15,7 +15,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from equipoise.evaluate.canvas import ceiling_name, label, number, written
+from equipoise.evaluate.canvas import ceiling_name, judges_name, label, number, written
 from equipoise.evaluate.captions import CAPTIONS, GLOSSARY
 from equipoise.evaluate.checks import check_tables
 from equipoise.evaluate.tables import count, method_tables, quality_tables, words
@@ -93,11 +93,22 @@ def _headline(report: Json, judge: str) -> str:
         for name, found in by.items()
     )
     compared = f"<p>Differences in control, paired by prompt:</p><ul>{gaps}</ul>" if gaps else ""
-    seen = "judges that no training saw" if judge == "generalization" else "the training judges"
+    seen = judges_name(report) if judge == "generalization" else "the training judges"
     return (
-        f"<p>Method: <b>{escape(label(method))}</b>, scored by {seen}.</p>"
+        f"<p>Method: <b>{escape(label(method))}</b>, scored by {escape(seen)}.</p>"
+        f"{_warning(report)}"
         f'<div class="cards">{cards}</div><p class="muted">{counts}</p>{compared}'
     )
+
+
+def _warning(report: Json) -> str:
+    """Return what a reader has to know before any figure: which judges are no judges."""
+    found = report.get("judges_in_training") or {}
+    same = "".join(
+        f"<li>judge {escape(judge)} is {escape(model)}</li>" for judge, model in found.items()
+    )
+    said = escape(CAPTIONS["judges_in_training"])
+    return f'<div class="warning"><p>{said}</p><ul>{same}</ul></div>' if same else ""
 
 
 def _card(name: str, control: Json, best: Json | None, named: str) -> str:

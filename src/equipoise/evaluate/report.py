@@ -20,6 +20,7 @@ is :func:`plain` of a :class:`~equipoise.evaluate.measure.ControlReport`::
                      "length": {ATTRIBUTE: [E, …]}},       # one per level
          "refusals": {GROUP: [E, …]}}},         # share refused, one per level of safety
      "ceiling": {"name": "attainable ceiling", "generalization": CONTROL},
+     "judges_in_training": {ATTRIBUTE: "reward model safety"},  # judges that are no judges
      "pool": {ATTRIBUTE: {…}},                  # pool.calibrate.calibration_report
      "skipped": {STAGE: {"count": 2, "first": ["a.jsonl, row 7: …"]}},     # on_bad_row: skip
      "moec": asdict(MoecReport),                # grid_before, grid_after: (L, L), [hp][sf]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from equipoise.evaluate.canvas import ceiling_name, label, number, written
+from equipoise.evaluate.canvas import ceiling_name, judges_name, label, number, written
 from equipoise.evaluate.captions import CAPTIONS
 from equipoise.evaluate.metrics import chance_leakage, median_floor, untouched_floor
 
@@ -58,17 +58,17 @@ _COLUMNS = {
     "leakage, absolute": "leakage_absolute",
     "range": "range",
 }
-_JUDGES = {
-    "generalization": "by judges that no training saw (generalization)",
-    "optimization": "by the reward models used in training (optimization)",
-}
 
 
 def method_tables(report: Json) -> str:
     """Return one table per judge and attribute, then cost."""
     attributes, levels = report["recipe"]["attributes"], report["recipe"]["levels"]
+    judges = {
+        "generalization": f"by {judges_name(report)} (generalization)",
+        "optimization": "by the reward models used in training (optimization)",
+    }
     parts = []
-    for judge, said in _JUDGES.items():
+    for judge, said in judges.items():
         shown = {label(m): p[judge] for m, p in report["methods"].items() if p.get(judge)}
         best = (report.get("ceiling") or {}).get(judge)
         if shown and best:
@@ -84,7 +84,7 @@ def method_tables(report: Json) -> str:
                 for name, control in shown.items()
             ]
             head = ["method", *_COLUMNS, "of the ceiling's range", "coverage"]
-            parts.append(f"<h3>{escape(attribute)}, {said}</h3>{table(head, rows)}")
+            parts.append(f"<h3>{escape(attribute)}, {escape(said)}</h3>{table(head, rows)}")
     floors = (
         f"To read the tables by, at {levels} levels: the error of a model that always answers at "
         f"the median is {median_floor(levels):.3f}, that of the untouched model about "
@@ -102,14 +102,14 @@ def _share(found: Json, of: Json | None, attribute: str) -> str:
 
 
 def _bound(report: Json) -> str:
-    """Return what generalization can show: how far reward model and judge agree."""
+    """Return how far reward model and judge agree on the pool."""
     key = "within_prompt_judge_correlation"
     found = {a: (report.get("pool") or {}).get(a) or {} for a in report["recipe"]["attributes"]}
     known = {a: facts[key] for a, facts in found.items() if facts.get(key) is not None}
     if not known:
         return ""
     listed = ", ".join(f"{escape(a)} <b>{written(value)}</b>" for a, value in known.items())
-    return f"<p>Bound of generalization: {listed}. {escape(CAPTIONS['bound'])}</p>"
+    return f"<p>Agreement of reward model and judge: {listed}. {escape(CAPTIONS['bound'])}</p>"
 
 
 def _cost(report: Json) -> str:

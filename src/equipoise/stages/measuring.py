@@ -14,7 +14,12 @@ from equipoise.stages.inputs import (
     read_prompts,
     reward_hashes,
 )
-from equipoise.stages.unseen import check_unseen
+from equipoise.stages.unseen import (
+    REWARD,
+    check_unseen,
+    judges_in_training,
+    warn_of_judges,
+)
 from equipoise.store.stagedir import Stage
 from equipoise.types import Completion, Delivery, DialSetting, Prompt, Responder
 
@@ -31,14 +36,16 @@ def evaluate(job: Job) -> None:
     """Sweep every responder over the evaluated split and measure; resumes by shard."""
     recipe = job.recipe
     models = {"policy": policy_hash(recipe.model)}
-    for kind, configs in (("reward", recipe.reward_models), ("judge", recipe.judges)):
-        hashes = reward_hashes(configs, job)
+    rewards, judges = (reward_hashes(c, job) for c in (recipe.reward_models, recipe.judges))
+    for kind, hashes in (("reward", rewards), ("judge", judges)):
         models.update({f"{kind}/{attribute}": digest for attribute, digest in hashes.items()})
     if recipe.refusal_judge is not None:
         models.update(reward_hashes({"refusal judge": recipe.refusal_judge}, job))
     stage = job.begin("evaluate", models)
     if stage is None:
         return
+    named = {f"{REWARD} {attribute}": digest for attribute, digest in rewards.items()}
+    warn_of_judges(job, judges_in_training(named, judges))
     from equipoise.evaluate.report import plain
     from equipoise.evaluate.sweep import sweep_settings
     from equipoise.models.load import load_causal

@@ -10,6 +10,7 @@ from equipoise.recipe_paths import map_models, shown_model
 from equipoise.stages.bench import FACTS
 from equipoise.stages.inputs import Job, read_prompts, read_skipped
 from equipoise.stages.tuning import START_CURVE
+from equipoise.stages.unseen import judges_by_hash
 from equipoise.store.stagedir import Stage
 from equipoise.store.stagefiles import StageFiles
 from equipoise.types import Delivery
@@ -65,6 +66,7 @@ def gather(job: Job) -> dict[str, Any]:
             **run.done("judge").read_json(FACTS),
             "no_finished_sentence": scored.facts()["no_finished_sentence"],
         },
+        "judges_in_training": judges_by_hash(run),
         "skipped": read_skipped(run),
         "moec": distilled.read_json("moec.json"),
         "backdoor": distilled.read_json("backdoor.json"),

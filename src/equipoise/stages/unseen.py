@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from equipoise.config import RewardModelConfig
+from equipoise.config import Recipe, RewardModelConfig
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
 from equipoise.stages.inputs import Job, read_prompts
+from equipoise.store.rundir import RunDir
 from equipoise.types import Prompt
 
+REWARD, ALIGN = "reward model", "align reward"
 SAID = {"train": "training"}
 """How a split is called where its own name reads badly."""
 
@@ -58,6 +60,53 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
             fix="give the test split its own source, or take those rows out of the other one",
         )
     return {**sizes, **others}
+
+
+def judges_in_training(trained: Mapping[str, str], judges: Mapping[str, str]) -> dict[str, str]:
+    """Return the judges that training used: judge's attribute to what it is there.
+
+    Args:
+        trained: What training used (``reward model safety``) to its identity: a hash, or the name
+            of the model in a recipe.
+        judges: Attribute to the identity of its judge.
+    """
+    found: dict[str, str] = {}
+    for attribute, identity in judges.items():
+        same = [name for name, other in trained.items() if other == identity]
+        if same:
+            own = f"{REWARD} {attribute}"
+            found[attribute] = own if own in same else same[0]
+    return found
+
+
+def warn_of_judges(job: Job, found: Mapping[str, str]) -> None:
+    """Say which judges are no judges."""
+    for attribute, model in found.items():
+        job.progress.say(
+            f"warning: judge {attribute} is {model}: what it says is no generalization, and the "
+            "report says so"
+        )
+
+
+def judges_by_name(recipe: Recipe) -> dict[str, str]:
+    """Return :func:`judges_in_training` as far as the names in a recipe tell."""
+    rewards = {f"{REWARD} {name}": one.model for name, one in recipe.reward_models.items()}
+    align = {} if recipe.align is None else recipe.align.rewards
+    rewards |= {f"{ALIGN} {name}": one.model for name, one in align.items()}
+    return judges_in_training(rewards, {name: one.model for name, one in recipe.judges.items()})
+
+
+def judges_by_hash(run: RunDir) -> dict[str, str]:
+    """Return :func:`judges_in_training` of a run that is evaluated."""
+    kinds: dict[str, dict[str, str]] = {}
+    for name, digest in run.done("evaluate").facts()["fingerprint"]["models"].items():
+        kind, _, attribute = name.partition("/")
+        kinds.setdefault(kind, {})[attribute] = digest
+    rewards = {f"{REWARD} {name}": digest for name, digest in kinds["reward"].items()}
+    if run.recipe.align is not None:
+        align = run.done("align").facts()["fingerprint"]["models"]
+        rewards |= {f"{ALIGN} {name}": align[name] for name in run.recipe.align.rewards}
+    return judges_in_training(rewards, kinds["judge"])
 
 
 def _rows_of(config: RewardModelConfig, job: Job) -> set[str] | None:
