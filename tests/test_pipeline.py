@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from equipoise.pipeline import run_all
+from equipoise.pipeline import run_all, run_stage
 from equipoise.plan import PLANNED, read_plan
 from equipoise.pool.calibrate import Calibration
 from equipoise.progress import Progress
@@ -186,6 +186,7 @@ def test_the_same_command_again_has_nothing_to_do(
 def test_a_report_without_text_holds_no_run_of_eight_words(finished: Path) -> None:
     with RunDir.open(finished, stored_recipe(finished)) as run:
         run_all(run, progress=Progress(quiet=True), text=False)
+        run_stage("report", run, progress=Progress(quiet=True))  # --no-text is remembered
         shards = run.done("evaluate").read_rows(Delivery, prefix="deliveries/")
         texts = {row.text for shard in shards for row in shard}
         texts |= {message.content for prompt in read_prompts(run) for message in prompt.messages}

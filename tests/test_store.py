@@ -25,6 +25,7 @@ from equipoise.store.shards import (
     rows_to_jsonl,
     rows_to_parquet,
 )
+from equipoise.store.stagefiles import StageFiles
 from equipoise.types import Completion, ControlledExample, Delivery, DialSetting, Message, Prompt
 
 
@@ -243,6 +244,21 @@ def test_fresh_on_an_unchanged_recipe_starts_over(tmp_path: Path) -> None:
         assert not run.is_done("generate")
     with RunDir.open(tmp_path / "run", recipe(), fresh=True) as run:
         assert not run.is_done("prompts")
+
+
+def test_a_view_without_text_is_remembered(tmp_path: Path) -> None:
+    def shown(asked: bool | None) -> bool:
+        with RunDir.open(tmp_path, recipe()) as run:
+            return run.shows_text(asked)
+
+    asked = (None, False, None, True, None)
+    assert [shown(one) for one in asked] == [True, False, False, True, True]
+    # A run from before it was remembered has it in its report stage.
+    (tmp_path / "view.json").unlink()
+    with RunDir.open(tmp_path, recipe()) as run:
+        StageFiles(tmp_path / "report").path.mkdir()
+        (tmp_path / "report/stage.json").write_text('{"text": false, "outputs": {}}')
+        assert run.shows_text(None) is False
 
 
 def test_every_field_of_the_recipe_is_read_by_a_stage() -> None:

@@ -38,14 +38,15 @@ START_STAGES: Mapping[str, StageFunction] = {
 
 
 def run_all(
-    run: RunDir, *, progress: Progress | None = None, text: bool = True, fresh: bool = False
+    run: RunDir, *, progress: Progress | None = None, text: bool | None = None, fresh: bool = False
 ) -> Path:
     """Run every stage that is not complete and return the report's page.
 
     Args:
         run: An open run directory.
         progress: Where to report; stderr by default.
-        text: Whether the report shows prompts and completions.
+        text: Whether the report shows prompts and completions; the run remembers it. By default
+            what was asked for the last time, else true.
         fresh: Drop stages that were made under other conditions instead of refusing.
 
     Raises:
@@ -77,7 +78,7 @@ def run_stage(
     run: RunDir,
     *,
     progress: Progress | None = None,
-    text: bool = True,
+    text: bool | None = None,
     fresh: bool = False,
 ) -> None:
     """Run one stage (and the loading of prompts, which all of them need).
@@ -113,7 +114,7 @@ def run_scenarios(
     """
     from equipoise.stages.scenarios import evaluate_scenarios
 
-    job = _job(run, progress, text=True, fresh=False)
+    job = _job(run, progress, text=None, fresh=False)
     place = evaluate_scenarios(job, policy)
     if forge:
         from equipoise.serve.forging import forge_through_the_door
@@ -122,9 +123,10 @@ def run_scenarios(
     return place
 
 
-def _job(run: RunDir, progress: Progress | None, *, text: bool, fresh: bool) -> Job:
+def _job(run: RunDir, progress: Progress | None, *, text: bool | None, fresh: bool) -> Job:
     quieten()
-    return Job(run=run, progress=progress or Progress(), fresh=fresh, text=text)
+    shown = run.shows_text(text)
+    return Job(run=run, progress=progress or Progress(), fresh=fresh, text=shown)
 
 
 def quieten() -> None:

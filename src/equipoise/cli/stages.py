@@ -71,8 +71,13 @@ ForgeOption = Annotated[
         help="With --policy: measure forge lift through the HTTP door, N answers per prompt.",
     ),
 ]
-NoTextOption = Annotated[
-    bool, typer.Option("--no-text", help="Leave prompts and completions out of the report.")
+TextOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--text/--no-text",
+        help="Show prompts and completions in the report, or leave them out. The run remembers it.",
+        show_default="as last asked for, else --text",
+    ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -90,14 +95,14 @@ def run(
     set_: SetOption = None,
     data: DataOption = None,
     fresh: FreshOption = False,
-    no_text: NoTextOption = False,
+    text: TextOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Run all stages of a recipe."""
     from equipoise.pipeline import run_all
 
     with _opened(recipe, directory, set_, data, fresh=fresh, stage=None) as (run_dir, progress):
-        page = run_all(run_dir, progress=progress, text=not no_text, fresh=fresh)
+        page = run_all(run_dir, progress=progress, text=text, fresh=fresh)
     print(f"report: {page}")
 
 
@@ -118,10 +123,10 @@ def _stage_command(name: str) -> Callable[..., None]:
         set_: SetOption = None,
         data: DataOption = None,
         fresh: FreshOption = False,
-        no_text: NoTextOption = False,
+        text: TextOption = None,
         debug: DebugOption = False,
     ) -> None:
-        _run_stage(name, recipe, directory, set_, data, fresh=fresh, text=not no_text)
+        _run_stage(name, recipe, directory, set_, data, fresh=fresh, text=text)
 
     def evaluate(
         recipe: RecipeArgument,
@@ -147,7 +152,7 @@ def _run_stage(
     data: str | None,
     *,
     fresh: bool,
-    text: bool = True,
+    text: bool | None = None,
     policy: str | None = None,
     forge: int = 0,
 ) -> None:

@@ -3,6 +3,7 @@
     RUN/
     ├── recipe.json             the resolved recipe
     ├── machine.json            number of threads that the run computes with
+    ├── view.json               whether the report shows prompts and completions
     ├── .lock                   flock of the process at work: pid, host, start time
     └── STAGE/
         ├── started.json        fingerprint, written first
@@ -178,6 +179,20 @@ class RunDir:
         """Delete a stage and all that come after it."""
         for later in ORDER[ORDER.index(name) :]:
             shutil.rmtree(self.path / later, ignore_errors=True)
+
+    def shows_text(self, asked: bool | None) -> bool:
+        """Return whether the report shows prompts and completions, and remember what was asked.
+
+        Args:
+            asked: ``None`` = as it was asked for the last time, or true.
+        """
+        file = self.path / "view.json"
+        stored = (read_json_or_none(file) or StageFiles(self.path / "report").facts()).get("text")
+        shown = bool(stored) if asked is None and stored is not None else asked is not False
+        if asked is not None and asked != stored:
+            with self.writing():
+                publish_bytes(file, json_bytes({"text": asked}))
+        return shown
 
     def minutes(self) -> dict[str, float]:
         """Return minutes spent per complete stage."""
