@@ -67,6 +67,8 @@ def make_base(cell: Cell, folder: Path) -> Path:
             num_key_value_heads=2,
             max_position_embeddings=256,
             tie_word_embeddings=cell.tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmarks.architectures import MUST_PASS, REFUSED, config_of, tokenizer
 
-from equipoise.check import PARTS, merge_and_compare, try_model
+from equipoise.check.trial import PARTS, merge_and_compare, try_model
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from equipoise.cli import chat, look, serving, stages
+from equipoise.cli import chat, checking, look, serving, stages
 from equipoise.errors import EquipoiseError
 
 INTERRUPTED = 130
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 stages.add_commands(app)
+checking.add_commands(app)
 look.add_commands(app)
 chat.add_commands(app)
 serving.add_commands(app)
@@ -78,3 +79,7 @@ def _usage(error: typer.exceptions.TyperException) -> None:
 def _fail(text: str, *, code: int) -> None:
     print(text, file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ from equipoise.models.branches import branch_inputs, layer_windows
 CUT_LAYERS = 2
 _VOCABULARY, _WINDOW, _WIDE, _EXPERTS = 64, 6, 64, 4
 _HEADS, _HEAD = 4, 16
+_LARGEST = 10**9
 _TOLERANCE = 5e-3
 """Largest difference of a logit, in standard deviations of the logits: rounding gives 1e-6 (1e-4
 where a model cannot be narrowed), a window that is one position too wide 1."""
@@ -31,6 +32,7 @@ _AMPLIFIED = 3.0
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
            "ffn_dim", "n_inner", "ffn_hidden_size")  # fmt: skip
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 _TRIED_BEFORE: dict[str, None] = {}
 
 
@@ -87,7 +89,8 @@ def cut_config(config: Any, *, vocabulary: int | None = _VOCABULARY) -> Any:
                 _at_most(part, name, _WIDE)
             for name in _EXPERT_COUNTS:
                 _at_most(part, name, _EXPERTS)
-            _at_most(part, "num_experts_per_tok", 2)
+            for name, most in _COUNTS.items():
+                _at_most(part, name, most)
     text = small.get_text_config()
     if vocabulary is not None:
         text.vocab_size = vocabulary
@@ -138,7 +141,7 @@ def narrow(config: Any) -> Any:
         text.hidden_size = _HEADS * _HEAD
         if getattr(text, "num_key_value_heads", None):
             text.num_key_value_heads = max(1, _HEADS * shared // heads)
-        if vars(text).get("head_dim"):
+        if vars(text).get("head_dim") and not hasattr(text, "qk_rope_head_dim"):
             text.head_dim = _HEAD
     return small
 
@@ -163,7 +166,11 @@ def narrowest_model(config: Any) -> Any:
         model = random_model(narrow(config))
         with torch.inference_mode():
             _plain(model, _texts()[0])
-    except Exception:  # its numbers do not fit together; it has to be as wide as it is
+    except Exception as error:  # its numbers do not fit together; it has to be as wide as it is
+        size = sum(weight.numel() for weight in empty_model(config).parameters())
+        if size > _LARGEST:
+            why = f"two layers of it, with {size:,} numbers, are too large to be tried"
+            raise _refused(config.model_type, why) from error
         return random_model(config)
     return model
 

@@ -28,9 +28,12 @@ from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Sam
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from equipoise.dials.manifest import DialManifest
+
 ATTRIBUTES, LEVELS = ("helpfulness", "safety"), 5
 PARTS = ("sample", "tune", "tune with LoRA", "serve", "merge")
-_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8)
+_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=20, max_tokens=8)
+"""Of a whole vocabulary rounding may choose a neighbour, as the server's batches differ."""
 _MERGED = 1e-5
 """Largest difference of a merged model's logits, times their spread."""
 
@@ -44,13 +47,16 @@ class Trial:
     """``None``: it works."""
 
 
-def try_model(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Trial]:
+def try_model(
+    config: Any, tokenizer: PreTrainedTokenizerBase, name: str, dials: DialManifest | None = None
+) -> list[Trial]:
     """Try every part on two random layers of a model.
 
     Args:
         config: The model's config.
         tokenizer: The model's tokenizer, with a chat template.
         name: For messages.
+        dials: Those that the model has already.
 
     Returns:
         One per part, in the order of :data:`PARTS`. What builds on a part that failed has the same
@@ -62,7 +68,11 @@ def try_model(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> lis
 
         def tuned(name: str, rank: int) -> Callable[[], Path]:
             return lambda: rehearse(
-                done["sample"], folder / name, lora_rank=rank, attributes=ATTRIBUTES, levels=LEVELS
+                done["sample"],
+                folder / name,
+                lora_rank=rank,
+                attributes=dials.attributes if dials else ATTRIBUTES,
+                levels=dials.levels if dials else LEVELS,
             )
 
         steps: dict[str, tuple[str | None, Callable[[], Path]]] = {
@@ -120,8 +130,8 @@ def _served(directory: Path) -> Path:
     policy = load_causal(str(directory), device="cpu")
     ids = tuple(policy.encoder.prompt_ids((Message("user", "How do I do this?"),)))
     branches = tuple(
-        Branch(policy.encoder.control_ids(DialSetting((level, level))), seed=level)
-        for level in (0, LEVELS - 1)
+        Branch(policy.encoder.control_ids(setting), seed=seed)
+        for seed, setting in enumerate(_corners(policy))
     )
     expected = _engine(policy).generate([GenerationRequest(ids, branches)], _SAMPLING)[0]
     generations = [
@@ -136,6 +146,13 @@ def _served(directory: Path) -> Path:
             fix="serve it with another engine; see docs/serving.md",
         )
     return directory
+
+
+def _corners(policy: LoadedPolicy) -> tuple[DialSetting, DialSetting]:
+    """Return the lowest and the highest setting."""
+    assert policy.manifest is not None, "it was tuned"
+    count, levels = len(policy.manifest.attributes), policy.manifest.levels
+    return DialSetting((0,) * count), DialSetting((levels - 1,) * count)
 
 
 async def _answers(policy: LoadedPolicy, generations: Sequence[Generation]) -> list[list[int]]:
@@ -159,7 +176,7 @@ def merge_and_compare(directory: Path, out: Path) -> Path:
     read: Any = AutoModelForCausalLM.from_pretrained
     plain = read(merge(directory, out)).eval()
     ids = policy.encoder.prompt_ids((Message("user", "How do I do this?"),))
-    row = torch.tensor([[*ids, *policy.encoder.control_ids(DialSetting((0, LEVELS - 1)))]])
+    row = torch.tensor([[*ids, *policy.encoder.control_ids(_corners(policy)[1])]])
     with torch.inference_mode():
         own, merged = policy.model(row).logits, plain(row).logits
     if not float((own - merged).abs().max() / own.std()) < _MERGED:
