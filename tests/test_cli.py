@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,58 @@ def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(["doctor"], capsys)
     assert code == 0
     assert "torch" in out
+
+
+@pytest.mark.parametrize("module", ["equipoise", "equipoise.cli.main"])
+def test_the_package_runs_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "recipes"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "workshop" in done.stdout
+
+
+def test_what_the_outputs_encoding_lacks_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# caf\u00e9 \u2603 \ufffd\n", "utf-8")
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="cp1252", write_through=True))
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes", str(recipe)])
+    assert not ended.value.code
+    assert raw.getvalue() == "# caf\u00e9 ? ?\n".encode("cp1252")
+
+
+def test_a_run_directory_in_place_of_a_model_is_pointed_to_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.json").write_text("{}")
+    for command in ("chat", "serve"):
+        code, _, err = run([command, str(tmp_path / "run")], capsys)
+        assert code == 1
+        assert "is a run directory, not a model" in err
+        assert str(tmp_path / "run/tune/model") in err
+
+
+NOISE = """
+import logging, sys, warnings
+from equipoise.cli.main import main
+from equipoise.pipeline import quieten
+try: main(["recipes"])
+except SystemExit: pass
+quieten()
+import huggingface_hub
+logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+code = 'import warnings; warnings.warn("will be renamed", FutureWarning)'
+for name in ("transformers.x", "mine"):
+    exec(code, {"__name__": name, "__builtins__": __builtins__})
+"""
+
+
+def test_libraries_say_things_once_or_not_at_all() -> None:
+    command = [sys.executable, "-c", NOISE]
+    err = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    assert err.count("Retrying in 1s") == 1
+    assert err.count("will be renamed") == 1  # ours would stay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -132,9 +133,14 @@ def _job(run: RunDir, progress: Progress | None, *, text: bool | None, fresh: bo
 def quieten() -> None:
     """Silence the progress bars and hints of libraries; warnings and errors stay.
 
-    By environment, as importing them here would make "nothing to do" take seconds.
+    By environment, as importing them here would make "nothing to do" take seconds. Of warnings go
+    those that a user can do nothing about: what a library will rename, and that rows of tokens are
+    saved with a LoRA, which is what we want.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("transformers", "peft", "trl", "accelerate"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\b")
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", module=r"peft\b")

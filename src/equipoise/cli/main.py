@@ -5,6 +5,7 @@ Nothing on the way to ``--help`` imports torch, transformers or pyarrow.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    _be_lenient_at_the_edge()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # It prints its warnings by itself: the root would print them once more.
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:
@@ -68,6 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "  fix: run again with --debug and report what it prints",
             code=1,
         )
+
+
+def _be_lenient_at_the_edge() -> None:
+    """Read and write what the terminal's encoding has no character for as a question mark.
+
+    A file or pipe on Windows is cp1252, and any text of a model, our own marks too, may go there.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _usage(error: typer.exceptions.TyperException) -> None:

@@ -80,6 +80,8 @@ def resolve_model(name: str, *, fitted_root: Path | None = None) -> str:
     if separator:
         return str(_resolve_scheme(name, scheme, rest, fitted_root))
     path = Path(name).expanduser()
+    if (path / "recipe.json").is_file() and not (path / "config.json").is_file():
+        raise _is_a_run(path)
     if path.is_dir():
         return str(path)
     looks_like_path = (
@@ -95,6 +97,16 @@ def resolve_model(name: str, *, fitted_root: Path | None = None) -> str:
             fix="Correct the path, or give a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.",
         )
     return name
+
+
+def _is_a_run(path: Path) -> ModelError:
+    tuned = path / "tune" / "model"
+    first = "" if tuned.is_dir() else f"Run `equipoise run {path}` to its end. "
+    return ModelError(
+        f"{path} is a run directory, not a model",
+        why="The tuned model of a run lies deeper in it.",
+        fix=f"{first}Give {tuned}.",
+    )
 
 
 def _resolve_scheme(name: str, scheme: str, rest: str, fitted_root: Path | None) -> Path:

@@ -139,7 +139,8 @@ def cannot_load(place: str, error: Exception, what: str = "") -> ModelError:
         f"Cannot load {place}{what}",
         why=why,
         fix=fix
-        or "Check the name, the network if it is a hub id, and that the weights are safetensors.",
+        or "Check the name (a run's model is RUN/tune/model), the network if it is a hub id, and "
+        "that the weights are safetensors.",
     )
 
 

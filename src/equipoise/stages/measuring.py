@@ -14,6 +14,7 @@ from equipoise.stages.inputs import (
     read_prompts,
     reward_hashes,
 )
+from equipoise.stages.quality_of import AUTO, ONE_DIAL
 from equipoise.stages.unseen import (
     REWARD,
     check_unseen,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 MEASURES = "measures.json"
+_TITLES = {"deliveries": "", ONE_DIAL: ", one dial at a time", AUTO: ", all dials on auto"}
+"""What the progress says of each folder of deliveries."""
 CHUNK = 4
 """Prompts per shard of deliveries."""
 
@@ -50,7 +53,7 @@ def evaluate(job: Job) -> None:
     from equipoise.evaluate.sweep import sweep_settings
     from equipoise.models.load import load_causal
     from equipoise.stages.figures_of import measures_of
-    from equipoise.stages.quality_of import AUTO, ONE_DIAL, benign
+    from equipoise.stages.quality_of import benign
     from equipoise.stages.responders import responders
 
     @cache
@@ -137,7 +140,7 @@ def _sweep_one(
     held = sum(len(part) for name, part in zip(names, chunks, strict=True) if stage.has(name))
     # One seed for all methods: rerankers of different N share their samples by it.
     seed = derive_seed(recipe.seed, "evaluate")
-    title = f"evaluate {responder.name}" + (", dials on auto" if folder != "deliveries" else "")
+    title = f"evaluate {responder.name}{_TITLES[folder]}"
     with job.progress.task(title, len(prompts), done=held) as advance:
         for name, part in zip(names, chunks, strict=True):
             if stage.has(name):
