@@ -161,8 +161,8 @@ def test_a_run_directory_in_place_of_a_model_is_pointed_to_its_model(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.json").write_text("{}")
-    for command in ("chat", "serve"):
-        code, _, err = run([command, str(tmp_path / "run")], capsys)
+    for command in (["chat"], ["serve", "--policy", "example"]):
+        code, _, err = run([*command, str(tmp_path / "run")], capsys)
         assert code == 1
         assert "is a run directory, not a model" in err
         assert str(tmp_path / "run/tune/model") in err

@@ -21,12 +21,18 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, unknown keys refused, true is no number, no number infinite."""
+    """Base of every config: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SourceConfig(Config):
+class RecipeConfig(Config):
+    """Base of a recipe's parts: true is no number, no text is one, and no number is infinite."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class SourceConfig(RecipeConfig):
     """Where rows come from."""
 
     source: str
@@ -43,7 +49,7 @@ class SourceConfig(Config):
     """A row that cannot be used ends the run, or is left out and counted in the report."""
 
 
-class PromptsConfig(Config):
+class PromptsConfig(RecipeConfig):
     """Which prompts to train on, to choose on (dev), and to test on."""
 
     train: list[SourceConfig] = Field(min_length=1)
@@ -55,7 +61,7 @@ class PromptsConfig(Config):
     on_long_prompt: Literal["refuse", "drop"] = "refuse"
 
 
-class FitRewardConfig(Config):
+class FitRewardConfig(RecipeConfig):
     """Train one reward model from preference pairs or from labelled answers."""
 
     backbone: str
@@ -78,7 +84,7 @@ class FitRewardConfig(Config):
     """The same for its training prompts, whose completions the model will score."""
 
 
-class RewardModelConfig(Config):
+class RewardModelConfig(RecipeConfig):
     """Load one reward model (or judge)."""
 
     model: str
@@ -104,7 +110,7 @@ class RewardModelConfig(Config):
         return None if name == self.model else name
 
 
-class SamplingConfig(Config):
+class SamplingConfig(RecipeConfig):
     """How completions are sampled."""
 
     temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
@@ -114,7 +120,7 @@ class SamplingConfig(Config):
     max_tokens: Positive = 64
 
 
-class GenerateConfig(Config):
+class GenerateConfig(RecipeConfig):
     """Self-generation: K completions per training prompt from the untouched model."""
 
     completions_per_prompt: Positive = 16
@@ -128,14 +134,14 @@ class GenerateConfig(Config):
     """The words for them, as in ``evaluate.phrases``; empty = built-in English."""
 
 
-class ScoreConfig(Config):
+class ScoreConfig(RecipeConfig):
     """Scoring and calibration of the pool."""
 
     batch_size: Positive = 64
     calibration: Literal["pooled", "within_prompt"] = "pooled"
 
 
-class SteerConfig(Config):
+class SteerConfig(RecipeConfig):
     """Directions from the scored pool, and the strength that each level needs."""
 
     directions: Literal["difference_of_means", "natural_gradient"] = "difference_of_means"
@@ -155,7 +161,7 @@ class SteerConfig(Config):
     """Dev prompts that strengths are tried on."""
 
 
-class RegenerateConfig(Config):
+class RegenerateConfig(RecipeConfig):
     """Steered self-generation: a second pool, in which rare cells are common."""
 
     steered_per_prompt: Positive = 8
@@ -166,7 +172,7 @@ class RegenerateConfig(Config):
     between lie on a straight line."""
 
 
-class DistilConfig(Config):
+class DistilConfig(RecipeConfig):
     """MOEC, or one of its ablations; the weights of cells are in all of them."""
 
     data: Literal["moec", "denoised", "raw"] = "moec"
@@ -179,7 +185,7 @@ class DistilConfig(Config):
     the untouched model lies more than this below that of its own completions of the prompt."""
 
 
-class RolloutConfig(Config):
+class RolloutConfig(RecipeConfig):
     """What RLHF learns from, with dials or without: groups of samples, near the start model."""
 
     group: Annotated[int, Field(ge=2)] = 8
@@ -209,7 +215,7 @@ class RlhfConfig(RolloutConfig):
     """Prompts of a look: dev prompts where there are any, else training prompts."""
 
 
-class SteeredStartConfig(Config):
+class SteeredStartConfig(RecipeConfig):
     """Teach the control tokens the steering directions before the objective begins."""
 
     steps: Positive = 160
@@ -229,7 +235,7 @@ class SteeredStartConfig(Config):
     checkpoint_every: Positive = 40
 
 
-class TuneConfig(Config):
+class TuneConfig(RecipeConfig):
     """CLM, ExMATE or RLHF; full weights or LoRA."""
 
     objective: Literal["clm", "exmate", "rlhf"] = "exmate"
@@ -265,7 +271,7 @@ class TuneConfig(Config):
         return self.rlhf.batch_size or self.batch_size
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(RecipeConfig):
     """Sweep, then measure."""
 
     responders: list[str] = ["start", "prompting", "rerank8", "tuned"]
@@ -292,7 +298,7 @@ class EvaluateConfig(Config):
     """Prompting: number of in-context examples drawn from the pool."""
 
 
-class PretrainConfig(Config):
+class PretrainConfig(RecipeConfig):
     """A base model from raw text: tokenizer and a small Llama, both from scratch."""
 
     sources: list[SourceConfig] = Field(min_length=1)
@@ -309,7 +315,7 @@ class PretrainConfig(Config):
     checkpoint_every: Positive = 200
 
 
-class SftConfig(Config):
+class SftConfig(RecipeConfig):
     """Supervised fine-tuning on dialogues: the last answer is learnt."""
 
     model: str = "made://base"
@@ -322,7 +328,7 @@ class SftConfig(Config):
     checkpoint_every: Positive = 100
 
 
-class AlignConfig(Config):
+class AlignConfig(RecipeConfig):
     """Alignment: DPO on preference pairs, or RLHF on a weighted sum of rewards."""
 
     model: str = "made://sft"
@@ -345,7 +351,7 @@ class AlignConfig(Config):
     """Read by ``method: rlhf`` only."""
 
 
-class Recipe(Config):
+class Recipe(RecipeConfig):
     """The whole run."""
 
     name: str
