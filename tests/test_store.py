@@ -246,6 +246,18 @@ def test_fresh_on_an_unchanged_recipe_starts_over(tmp_path: Path) -> None:
         assert not run.is_done("prompts")
 
 
+def test_a_missing_stage_is_named_with_all_that_is_missing_before_it(tmp_path: Path) -> None:
+    with RunDir.open(tmp_path, recipe()) as run:
+        with pytest.raises(RunError) as caught:
+            run.begin("tune")
+        assert f"equipoise run {tmp_path}" in caught.value.fix
+        assert "(prompts, generate, score, distil)" in caught.value.fix
+        finished_prompts(run)
+        with pytest.raises(RunError) as caught:
+            run.begin("generate") and run.done("generate")
+        assert caught.value.fix == f"run it first: equipoise generate {tmp_path}"
+
+
 def test_a_view_without_text_is_remembered(tmp_path: Path) -> None:
     def shown(asked: bool | None) -> bool:
         with RunDir.open(tmp_path, recipe()) as run:

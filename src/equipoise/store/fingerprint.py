@@ -74,6 +74,21 @@ OPTIONAL: Mapping[str, str] = {
 """Stages that a recipe may leave out, and the field that asks for them."""
 
 
+def inputs_of(name: str, recipe: Recipe) -> list[str]:
+    """Return the stages that a stage reads in a run of this recipe."""
+    inputs = SPECS[name].inputs
+    return [one for one in inputs if one not in OPTIONAL or getattr(recipe, OPTIONAL[one])]
+
+
+def needed_by(name: str, recipe: Recipe) -> list[str]:
+    """Return a stage and all that have to come before it, in order."""
+    found = {name}
+    for stage in reversed(ORDER):
+        if stage in found:
+            found.update(inputs_of(stage, recipe))
+    return [stage for stage in ORDER if stage in found]
+
+
 def first_affected(changes: list[str]) -> str | None:
     """Return the first stage that reads one of the changed fields."""
     fields = {line.split(":")[0].split(".")[0].split("[")[0] for line in changes}

@@ -29,11 +29,12 @@ from equipoise.config import Recipe
 from equipoise.errors import RunError
 from equipoise.recipe_paths import settled_paths
 from equipoise.store.fingerprint import (
-    OPTIONAL,
     ORDER,
     SPECS,
     diff,
     first_affected,
+    inputs_of,
+    needed_by,
     with_new_defaults,
 )
 from equipoise.store.lock import locked
@@ -164,10 +165,13 @@ class RunDir:
         """
         stage = StageFiles(self.path / name)
         if not stage.complete:
+            missing = [one for one in needed_by(name, self.recipe) if not self.is_done(one)]
+            first = f"equipoise {'run' if missing[0] == 'prompts' else missing[0]} {self.path}"
+            every = f"; or all that is missing ({', '.join(missing)}): {self.resume_command}"
             raise RunError(
                 f"stage {name} of {self.path} is not complete",
                 why="a later stage needs its files",
-                fix=f"run it first: equipoise {'run' if name == 'prompts' else name} {self.path}",
+                fix=f"run it first: {first}{every if len(missing) > 1 else ''}",
             )
         return stage
 
@@ -203,10 +207,9 @@ class RunDir:
         from equipoise import __version__
 
         spec, plain = SPECS[name], self.recipe.model_dump(mode="json")
-        inputs = [i for i in spec.inputs if i not in OPTIONAL or getattr(self.recipe, OPTIONAL[i])]
         return {
             "config": {field: plain[field] for field in spec.reads},
-            "inputs": {item: self.done(item).outputs_hash for item in inputs},
+            "inputs": {item: self.done(item).outputs_hash for item in inputs_of(name, self.recipe)},
             "models": dict(sorted(models.items())),
             "version": __version__,
         }
