@@ -92,8 +92,10 @@ def read_items(
 
 def refused(error: DataError) -> DataError:
     """The error for a row that ends the run, with the way around it."""
-    fix = f"{error.fix.rstrip('.')}; or set `on_bad_row: skip` for this source."
-    return DataError(error.what, why=error.why, fix=fix)
+    return DataError(error.what, why=error.why, fix=f"{error.fix}\n  or: {_AROUND}")
+
+
+_AROUND = "set `on_bad_row: skip` for this source, which leaves such rows out and counts them."
 
 
 def none_left(source: str, n_bad: int, first: DataError) -> DataError:
