@@ -349,6 +349,8 @@ UNKNOWN = [
     "Dials",
     "dial",
     "thinking",
+    "chat_template_kwargs",
+    "enable_thinking",
     "metadata",
     "store",
     "service_tier",

@@ -58,6 +58,7 @@ _HOME = {
     "Prompting": "steer.prompting",
     "Recipe": "config",
     "Reranking": "steer.reranking",
+    "Rendering": "types",
     "Responder": "types",
     "RewardModel": "types",
     "RunDir": "store.rundir",

@@ -16,6 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from equipoise.types import TemplateValue
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -360,6 +362,9 @@ class Recipe(RecipeConfig):
     attributes: list[str] = ["helpfulness", "safety"]
     levels: Annotated[int, Field(ge=2, le=100)] = 5
     model: str
+    chat_template_kwargs: dict[str, TemplateValue] = {}
+    """Variables of the model's chat template, e.g. ``{enable_thinking: false}``; refused where the
+    template knows no such variable."""
     data: str | None = None
     """Folder in which relative data sources are looked up."""
     base: PretrainConfig | None = None

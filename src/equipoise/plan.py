@@ -80,7 +80,7 @@ def probe(job: Job) -> Speed:
     from equipoise.models.load import load_causal
     from equipoise.models.sampling import TransformersEngine
 
-    policy = load_causal(job.recipe.model)
+    policy = load_causal(job.recipe.model, rendering=job.rendering)
     config = job.recipe.generate
     train = [prompt for prompt in read_prompts(job.run) if prompt.split == "train"][:8]
     encoded = [tuple(policy.encoder.prompt_ids(prompt.messages)) for prompt in train]

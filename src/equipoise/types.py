@@ -6,6 +6,7 @@ P prompts, K completions per prompt, C control cells, A attributes, L levels, N 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -18,6 +19,21 @@ Split = Literal["train", "dev", "test"]
 Finish = Literal["stop", "length"]
 TemplateValue = str | int | float | bool | None
 """Value of a variable that the operator or a recipe gives to a chat template."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a chat template is rendered with besides the turns."""
+
+    variables: Mapping[str, TemplateValue] = field(default_factory=dict)
+    """``chat_template_kwargs`` of a recipe or a dial policy, never of a client."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal renderings only; ``1`` and ``true`` differ."""
+        return json.dumps(dict(self.variables), sort_keys=True)
+
+
 JudgeKind = Literal["optimization", "generalization"]
 
 

@@ -7,6 +7,7 @@ result is checked before it leaves.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,15 @@ from equipoise.dials.skeletons import Skeletons
 from equipoise.dials.template import ChatTemplate, check_prompt
 from equipoise.dials.thoughts import Follower, find_thought
 from equipoise.errors import DataError, EncodingError, ModelError
-from equipoise.types import DialSetting, Message
+from equipoise.types import DialSetting, Message, Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from equipoise.dials.manifest import DialManifest
+
+_PLAIN = Rendering()
+_MAX_RENDERINGS = 8
 
 
 class Encoder:
@@ -30,8 +34,10 @@ class Encoder:
         tokenizer: A fast Hugging Face tokenizer; it is not changed.
         manifest: The dials installed on it, if any.
         eos_ids: Further ids that end a completion: :func:`equipoise.dials.markers.given_ends`.
+        rendering: What the chat template is given besides the turns.
 
     Raises:
+        ConfigError: A variable that the chat template does not know, or that is not to be set.
         ModelError: If the tokenizer is not a fast one, cannot be sealed, or lacks the
             manifest's control tokens.
     """
@@ -42,11 +48,13 @@ class Encoder:
         manifest: DialManifest | None = None,
         *,
         eos_ids: Iterable[int] | None = None,
+        rendering: Rendering = _PLAIN,
     ) -> None:
         self.tokenizer = tokenizer
         self.manifest = manifest
         self._backend = markers.fast_backend(tokenizer)
-        self._template = ChatTemplate(tokenizer)
+        self.rendering = rendering
+        self._template = ChatTemplate(tokenizer, rendering)
         self.has_chat_template = self._template.exists
         controls = markers.control_ids(self._backend, manifest)
         self.thought = find_thought(self._backend, self._template)
@@ -56,7 +64,10 @@ class Encoder:
         self.forbidden: frozenset[int] = controls | written | marks
         """Ids that no untrusted text can produce."""
         self._sealed = sealing.seal(self._backend, self.forbidden)
-        self._skeletons = Skeletons(self._template, self._backend, self._sealed, self.forbidden)
+        self._skeletons = Skeletons(
+            self._template, self._backend, self._sealed, self.forbidden, controls
+        )
+        self._others: dict[str, Encoder] = {}
         self._given_ends = tuple(eos_ids or ())
         own = [self._skeletons.turn_end(), tokenizer.eos_token_id]
         ends = [i for i in (*own, *self._given_ends) if i is not None and i not in controls]
@@ -75,7 +86,26 @@ class Encoder:
         Raises:
             ModelError: If the tokenizer lacks the manifest's control tokens.
         """
-        return Encoder(self.tokenizer, manifest, eos_ids=self._given_ends)
+        return Encoder(self.tokenizer, manifest, eos_ids=self._given_ends, rendering=self.rendering)
+
+    def with_rendering(self, rendering: Rendering) -> Encoder:
+        """Return the encoder of the same model, seals and all, for another rendering.
+
+        Raises:
+            ConfigError: A variable that the template does not know, or that is not to be set.
+        """
+        if rendering.key == self.rendering.key:
+            return self
+        found = self._others.get(rendering.key)
+        if found is None:
+            found = copy.copy(self)
+            found.rendering = rendering
+            found._template = ChatTemplate(self.tokenizer, rendering)
+            found._skeletons = self._skeletons.of_template(found._template)
+            if len(self._others) >= _MAX_RENDERINGS:
+                self._others.clear()
+            self._others[rendering.key] = found
+        return found
 
     @property
     def eos_id(self) -> int:

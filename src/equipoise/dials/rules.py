@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from equipoise.config import Config
+from equipoise.types import Rendering, TemplateValue
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 DialValue = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -116,12 +117,19 @@ class DialPolicy(Config):
     default_scenario: Name
     scenarios: Annotated[dict[Name, Scenario], Field(min_length=1)]
     limits: Limits = Limits()
+    chat_template_kwargs: dict[str, TemplateValue] = Field(default_factory=dict)
+    """Variables of the model's chat template, for all scenarios; no request can set one."""
 
     @model_validator(mode="after")
     def _default_exists(self) -> DialPolicy:
         if self.default_scenario not in self.scenarios:
             raise ValueError(f"default_scenario {self.default_scenario!r} is not among scenarios")
         return self
+
+    @property
+    def rendering(self) -> Rendering:
+        """What the chat template is given besides the turns."""
+        return Rendering(self.chat_template_kwargs)
 
     @property
     def hash(self) -> str:

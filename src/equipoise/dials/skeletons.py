@@ -37,6 +37,7 @@ class Skeletons:
         backend: Its fast tokenizer.
         sealed: Its sealed copy.
         forbidden: The ids that only the template may write.
+        controls: Those of them that not even the template may write.
     """
 
     def __init__(
@@ -45,15 +46,20 @@ class Skeletons:
         backend: Tokenizer,
         sealed: SealedTokenizer,
         forbidden: frozenset[int],
+        controls: frozenset[int],
     ) -> None:
         self._template, self._backend = template, backend
-        self._sealed, self._forbidden = sealed, forbidden
+        self._sealed, self._forbidden, self._controls = sealed, forbidden, controls
         self._cache: dict[tuple[Turn, ...], Prepared] = {}
         self._cached_turns = 0
 
     def __iter__(self) -> Iterator[tuple[Turn, ...]]:
         """Iterate over the sequences of turns that are cached."""
         return iter(self._cache)
+
+    def of_template(self, template: ChatTemplate) -> Skeletons:
+        """Return those of the same template, rendered otherwise."""
+        return Skeletons(template, self._backend, self._sealed, self._forbidden, self._controls)
 
     def of(self, turns: tuple[Turn, ...]) -> Prepared:
         """Return the skeleton of a prompt.
@@ -99,6 +105,12 @@ class Skeletons:
             text, found = self._sealed.seal_trusted(piece)
             pieces.append(text)
             written += found
+        if not self._controls.isdisjoint(written):
+            raise ModelError(
+                "the chat template writes a control token",
+                why="it, or a value in chat_template_kwargs, spells one: that would turn a dial",
+                fix="take the control token out of both; dials are set by id only",
+            )
         # The model's own tokenizer must see the same markers, or the template writes one in a
         # form (other case, say) that only its normaliser knows.
         own = self._backend.encode("x".join(rendered.pieces), add_special_tokens=False).ids

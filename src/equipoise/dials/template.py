@@ -14,7 +14,7 @@ import jinja2.parser
 
 from equipoise.dials.sealing import random_letters
 from equipoise.errors import ConfigError, DataError, ModelError
-from equipoise.types import Message, TemplateValue
+from equipoise.types import Message, Rendering, TemplateValue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,8 @@ _OURS = frozenset({"messages", "raise_exception", "strftime_now", "namespace"})
 _DEFAULTS: Mapping[str, TemplateValue] = {"enable_thinking": False}
 """Given to templates that know them: a thought costs tokens, and dials are learnt without."""
 
+_PLAIN = Rendering()
+
 
 class _Generation(jinja2.ext.Extension):
     """The tag ``{% generation %}`` of transformers, which changes nothing here."""
@@ -51,7 +53,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: With a template, or without one.
-        variables: Given to the template at every rendering (``chat_template_kwargs``).
+        rendering: What the template is given at every rendering.
 
     Raises:
         ConfigError: A variable that the template does not know, or that is not to be set.
@@ -61,14 +63,14 @@ class ChatTemplate:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        variables: Mapping[str, TemplateValue] | None = None,
+        rendering: Rendering = _PLAIN,
     ) -> None:
         self._tokenizer = tokenizer
         self.exists: bool = tokenizer.chat_template is not None
         self._source: str = tokenizer.get_chat_template() if self.exists else ""
         self.known = self._undeclared()
         """Variables that the template asks for."""
-        given = dict(variables or {})
+        given = dict(rendering.variables)
         self._check(given)
         self.variables = {k: v for k, v in _DEFAULTS.items() if k in self.known} | given
 

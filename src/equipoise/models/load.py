@@ -18,6 +18,7 @@ from equipoise.dials.files import file_sha256
 from equipoise.errors import ModelError
 from equipoise.models.hashing import model_hash
 from equipoise.models.read import clear_errors
+from equipoise.types import Rendering
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,7 @@ __all__ = [
     "torch_dtype",
 ]
 
+_PLAIN = Rendering()
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -194,6 +196,7 @@ def load_causal(
     fitted_root: Path | None = None,
     dtype: Dtype = "float32",
     device: str | None = None,
+    rendering: Rendering = _PLAIN,
 ) -> LoadedPolicy:
     """Load a policy: a plain model, one with dials, or a LoRA adapter directory.
 
@@ -202,12 +205,14 @@ def load_causal(
         fitted_root: See :func:`resolve_model`.
         dtype: Number type of the weights in memory.
         device: A torch device; by default the GPU if there is one, else the CPU.
+        rendering: What the chat template is given besides the turns.
 
     Returns:
         The model in evaluation mode with tokenizer, encoder and (where there are dials) manifest.
 
     Raises:
         ModelError: Missing or unreadable files, no chat template, or a manifest that does not fit.
+        ConfigError: A variable that the chat template does not know.
     """
     from equipoise.dials import markers, tokens
     from equipoise.dials.encode import Encoder
@@ -236,7 +241,9 @@ def load_causal(
     return LoadedPolicy(
         model=model.to(device or default_device()).eval(),
         tokenizer=tokenizer,
-        encoder=Encoder(tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer)),
+        encoder=Encoder(
+            tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer), rendering=rendering
+        ),
         manifest=manifest,
         hash=policy_hash(place, manifest),
     )

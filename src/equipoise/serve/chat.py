@@ -117,8 +117,9 @@ def prepare(
     _check_text(request.stops)
     bias = _bias(request.logit_bias or {}, model)
     messages = tuple(message.plain() for message in request.messages)
-    prompt_ids = _prompt_ids(messages, model.encoder, limits)
-    control_ids = model.encoder.control_ids(setting)
+    encoder = model.encoder.with_rendering(rules.policy.rendering)
+    prompt_ids = _prompt_ids(messages, encoder, limits)
+    control_ids = encoder.control_ids(setting)
     room = model.context - len(prompt_ids) - len(control_ids)
     sampling = _sampling(request, limits, room)
     seed = fresh_seed if request.seed is None else request.seed

@@ -72,6 +72,8 @@ class Conversation:
         self.messages: list[Message] = []
         """The conversation so far, ending with an answer."""
         self._encoder, self._sampling, self._seed = loaded.encoder, sampling, seed
+        if policy is not None:
+            self._encoder = loaded.encoder.with_rendering(policy.rendering)
         self._rows = LiveRows(loaded.model, loaded.encoder, PrefixCache(_PREFIX_TOKENS))
         config = loaded.model.config.get_text_config()
         self._context: int | None = getattr(config, "max_position_embeddings", None)

@@ -52,7 +52,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
     policy = load_policy(file, recipe.attributes, recipe.levels)
     scenario, setting = widest(policy, tuple(recipe.attributes), recipe.levels)
     job.settle_threads()
-    loaded = load_causal(str(job.run.done("tune").directory(MODEL)))
+    loaded = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
     bench = read_bench(job)
     sampling = Sampling(**config.sampling.model_dump())
     prompts = evaluated_prompts(job)

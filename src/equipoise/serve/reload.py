@@ -52,6 +52,7 @@ class RulesSource:
         levels: L.
         fixed_keys: Keys that are in no file (the one made for this start of the server).
         now_ns: Clock of the files.
+        fits: Raises ConfigError if a policy does not fit the model's chat template.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class RulesSource:
         levels: int,
         fixed_keys: tuple[Key, ...] = (),
         now_ns: Callable[[], int] = time.time_ns,
+        fits: Callable[[DialPolicy], object] = lambda _: None,
     ) -> None:
         self._policy, self._keys = policy, keys
         self._attributes, self._levels = attributes, levels
-        self._fixed, self._now_ns = fixed_keys, now_ns
+        self._fixed, self._now_ns, self._fits = fixed_keys, now_ns, fits
         self._stamp: _Stamp | None = None
         self._first = _stamp(policy)
         """What lay there at the start is what the operator started the server with."""
@@ -115,6 +117,7 @@ class RulesSource:
         data = read_policy(self._policy, owned=True)
         name = find_policy(self._policy).name
         policy = parse_policy(data, self._attributes, self._levels, file=name)
+        self._fits(policy)
         keys = (*(read_keys(self._keys) if self._keys is not None else ()), *self._fixed)
         for key in keys:
             unknown = sorted(set(key.ranges) - set(self._attributes))

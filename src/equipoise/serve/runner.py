@@ -116,7 +116,12 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
         ConfigError: Policy or keys cannot be used; the server does not start then.
     """
     read = partial(
-        RulesSource, options.policy, options.keys, attributes=model.attributes, levels=model.levels
+        RulesSource,
+        options.policy,
+        options.keys,
+        attributes=model.attributes,
+        levels=model.levels,
+        fits=lambda policy: model.encoder.with_rendering(policy.rendering),
     )
     source = read(fixed_keys=options.environment_keys)
     rules = source.read()

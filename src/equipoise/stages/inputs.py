@@ -15,7 +15,7 @@ from equipoise.store.fingerprint import ORDER
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import rows_from_jsonl
 from equipoise.store.stagedir import Stage
-from equipoise.types import Prompt, RewardModel, ScoredCompletion, SteeredCompletion
+from equipoise.types import Prompt, Rendering, RewardModel, ScoredCompletion, SteeredCompletion
 
 if TYPE_CHECKING:
     from equipoise.pool.calibrate import Calibration
@@ -49,6 +49,11 @@ class Job:
     def data(self) -> Path | None:
         """Folder of relative data sources."""
         return home(self.recipe.data) if self.recipe.data else None
+
+    @property
+    def rendering(self) -> Rendering:
+        """What the policy's chat template is given besides the turns, in all stages."""
+        return Rendering(self.recipe.chat_template_kwargs)
 
     @property
     def fitted_root(self) -> Path:

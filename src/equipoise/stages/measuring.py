@@ -58,7 +58,7 @@ def evaluate(job: Job) -> None:
 
     @cache
     def untouched() -> LoadedPolicy:
-        return load_causal(recipe.model)
+        return load_causal(recipe.model, rendering=job.rendering)
 
     prompts = evaluated_prompts(job)
     intersections = check_unseen(job, prompts)

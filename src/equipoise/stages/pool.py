@@ -42,7 +42,8 @@ def prompts(job: Job) -> None:
 
     config, skipped = job.recipe.prompts, Skipped()
     loaded = load_prompts(config, data=job.data, seed=job.recipe.seed, skipped=skipped)
-    encoder = Encoder(load_tokenizer(resolve_model(job.recipe.model)))
+    tokenizer = load_tokenizer(resolve_model(job.recipe.model))
+    encoder = Encoder(tokenizer, rendering=job.rendering)
     unread = skipped.count
     kept = check_lengths(loaded, encoder, config, skipped=skipped)
     dropped = len(loaded) - len(kept) - (skipped.count - unread)
@@ -143,7 +144,7 @@ def generate(job: Job) -> None:
     per_shard = max(1, config.batch_size // config.completions_per_prompt)
     names = [_shard(index) for index in range(-(-len(train) // per_shard))]
     done = _published_prompts(stage)
-    policy = load_causal(recipe.model)
+    policy = load_causal(recipe.model, rendering=job.rendering)
     engine = TransformersEngine(
         policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
     )

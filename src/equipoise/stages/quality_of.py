@@ -96,7 +96,7 @@ def perplexity_of(
     if not pairs:
         return {}
     auto = DialSetting((None,) * len(recipe.attributes))
-    tuned = load_causal(str(job.run.done("tune").directory(MODEL)))
+    tuned = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
     before = read_references(untouched.model, untouched.encoder, pairs)
     after = read_references(tuned.model, tuned.encoder, pairs, setting=auto)
     draw: dict[str, int] = {"draws": recipe.evaluate.bootstrap, "seed": recipe.seed}

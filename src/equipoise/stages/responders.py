@@ -73,7 +73,9 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
     if "steering" in wanted:
         yield _steering(job, untouched(), sampling)
     if "tuned" in wanted:
-        engine, encoder = engine_of(load_causal(str(job.run.done("tune").directory(MODEL))))
+        engine, encoder = engine_of(
+            load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
+        )
         yield Tuned(engine, encoder, sampling=sampling)
 
 

@@ -41,8 +41,8 @@ def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
         "read the rewards of rlhf against that"
     )
     return train(
-        load_causal(recipe.model),
-        load_causal(recipe.model),
+        load_causal(recipe.model, rendering=job.rendering),
+        load_causal(recipe.model, rendering=job.rendering),
         train_prompts,
         read_examples(job) if recipe.tune.rlhf.warm_start else (),
         reward_models,

@@ -101,7 +101,7 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
 
     recipe, config = job.recipe, job.recipe.evaluate
     job.settle_threads()
-    policy = load_causal(str(job.run.done("tune").directory(MODEL)))
+    policy = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
     engine = TransformersEngine(
         policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
     )

@@ -75,7 +75,7 @@ def sft(job: Job) -> None:
     from equipoise.start.rows import load_rows
     from equipoise.start.teach import encode_rows, teach
 
-    policy, skipped = load_causal(config.model), Skipped()
+    policy, skipped = load_causal(config.model, rendering=job.rendering), Skipped()
     rows = load_rows(
         config.sources,
         n_rows=config.steps * config.batch_size,
@@ -115,7 +115,10 @@ def align(job: Job) -> None:
     from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
 
-    policy, before = load_causal(config.model), load_causal(config.model)
+    policy, before = (
+        load_causal(config.model, rendering=job.rendering),
+        load_causal(config.model, rendering=job.rendering),
+    )
     skipped = Skipped()
     learn = (_by_dpo if config.method == "dpo" else _by_rlhf)(job, config, policy, before, skipped)
     note_skipped(stage, skipped)

@@ -41,7 +41,7 @@ def steer(job: Job) -> None:
         return
     from equipoise.models.load import load_causal
 
-    policy = load_causal(recipe.model)
+    policy = load_causal(recipe.model, rendering=job.rendering)
     if not (stage.has(DIRECTIONS) and stage.has(FLUENCY)):
         _find(job, stage, policy, recipe.steer)
     directions = read_directions(stage)
@@ -93,7 +93,7 @@ def regenerate(job: Job) -> None:
 
     prompts = _steered_prompts(job)
     by_id = {prompt.id: prompt for prompt in prompts}
-    policy = load_causal(recipe.model)
+    policy = load_causal(recipe.model, rendering=job.rendering)
     models = load_reward_models(recipe.reward_models, job)
     engine = steered_engine(
         policy, read_directions(job.run.done("steer")), batch_size=recipe.generate.batch_size

@@ -41,7 +41,7 @@ def tune(job: Job) -> None:
             tuned = tune_by_rlhf(job, checkpoints, on_step)
         else:
             tuned = train(
-                load_causal(recipe.model),
+                load_causal(recipe.model, rendering=job.rendering),
                 read_examples(job),
                 recipe.tune,
                 attributes=recipe.attributes,

@@ -34,29 +34,31 @@ class StageSpec:
     """Earlier stages."""
 
 
+_POLICY = ("model", "chat_template_kwargs")
+
 SPECS: Mapping[str, StageSpec] = {
     "base": StageSpec(("seed", "data", "base"), ()),
-    "sft": StageSpec(("seed", "data", "sft"), ("base",)),
-    "align": StageSpec(("seed", "data", "align"), ("base", "sft")),
-    "prompts": StageSpec(("seed", "data", "model", "prompts"), ()),
+    "sft": StageSpec(("seed", "data", "chat_template_kwargs", "sft"), ("base",)),
+    "align": StageSpec(("seed", "data", "chat_template_kwargs", "align"), ("base", "sft")),
+    "prompts": StageSpec(("seed", "data", *_POLICY, "prompts"), ()),
     "fit-reward": StageSpec(("seed", "data", "fit_reward"), ()),
-    "generate": StageSpec(("seed", "model", "attributes", "levels", "generate"), ("prompts",)),
+    "generate": StageSpec(("seed", *_POLICY, "attributes", "levels", "generate"), ("prompts",)),
     "score": StageSpec(("attributes", "reward_models", "score"), ("generate", "fit-reward")),
     "steer": StageSpec(
-        ("seed", "model", "attributes", "levels", "generate", "reward_models", "steer"),
+        ("seed", *_POLICY, "attributes", "levels", "generate", "reward_models", "steer"),
         ("prompts", "score"),
     ),
     "regenerate": StageSpec(
-        ("seed", "model", "attributes", "levels", "generate", "reward_models", "regenerate"),
+        ("seed", *_POLICY, "attributes", "levels", "generate", "reward_models", "regenerate"),
         ("prompts", "score", "steer"),
     ),
     "distil": StageSpec(
         ("seed", "attributes", "levels", "distil"), ("prompts", "score", "steer", "regenerate")
     ),
-    "tune": StageSpec(("seed", "model", "attributes", "levels", "tune"), ("steer", "distil")),
+    "tune": StageSpec(("seed", *_POLICY, "attributes", "levels", "tune"), ("steer", "distil")),
     "judge": StageSpec(("attributes", "judges"), ("prompts", "fit-reward", "score")),
     "evaluate": StageSpec(
-        ("seed", "model", "attributes", "levels", "judges", "refusal_judge", "evaluate"),
+        ("seed", *_POLICY, "attributes", "levels", "judges", "refusal_judge", "evaluate"),
         ("prompts", "fit-reward", "score", "steer", "tune", "judge"),
     ),
     "report": StageSpec(("name", "description"), ("score", "distil", "tune", "judge", "evaluate")),
