@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,7 @@ def test_rows_of_one_prompt_stay_on_one_side() -> None:
         ([], "pairs", "needs PreferencePair"),
         (labelled(200), "pairs", "needs PreferencePair"),
         (pairs(50), "pairs", "Too few rows"),
+        ([replace(row, score=0.7) for row in labelled(200)], "labels", "one label"),
     ],
 )
 def test_wrong_or_few_rows_are_refused(

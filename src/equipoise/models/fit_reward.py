@@ -64,7 +64,7 @@ def fit_reward(
         The content of ``reward.json``.
 
     Raises:
-        DataError: Wrong kind of rows, or too few.
+        DataError: Wrong kind of rows, too few, or held-out answers that all have one label.
         ModelError: The backbone cannot be loaded or used so.
     """
     from transformers import set_seed
@@ -75,6 +75,7 @@ def fit_reward(
     start = time.perf_counter()
     _check_kind(rows, config)
     train, held_out = split_by_prompt(rows, n_held_out=config.held_out, seed=seed)
+    _check_both_labels(held_out)
     place = resolve_model(config.backbone, fitted_root=fitted_root)
     tokenizer = load_tokenizer(place)
     set_seed(derive_seed(seed, "fit_reward", attribute) % 2**31)
@@ -226,6 +227,18 @@ def data_hash(train: Sequence[Row], held_out: Sequence[Row]) -> str:
                 parts += [row.completion, repr(row.score)]
             digest.update("\x1e".join(parts).encode("utf-8", "surrogatepass") + b"\x1d")
     return digest.hexdigest()
+
+
+def _check_both_labels(held_out: Sequence[Row]) -> None:
+    """Refuse, before anything is trained, what no AUC can be measured on."""
+    labels = {row.score > 0.5 for row in held_out if isinstance(row, LabelledAnswer)}
+    if len(labels) == 1:
+        raise DataError(
+            f"The {len(held_out)} held-out answers all have one label",
+            why="How well a reward model tells good from bad can only be measured on both: a score "
+            "above ½ is good, any other is bad.",
+            fix="Raise held_out, add rows of the other label, or set `min_score` for the sources.",
+        )
 
 
 def _keys(rows: Sequence[Row]) -> tuple[str, ...]:
