@@ -112,7 +112,7 @@ def test_the_page_shows_curves_bound_and_drift(tmp_path: Path) -> None:
     page = render(report, tmp_path, text=False).read_text("utf-8")
     assert (tmp_path / "figures/refusals.png").stat().st_size > 5000
     assert "Who is refused" in page
-    assert "Bound of generalization: helpfulness <b>0.23</b>." in page
+    assert "Agreement of reward model and judge: helpfulness <b>0.23</b>." in page
     assert "benign prompts" in page and "+0.40" in page
 
 
