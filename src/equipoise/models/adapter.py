@@ -110,13 +110,21 @@ def base_of(directory: Path, manifest: DialManifest | None) -> tuple[str, str | 
     return name, revision
 
 
-def check_base(directory: Path, base: str, manifest: DialManifest | None) -> str:
+def check_base(
+    directory: Path, base: str, manifest: DialManifest | None, *, revision: str | None = None
+) -> str:
     """Return the hash of the base.
+
+    Args:
+        directory: Of the adapter.
+        base: Directory or hub id, see :func:`base_of`.
+        manifest: Of the adapter.
+        revision: Of a hub id.
 
     Raises:
         ModelError: It is not the base that the adapter was tuned on.
     """
-    found = model_hash(base)
+    found = model_hash(base, revision=revision)
     wanted = manifest.base_model_hash if manifest is not None else ""
     if wanted and found != wanted:
         raise ModelError(
@@ -152,8 +160,8 @@ def read_adapter(directory: Path, manifest: DialManifest | None, dtype: torch.dt
             fix="Copy the whole directory that tuning wrote; pickles are not read.",
         )
     refuse_adapter(base)
+    check_base(directory, base, manifest, revision=revision)
     model = read_causal(base, dtype, revision=revision)
-    check_base(directory, base, manifest)
     _grow(model, directory, manifest)
     with clear_errors(str(directory)):
         try:

@@ -7,30 +7,25 @@ from pathlib import Path
 
 from equipoise.dials.files import file_hashes
 from equipoise.errors import ModelError
-from equipoise.models.read import cannot_load
+from equipoise.models.hub import snapshot
 
 
-def model_hash(directory_or_hub_id: str) -> str:
+def model_hash(directory_or_hub_id: str, *, revision: str | None = None) -> str:
     """SHA-256 over the sorted (file name, SHA-256) of config, weights and tokenizer files.
 
     Args:
-        directory_or_hub_id: A model directory, or the id of a hub model that is in the local cache.
+        directory_or_hub_id: A model directory, or a hub id, whose files are brought into the cache.
+        revision: Of a hub id; by default its newest commit.
 
     Returns:
         64 hex digits; the same files give the same hash wherever they lie.
 
     Raises:
-        ModelError: There are no such files.
+        ModelError: There are no such files, or the hub does not give them.
     """
     directory = Path(directory_or_hub_id)
     if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            directory = Path(snapshot_download(directory_or_hub_id, local_files_only=True))
-        except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
-            raise cannot_load(directory_or_hub_id, error) from error
+        directory = snapshot(directory_or_hub_id, revision=revision)
     hashes = file_hashes(directory)
     if not hashes:
         raise ModelError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from equipoise.dials.files import file_sha256
 from equipoise.errors import ModelError
 from equipoise.models.hashing import model_hash
+from equipoise.models.hub import snapshot
 from equipoise.models.read import clear_errors
 from equipoise.types import Rendering
 
@@ -56,6 +57,8 @@ class LoadedPolicy:
     """``None`` for a model without dials."""
     hash: str
     """See :func:`policy_hash`."""
+    revision: str | None = None
+    """The commit of a model that came from the hub."""
 
 
 def cache_root() -> Path:
@@ -179,12 +182,20 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a directory or hub id, with a padding token in any case."""
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a directory or hub id, with a padding token in any case.
+
+    Args:
+        name: Directory or hub id.
+        revision: Of a hub id.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
     from transformers import AutoTokenizer
 
     with clear_errors(name, " (its tokenizer)"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -220,9 +231,12 @@ def load_causal(
     from equipoise.models.read import read_causal
 
     place = resolve_model(name, fitted_root=fitted_root)
+    revision = None
     if Path(place).is_dir():
         place = str(Path(place).absolute())  # an adapter will remember where its base lies
-    tokenizer = load_tokenizer(place)
+    else:
+        revision = snapshot(place).name
+    tokenizer = load_tokenizer(place, revision=revision)
     if not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer of {name} has no chat template",
@@ -235,7 +249,7 @@ def load_causal(
     if is_adapter(place):
         model = read_adapter(Path(place), manifest, torch_dtype(dtype))
     else:
-        model = read_causal(place, torch_dtype(dtype))
+        model = read_causal(place, torch_dtype(dtype), revision=revision)
     if manifest is not None:
         tokens.verify(model, tokenizer, manifest)
     return LoadedPolicy(
@@ -245,16 +259,23 @@ def load_causal(
             tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer), rendering=rendering
         ),
         manifest=manifest,
-        hash=policy_hash(place, manifest),
+        hash=policy_hash(place, manifest, revision=revision),
+        revision=revision,
     )
 
 
-def policy_hash(place: str, manifest: DialManifest | None) -> str:
-    """Return the model's hash; of a LoRA directory that of adapter and base together."""
+def policy_hash(place: str, manifest: DialManifest | None, *, revision: str | None = None) -> str:
+    """Return the model's hash; of a LoRA directory that of adapter and base together.
+
+    Args:
+        place: Directory or hub id.
+        manifest: Of the directory.
+        revision: Of the hub id.
+    """
     from equipoise.models.adapter import base_of, is_adapter
 
-    own = model_hash(place)
+    own = model_hash(place, revision=revision)
     if not is_adapter(place):
         return own
-    base, _ = base_of(Path(place), manifest)
-    return hashlib.sha256(f"{own}\n{model_hash(base)}".encode()).hexdigest()
+    base, of_base = base_of(Path(place), manifest)
+    return hashlib.sha256(f"{own}\n{model_hash(base, revision=of_base)}".encode()).hexdigest()

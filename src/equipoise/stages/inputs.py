@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.config import Recipe, RewardModelConfig
-from equipoise.errors import ModelError
 from equipoise.progress import Progress
 from equipoise.recipe_paths import home
 from equipoise.store.fingerprint import ORDER
@@ -156,14 +155,15 @@ def policy_hash(name: str) -> str:
 
     place = resolve_model(name)
     refuse_adapter(place)
-    if not Path(place).is_dir():
-        _download(place)
     return model_hash(place)
 
 
 def reward_hashes(configs: Mapping[str, RewardModelConfig], job: Job) -> dict[str, str]:
     """Return attribute to hash of reward models (or judges), without loading them."""
-    return {attribute: _reward_hash(config, job) for attribute, config in configs.items()}
+    from equipoise.models.reward import reward_hash
+
+    root = job.fitted_root
+    return {name: reward_hash(config, fitted_root=root) for name, config in configs.items()}
 
 
 def load_reward_models(
@@ -194,28 +194,3 @@ def workshop_parser(recipe: Recipe) -> Callable[[Prompt, str], bool] | None:
     from equipoise.worlds.workshop import parses
 
     return parses
-
-
-def _reward_hash(config: RewardModelConfig, job: Job) -> str:
-    from equipoise.models.load import resolve_model
-    from equipoise.models.reward import reward_hash
-
-    if config.oracle is None:
-        place = resolve_model(config.model, fitted_root=job.fitted_root)
-        if not Path(place).is_dir():
-            _download(place)
-    return reward_hash(config, fitted_root=job.fitted_root)
-
-
-def _download(hub_id: str) -> None:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model"]
-    try:
-        snapshot_download(hub_id, allow_patterns=wanted)
-    except Exception as error:
-        raise ModelError(
-            f"cannot load {hub_id}",
-            why=f"it is no local directory, and the model hub says: {str(error).splitlines()[0]}",
-            fix="check the spelling and the network, or give the path of a model directory",
-        ) from error

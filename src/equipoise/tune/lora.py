@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def add_lora(model: PreTrainedModel, manifest: DialManifest, *, rank: int, seed: int) -> Any:
+def add_lora(
+    model: PreTrainedModel,
+    manifest: DialManifest,
+    *,
+    rank: int,
+    seed: int,
+    revision: str | None = None,
+) -> Any:
     """Wrap a model that has its control tokens installed; return the peft model.
 
     Only the adapter and the control tokens' rows are trained and saved, those of the embedding and
@@ -26,6 +33,7 @@ def add_lora(model: PreTrainedModel, manifest: DialManifest, *, rank: int, seed:
         manifest: Says which rows are the control tokens'.
         rank: LoRA rank, at least 1; alpha is twice the rank.
         seed: Of the adapter's initial weights.
+        revision: The commit of a model that came from the hub, by which the adapter will find it.
 
     Raises:
         ModelError: The output head has a bias, which peft leaves out where it trains rows.
@@ -50,6 +58,6 @@ def add_lora(model: PreTrainedModel, manifest: DialManifest, *, rank: int, seed:
             trainable_token_indices={
                 name: list(manifest.all_ids) for name in rows.row_modules(model)
             },
-            revision=getattr(model.config, "_commit_hash", None),
+            revision=revision,
         ),
     )

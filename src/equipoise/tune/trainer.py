@@ -163,7 +163,10 @@ def with_dials(
         base_model_hash=policy.hash,
     )
     if lora_rank:
-        return add_lora(policy.model, manifest, rank=lora_rank, seed=seed), manifest
+        wrapped = add_lora(
+            policy.model, manifest, rank=lora_rank, seed=seed, revision=policy.revision
+        )
+        return wrapped, manifest
     return policy.model, manifest
 
 

@@ -1,0 +1,44 @@
+"""Models of the hub: one commit of a repository in the local cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from equipoise.errors import ModelError
+
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model")
+_UNWANTED = tuple(f"*/{pattern}" for pattern in _WANTED if pattern != "*.jinja")
+"""Folders hold the same model in other forms; chat templates may lie in one of their own."""
+
+
+def snapshot(hub_id: str, *, revision: str | None = None) -> Path:
+    """Return the folder of a commit, named by the commit; what the cache lacks is downloaded.
+
+    Args:
+        hub_id: ``owner/name``.
+        revision: A commit, branch or tag; by default the newest commit, where the hub does not
+            answer the one in the cache.
+
+    Raises:
+        ModelError: It is neither on the hub nor whole in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        # What is on the hub besides is not missed: asked without patterns, the library calls a
+        # snapshot without it incomplete.
+        found = snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+        )
+    except Exception as error:  # the client raises many kinds; none of them is ours
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        at = f" at revision {revision}" if revision is not None else ""
+        raise ModelError(
+            f"cannot load {hub_id}{at}",
+            why=f"it is no local directory, and the model hub says: {reason}",
+            fix="check the spelling and the network, or give the path of a model directory",
+        ) from error
+    return Path(found)
