@@ -279,7 +279,9 @@ def _size(config: RewardModelConfig, job: Job) -> float:
 
 
 def _size_of(name: str, job: Job) -> float:
+    from equipoise.models.hub import snapshot
     from equipoise.models.load import resolve_model
 
-    directory = Path(resolve_model(name, fitted_root=job.fitted_root))
-    return float(parameters_of(directory)) if directory.is_dir() else 0.0
+    place = resolve_model(name, fitted_root=job.fitted_root)
+    directory = Path(place) if Path(place).is_dir() else snapshot(place)
+    return float(parameters_of(directory))
