@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import random
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer, sample
+from equipoise.config import Recipe, TuneConfig
+from equipoise.denoise import judged_text, shortened
+from equipoise.dials.dial_policy import DialPolicy
 from equipoise.dials.encode import Encoder
-from equipoise.models.load import load_causal
-from equipoise.types import Message
+from equipoise.dials.thoughts import refuse_thoughts
+from equipoise.errors import ConfigError
+from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.models.sampling import TransformersEngine
+from equipoise.pipeline import run_all, run_stage
+from equipoise.serve.chat import ServedModel
+from equipoise.serve.engine import Generation, Token
+from equipoise.serve.rows import LiveRows
+from equipoise.serve.runner import check_policy
+from equipoise.serve.streaming import AnswerText
+from equipoise.store.rundir import RunDir
+from equipoise.tune.trainer import tune
+from equipoise.types import Branch, GenerationRequest, Message, Rendering, Sampled, Sampling
+from serve_kit import Door, dialled, example_policy, make_door, policy_text, running, served_model
+from test_serve_forging import job_of
 from tokenizer_kit import hostile
+from tuning_kit import ATTRIBUTES, examples
 
 _MARKERS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 _PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<box>", "</box>")
@@ -117,3 +140,219 @@ def test_a_model_can_close_its_thought(tmp_path: Path, kind: str, said: tuple[st
     pieces = [tokenizer.tokenize(s)[0] if s == "\n" else s for s in said]
     answer = sample(load_causal(bigram_dir(tmp_path, tokenizer, pieces)))
     assert (answer.text, answer.finish) == ("ok", "stop")
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def thinking(folder: Path, *said: str, kind: str = "opened by the model") -> LoadedPolicy:
+    """A model that says these tokens behind the head of its turn."""
+    tokenizer = byte_tokenizer(TEMPLATES[kind], _MARKERS, plain=_PLAIN)
+    return load_causal(bigram_dir(folder, tokenizer, ("<|assistant|>", *said)))
+
+
+def budget(thought: int, answer: int = 8) -> Sampling:
+    return Sampling(1.0, 1.0, 1, answer, thought)
+
+
+def engine_says(policy: LoadedPolicy, sampling: Sampling) -> Sampled:
+    engine = TransformersEngine(policy.model, policy.encoder, model_hash="")
+    request = GenerationRequest(tuple(policy.encoder.prompt_ids(HI)), (Branch((), 1),) * 2)
+    first, second = engine.generate([request], sampling)[0]
+    assert first == second
+    return first
+
+
+def rows_say(policy: LoadedPolicy, sampling: Sampling) -> tuple[str, str | None, int]:
+    """Return the text, the finish and the thought tokens that the server's rows give."""
+    rows, text = LiveRows(policy.model, policy.encoder), AnswerText(policy.encoder)
+    rows.join([Generation(tuple(policy.encoder.prompt_ids(HI)), (), sampling, 1, "")])
+    shown, n_thought, finish = "", 0, None
+    while rows.rows:
+        for _, token in rows.draw():
+            assert isinstance(token, Token)
+            shown, n_thought = shown + text.push(token), n_thought + token.thought
+            finish = token.finish
+        rows.advance()
+    return shown + text.flush(), finish, n_thought
+
+
+_SAID = ("<think>", "h", "m", ".", "</think>", "Ċ", "o", "k", "<|end|>")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text", "finish", "n_thought", "n_tokens"),
+    [
+        (budget(5, 4), "ok", "stop", 5, 9),
+        (budget(5, 3), "ok", "length", 5, 8),
+        (budget(5, 2), "o", "length", 5, 7),
+        (budget(4, 99), "", "thought", 4, 4),
+        (budget(1, 99), "", "thought", 1, 1),
+    ],
+)
+def test_thought_and_answer_have_budgets_of_their_own(
+    tmp_path: Path, sampling: Sampling, text: str, finish: str, n_thought: int, n_tokens: int
+) -> None:
+    policy = thinking(tmp_path, *_SAID)
+    found = engine_says(policy, sampling)
+    assert (found.text, found.finish, found.n_tokens) == (text, finish, n_tokens)
+    assert rows_say(policy, sampling) == (text, finish, n_thought)
+
+
+def test_an_end_within_a_thought_is_no_answer(tmp_path: Path) -> None:
+    policy = thinking(tmp_path, "<think>", "h", "<|end|>")
+    found = engine_says(policy, budget(9))
+    assert (found.text, found.finish) == ("", "thought")
+    assert rows_say(policy, budget(9))[:2] == ("", "thought")
+    completion = found.as_completion("p", 0, model_hash="")
+    assert shortened([completion]) == []
+    assert judged_text(completion.text, completion.finish) == ""
+
+
+def test_a_thought_that_the_prompt_has_begun_counts(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["opened by the prompt"], _MARKERS, plain=_PLAIN)
+    said = ("Ċ", "h", "</think>", "o", "k", "<|end|>")
+    policy = load_causal(bigram_dir(tmp_path, tokenizer, said))
+    assert engine_says(policy, budget(2, 3)).text == "ok"
+    assert rows_say(policy, budget(2, 3)) == ("ok", "stop", 2)
+    assert engine_says(policy, budget(1)).finish == "thought"
+
+
+def test_marks_without_end_end(tmp_path: Path) -> None:
+    policy = thinking(tmp_path, "<think>", "</think>", "<think>")
+    assert engine_says(policy, budget(6, 3)).n_tokens <= 9
+    assert rows_say(policy, budget(6, 3))[0] == ""
+
+
+def test_models_without_thoughts_draw_as_before(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    policy = load_causal(bigram_dir(tmp_path, tokenizer, ("<|assistant|>", "o", "o")))
+    assert policy.encoder.most_tokens(budget(99, 3)) == 3
+    assert engine_says(policy, budget(99, 3)).n_tokens == 3
+
+
+# --- who may think ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_model_that_thinks_is_not_tuned(kind: str) -> None:
+    encoder = encoder_of(TEMPLATES[kind])
+    empty = kind in ("a switch that writes an empty thought", "a switch that opens or closes")
+    assert encoder.thinks is not empty
+    if empty:
+        refuse_thoughts(encoder)
+        return
+    with pytest.raises(ConfigError, match="enable_thinking: false"):
+        refuse_thoughts(encoder)
+
+
+def test_thinking_can_be_switched_on_and_is_then_refused_before_a_weight_moves(
+    tmp_path: Path,
+) -> None:
+    kind = "a switch that writes an empty thought"
+    tokenizer = byte_tokenizer(TEMPLATES[kind], _MARKERS, plain=_PLAIN)
+    place = bigram_dir(tmp_path / "base", tokenizer, ("a", "b"))
+    config = TuneConfig(objective="clm", steps=1, batch_size=2, dtype="float32", checkpoint_every=1)
+
+    def tuned(rendering: Rendering) -> LoadedPolicy:
+        policy = load_causal(place, rendering=rendering)
+        tune(
+            policy,
+            examples(2),
+            config,
+            attributes=ATTRIBUTES,
+            levels=5,
+            seed=0,
+            checkpoints=tmp_path / "checkpoints",
+        )
+        return policy
+
+    tuned(Rendering())
+    with pytest.raises(ConfigError, match="while it thinks"):
+        tuned(Rendering({"enable_thinking": True}))
+
+
+def test_a_run_that_would_tune_a_thinking_model_is_refused_before_it_generates(
+    tmp_path: Path,
+) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["opened by the prompt"], _MARKERS, plain=_PLAIN)
+    place = bigram_dir(tmp_path / "base", tokenizer, ("a", "b"))
+    recipe = Recipe(
+        name="r",
+        description="",
+        model=place,
+        prompts={"train": [{"source": "none"}], "test": [{"source": "none"}]},  # type: ignore[arg-type]
+        reward_models={},
+        judges={},
+    )
+    with (
+        RunDir.open(tmp_path / "run", recipe) as run,
+        pytest.raises(ConfigError, match="while it thinks"),
+    ):
+        run_all(run)
+    for stage in ("steer", "regenerate", "tune"):
+        with (
+            RunDir.open(tmp_path / "run", recipe) as run,
+            pytest.raises(ConfigError, match="while it thinks"),
+        ):
+            run_stage(stage, run)
+
+
+def test_the_server_gives_the_answer_and_counts_the_thought(tmp_path: Path) -> None:
+    kind = "a switch that writes an empty thought"
+    tokenizer = byte_tokenizer(TEMPLATES[kind], _MARKERS, plain=_PLAIN)
+    model = served_model(dialled(tokenizer))
+    ids = tokenizer.convert_tokens_to_ids(["<think>", "h", "</think>", "Ċ", "o", "k"])
+    door = make_door(tmp_path, model=model)
+    policy = example_policy() | {"chat_template_kwargs": {"enable_thinking": True}}
+    door.policy_file.write_text(policy_text(policy), "utf-8")
+    tokens = [Token(i, thought=place < 3) for place, i in enumerate(ids)]
+    body = {"model": "toy", "messages": [{"role": "user", "content": "hi"}]}
+    says(door, [*tokens, Token(-1, "stop")])
+    with running(door) as port:
+        whole = send(port, door.secrets["lab"], body)
+        says(door, [tokens[0], Token(ids[1], "thought", thought=True)])
+        cut = send(port, door.secrets["lab"], body)
+    assert whole["choices"][0]["message"]["content"] == "ok"
+    assert whole["choices"][0]["finish_reason"] == "stop"
+    assert whole["usage"]["completion_tokens"] == 7
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 3}
+    assert cut["choices"][0]["message"]["content"] == ""
+    assert cut["choices"][0]["finish_reason"] == "thought"
+    generation = job_of(door, body | {"max_tokens": 7}).generations[0]
+    assert generation.sampling.max_tokens == 7
+    assert generation.sampling.max_thought_tokens == 512
+    taken = len(generation.prompt_ids) + len(generation.control_ids)
+    small = prepare_with(replace(model, context=taken + 20), door, body)
+    assert (small.max_tokens, small.max_thought_tokens) == (10, 10)
+
+
+def says(door: Door, tokens: list[Token]) -> None:
+    """Let the engine give these tokens."""
+
+    async def stream(generation: Generation) -> AsyncIterator[Token]:
+        for token in tokens:
+            yield token
+
+    door.engine.stream = stream  # type: ignore[method-assign]
+
+
+def send(port: int, key: str, body: object) -> Any:
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        return json.loads(connection.getresponse().read())
+
+
+def prepare_with(model: ServedModel, door: Door, body: object) -> Sampling:
+    door.model = model
+    return job_of(door, body).generations[0].sampling
+
+
+def test_a_policy_must_leave_room_for_the_largest_thoughts() -> None:
+    encoder = dialled(byte_tokenizer(TEMPLATES["opened by the prompt"], _MARKERS, plain=_PLAIN))
+    limits = {"waiting_tokens": 4 * (4096 + 1024)}
+    policy = DialPolicy.model_validate(example_policy(**limits))
+    with pytest.raises(ConfigError, match="waiting_tokens is too small"):
+        check_policy(served_model(encoder), policy)
+    check_policy(served_model(), policy)

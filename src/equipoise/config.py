@@ -120,6 +120,10 @@ class SamplingConfig(RecipeConfig):
     top_k: Annotated[int, Field(ge=0)] = 256
     """Candidates per step (0 = whole vocabulary)."""
     max_tokens: Positive = 64
+    """Of the answer."""
+    max_thought_tokens: Positive = 512
+    """Of the thought before it, where the model writes one; a thought that does not end is no
+    answer."""
 
 
 class GenerateConfig(RecipeConfig):

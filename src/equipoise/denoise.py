@@ -33,10 +33,12 @@ def shorten(text: str, finish: Finish) -> str | None:
     """Return the text to learn from, or None if there is none.
 
     A completion cut by the token limit keeps its finished sentences and gets no end token; with no
-    finished sentence it is dropped from the pool.
+    finished sentence it is dropped from the pool. So is one whose thought did not end.
     """
     if finish == "stop":
         return text
+    if finish == "thought":
+        return None
     ends = [match.end() for match in re.finditer(r"[.!?。！？](?=[\s\"')\]]|$)", text)]
     # A number at the head of a list item ("2.") ends no sentence.
     ends = [end for end in ends if not re.search(r"(^|\n)\s*\d+\.$", text[:end])]

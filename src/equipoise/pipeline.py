@@ -61,6 +61,8 @@ def run_all(
     for name, make in START_STAGES.items():
         if getattr(run.recipe, name) is not None:
             make(job)
+    if not run.is_done("tune"):
+        tuning.check_thoughts(job)
     pool.prompts(job)
     pace = Pace(print_plan(job), job.progress.say)
     with job.progress.watched(pace.check):
@@ -97,6 +99,8 @@ def run_stage(
         return
     if run.recipe.model.startswith(MADE):
         run.done(run.recipe.model.removeprefix(MADE))
+    if name in ("steer", "regenerate", "tune") and not run.is_done(name):
+        tuning.check_thoughts(job)
     if name not in ("prompts", "fit-reward") and not run.is_done("prompts"):
         pool.prompts(job)
     STAGES[name](job)

@@ -16,7 +16,9 @@ NOT_STORED: Mapping[str, bool] = {"stored": False}
 
 Role = Literal["system", "user", "assistant"]
 Split = Literal["train", "dev", "test"]
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "thought"]
+"""``stop``: the model ended by itself; ``length``: the limit cut the answer; ``thought``: a thought
+did not end, so there is no answer."""
 TemplateValue = str | int | float | bool | None
 """Value of a variable that the operator or a recipe gives to a chat template."""
 
@@ -93,7 +95,7 @@ class Completion:
     finish: Finish
     """``stop`` if the model ended by itself: then the end token belongs to the completion."""
     n_tokens: int
-    """Sampled tokens, the end token included."""
+    """Sampled tokens, thoughts and the end token included."""
     model_hash: str
     round: int = 0
     setting: DialSetting | None = None
@@ -205,14 +207,19 @@ class Sampling:
     top_p: float
     top_k: int
     max_tokens: int
+    """Of the answer."""
+    max_thought_tokens: int = 512
+    """Of the thoughts of a model that has any, their marks included."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One sampled continuation. ``token_ids`` exclude the end token."""
+    """One sampled continuation."""
 
     token_ids: tuple[int, ...]
+    """Thoughts included, the end token left out."""
     text: str
+    """The answer alone."""
     finish: Finish
 
     @property

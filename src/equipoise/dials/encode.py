@@ -16,7 +16,7 @@ from equipoise.dials.skeletons import Skeletons
 from equipoise.dials.template import ChatTemplate, check_prompt
 from equipoise.dials.thoughts import Follower, find_thought
 from equipoise.errors import DataError, EncodingError, ModelError
-from equipoise.types import DialSetting, Message, Rendering
+from equipoise.types import DialSetting, Message, Rendering, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,11 +165,36 @@ class Encoder:
         """Return the segment (0 or 1) of each id of :meth:`pair_ids`."""
         return self._pair(first, second)[1]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of sampled ids; thoughts, markers and end tokens are left out."""
-        # Where the prompt has begun the thought, its end alone is among the ids.
-        within = self.thought is not None and self.thought.begun_before(ids)
-        follower = Follower(self.thought, within)
+    def most_tokens(self, sampling: Sampling) -> int:
+        """Return the most tokens of one completion, its thoughts included."""
+        return sampling.max_tokens + (sampling.max_thought_tokens if self.thought else 0)
+
+    def follower(self, prompt_ids: Sequence[int]) -> Follower:
+        """Return what tells the answer from the thoughts among the ids sampled behind a prompt."""
+        marks = self.thought
+        return Follower(marks, marks is not None and self._last_mark(prompt_ids) == marks.open_id)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a thought may come before an answer: prompts do not end behind one."""
+        if self.thought is None:
+            return False
+        prompt = self.prompt_ids([Message("user", "a")])
+        return self._last_mark(prompt) != self.thought.close_id
+
+    def _last_mark(self, prompt_ids: Sequence[int]) -> int | None:
+        # Of all markers: a system turn may explain to the model what the marks of thoughts are.
+        return next((i for i in reversed(prompt_ids) if i in self.forbidden), None)
+
+    def decode(self, ids: Sequence[int], *, within: bool = False) -> str:
+        """Return the answer among sampled ids; thoughts, markers and end tokens are left out.
+
+        Args:
+            ids: As sampled.
+            within: Whether the prompt ends within a thought.
+        """
+        begun = self.thought is not None and self.thought.begun_before(ids)
+        follower = Follower(self.thought, within or begun)
         answer = [token_id for token_id in ids if follower.take(token_id)]
         text = self._text([token_id for token_id in answer if token_id not in self._silent])
         return text.lstrip("\n") if follower.behind else text

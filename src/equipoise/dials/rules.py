@@ -79,7 +79,9 @@ class Limits(Config):
     """What one request and all of them together may cost."""
 
     max_tokens: Count = 1024
-    """Tokens of one completion; also the default."""
+    """Tokens of one answer; also the default."""
+    max_thought_tokens: Count = 512
+    """Tokens of the thought before it, where the model writes one."""
     max_prompt_tokens: Count = 4096
     choices: Annotated[int, Field(strict=True, ge=1, le=16)] = 4
     """``n`` of a request."""

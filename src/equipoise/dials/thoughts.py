@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from equipoise.dials.sealing import random_letters
-from equipoise.errors import DataError
+from equipoise.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from equipoise.dials.encode import Encoder
     from equipoise.dials.template import ChatTemplate
-    from equipoise.types import TemplateValue
+    from equipoise.types import Finish, Sampling, TemplateValue
 
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates begin a thought, or an empty one."""
@@ -36,14 +37,6 @@ class Thought:
     def ids(self) -> frozenset[int]:
         """Both marks."""
         return frozenset((self.open_id, self.close_id))
-
-    def is_open(self, ids: Sequence[int]) -> bool:
-        """Whether ids end within a thought."""
-        return next((i == self.open_id for i in reversed(ids) if i in self.ids), False)
-
-    def is_closed(self, ids: Sequence[int]) -> bool:
-        """Whether ids end behind a thought, if only an empty one."""
-        return next((i == self.close_id for i in reversed(ids) if i in self.ids), False)
 
     def begun_before(self, ids: Sequence[int]) -> bool:
         """Whether ids begin within a thought: its end comes first."""
@@ -69,6 +62,15 @@ class Follower:
     n_answer: int = 0
     behind: bool = False
 
+    def finish(self, sampling: Sampling) -> Finish | None:
+        """Return how the limits end the completion here, or None if they do not."""
+        if self.within and self.n_thought >= sampling.max_thought_tokens:
+            return "thought"
+        # Marks in turn could go on for ever without a word of the answer.
+        most = sampling.max_tokens + sampling.max_thought_tokens
+        over = self.n_answer >= sampling.max_tokens or self.n_answer + self.n_thought >= most
+        return "length" if over else None
+
     def take(self, token_id: int) -> bool:
         """Count one sampled id; return whether it belongs to the answer."""
         if self.thought is not None and token_id in self.thought.ids:
@@ -79,6 +81,22 @@ class Follower:
             return True
         self.n_thought += 1
         return False
+
+
+def refuse_thoughts(encoder: Encoder) -> None:
+    """Refuse to learn from answers that a thought may come before.
+
+    Raises:
+        ConfigError: The prompts of this encoder leave room for a thought.
+    """
+    if encoder.thinks:
+        raise ConfigError(
+            "a model cannot be tuned while it thinks",
+            why="dials are learnt at the head of an answer, and its prompts leave a thought open: "
+            "the model would be taught answers without one, behind prompts that ask for one",
+            fix="set chat_template_kwargs: {enable_thinking: false} where the chat template knows "
+            "it, or tune a copy of the model whose template writes no thought, or an empty one",
+        )
 
 
 def find_thought(backend: Tokenizer, template: ChatTemplate) -> Thought | None:

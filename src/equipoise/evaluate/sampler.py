@@ -7,11 +7,17 @@ from html import escape
 from typing import Any
 
 from equipoise.evaluate.canvas import label
-from equipoise.types import Delivery, Prompt
+from equipoise.types import Delivery, Finish, Prompt
 
 MAX_PROMPTS = 6
 MAX_CHARACTERS = 1200
 MAX_BYTES = 1_500_000
+
+_CUT: Mapping[Finish, str] = {
+    "stop": "",
+    "length": " (cut by the token limit)",
+    "thought": " (its thought did not end)",
+}
 
 Json = Mapping[str, Any]
 
@@ -98,7 +104,7 @@ def _answer(key: str, found: Delivery, judge: str) -> str:
             (units for kind, units in found.unit.items() if kind == judge), {}
         ).items()
     )
-    cut = "" if found.finish == "stop" else " (cut by the token limit)"
+    cut = _CUT[found.finish]
     return (
         f'<div class="answer" data-key="{escape(key)}"><p>{escape(found.text[:MAX_CHARACTERS])}'
         f"</p><small>delivered: {scores}{cut}</small></div>"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
     from equipoise.dials.encode import Encoder
+    from equipoise.dials.thoughts import Follower
 
 _LEAVE_SHARE = 0.1
 """Rows leave once this share of the live batch is done: each leaving copies the cache."""
@@ -39,11 +40,23 @@ class _Row:
     request: int
     branch: int
     control_ids: tuple[int, ...]
-    uniforms: np.ndarray  # (max_tokens,)
+    uniforms: np.ndarray  # one per token at most
+    follower: Follower
     token_ids: list[int]
     strengths: tuple[float, ...] = ()
     finish: Finish = "length"
     done: bool = False
+
+    def take(self, token_id: int, ends: bool, sampling: Sampling) -> None:
+        """Add one sampled token, and end the row where it or a limit does."""
+        if ends:
+            self.finish, self.done = ("thought" if self.follower.within else "stop"), True
+            return
+        self.token_ids.append(token_id)
+        self.follower.take(token_id)
+        finish = self.follower.finish(sampling)
+        if finish is not None:
+            self.finish, self.done = finish, True
 
 
 class TransformersEngine:
@@ -94,7 +107,8 @@ class TransformersEngine:
                     i,
                     j,
                     branch.control_ids,
-                    uniform_stream(branch.seed, sampling.max_tokens),
+                    uniform_stream(branch.seed, self.encoder.most_tokens(sampling)),
+                    self.encoder.follower(requests[i].prompt_ids),
                     [],
                     branch.strengths,
                 )
@@ -110,9 +124,9 @@ class TransformersEngine:
                 with self._steered(chunk):
                     self._decode(chunk, own, mask[source], logits[source], sampling)
             for row in rows:
-                results[row.request][row.branch] = Sampled(
-                    tuple(row.token_ids), self.encoder.decode(row.token_ids), row.finish
-                )
+                opened = self.encoder.follower(requests[row.request].prompt_ids).within
+                text = self.encoder.decode(row.token_ids, within=opened)
+                results[row.request][row.branch] = Sampled(tuple(row.token_ids), text, row.finish)
         return [[s for s in branches if s is not None] for branches in results]
 
     def _prefill(
@@ -168,18 +182,16 @@ class TransformersEngine:
             fed = torch.tensor([row.control_ids for row in rows], device=mask.device)
             logits, mask = self._step(fed, cache, mask)
         live = list(rows)
-        for step in range(sampling.max_tokens):
+        most = self.encoder.most_tokens(sampling)
+        for step in range(most):
             uniforms = np.array([row.uniforms[step] for row in live])
             token_ids = self._draw(logits, uniforms, sampling)
             for row, token_id in zip(live, token_ids.tolist(), strict=True):
                 if row.done:
                     continue
-                if token_id in self._end_ids:
-                    row.finish, row.done = "stop", True
-                else:
-                    row.token_ids.append(token_id)
+                row.take(token_id, token_id in self._end_ids, sampling)
             n_done = sum(row.done for row in live)
-            if n_done == len(live) or step == sampling.max_tokens - 1:
+            if n_done == len(live) or step == most - 1:
                 return
             if n_done >= max(1.0, _LEAVE_SHARE * len(live)):
                 kept = torch.tensor([i for i, row in enumerate(live) if not row.done])

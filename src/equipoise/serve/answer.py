@@ -14,7 +14,7 @@ from equipoise.serve.auth import VISIT
 from equipoise.serve.failures import RefusedError, json_bytes
 from equipoise.serve.limits import Admission
 from equipoise.serve.running import Piece, pieces, scored, timed_out, while_connected
-from equipoise.serve.wire import Choice
+from equipoise.serve.wire import Choice, Spent
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -93,8 +93,7 @@ class Answer(Response):
                 await self._score()
         except TimeoutError:
             raise timed_out("the answer took too long") from None
-        n_tokens = sum(choice.n_tokens for choice in self._choices)
-        body = json_bytes(self.job.envelope.completion(self._kept(), n_tokens))
+        body = json_bytes(self.job.envelope.completion(self._kept(), self._spent()))
         size = (b"content-length", str(len(body)).encode())
         await self._begin(send, b"application/json", size)
         await send({"type": "http.response.body", "body": body})
@@ -107,6 +106,12 @@ class Answer(Response):
     async def _score(self) -> None:
         if self.scorer is not None:
             self._choices = await scored(self.scorer, self.job.messages, self._choices)
+
+    def _spent(self) -> Spent:
+        return Spent(
+            sum(choice.n_tokens for choice in self._choices),
+            sum(choice.n_thought for choice in self._choices),
+        )
 
     def _kept(self) -> list[Choice]:
         if self.scorer is None or len(self._choices) == self.job.keep:
@@ -146,8 +151,7 @@ class Answer(Response):
                     for index, choice in enumerate(self._choices):
                         await event(envelope.chunk(index, {}, choice))
                 if self.job.include_usage:
-                    n_tokens = sum(choice.n_tokens for choice in self._choices)
-                    await event(envelope.usage_chunk(n_tokens))
+                    await event(envelope.usage_chunk(self._spent()))
                 await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
         except (RefusedError, TimeoutError) as error:
             refusal = (
@@ -174,7 +178,10 @@ class Answer(Response):
     def _note(self, piece: Piece) -> None:
         before = self._choices[piece.index]
         self._choices[piece.index] = Choice(
-            before.text + piece.text, piece.finish or "length", piece.n_tokens
+            before.text + piece.text,
+            piece.finish or "length",
+            piece.n_tokens,
+            n_thought=piece.n_thought,
         )
 
 

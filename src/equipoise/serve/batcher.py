@@ -74,7 +74,7 @@ class ContinuousBatcher:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         self.prefixes: PrefixCache[KeysValues] = PrefixCache(prefix_tokens)
-        self._live = LiveRows(model, encoder, self.prefixes)
+        self._live, self._encoder = LiveRows(model, encoder, self.prefixes), encoder
         config = model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         self._n_vocabulary, self._slots = int(config.vocab_size), slots
@@ -173,7 +173,7 @@ class ContinuousBatcher:
 
     def _check(self, generation: Generation) -> None:
         ids = (*generation.prompt_ids, *generation.control_ids)
-        n, limit = generation.sampling.max_tokens, self.context_tokens
+        n, limit = self._encoder.most_tokens(generation.sampling), self.context_tokens
         named = (*ids, *(token_id for token_id, _ in generation.logit_bias))
         if not ids or n < 1 or not all(0 <= i < self._n_vocabulary for i in named):
             raise DataError(

@@ -71,7 +71,10 @@ class Job:
     @property
     def tokens(self) -> int:
         """Prompt and completion tokens that it may take in all."""
-        return sum(len(g.prompt_ids) + g.sampling.max_tokens for g in self.generations)
+        return sum(
+            len(g.prompt_ids) + g.sampling.max_tokens + g.sampling.max_thought_tokens
+            for g in self.generations
+        )
 
 
 def prepare(
@@ -121,7 +124,9 @@ def prepare(
     prompt_ids = _prompt_ids(messages, encoder, limits)
     control_ids = encoder.control_ids(setting)
     room = model.context - len(prompt_ids) - len(control_ids)
-    sampling = _sampling(request, limits, room)
+    # At most half of the room, so that an answer fits behind the thought.
+    thought_tokens = min(limits.max_thought_tokens, room // 2) if encoder.thinks else 0
+    sampling = _sampling(request, limits, room, thought_tokens)
     seed = fresh_seed if request.seed is None else request.seed
     salt = hmac.new(salt_key, key.id.encode(), hashlib.sha256).hexdigest()
     applied = Applied(
@@ -197,7 +202,7 @@ def _too_long(why: str) -> RefusedError:
     )
 
 
-def _sampling(request: ChatRequest, limits: Limits, room: int) -> Sampling:
+def _sampling(request: ChatRequest, limits: Limits, room: int, thought_tokens: int) -> Sampling:
     given = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(given) > 1:
         raise bad_request("max_tokens and max_completion_tokens differ", param="max_tokens")
@@ -213,7 +218,8 @@ def _sampling(request: ChatRequest, limits: Limits, room: int) -> Sampling:
         top_k=1 if greedy else _TOP_K,
         # An upper bound that clients send without knowing the model: the context is another, and a
         # completion that reaches either says `length`.
-        max_tokens=min(asked or limits.max_tokens, room),
+        max_tokens=min(asked or limits.max_tokens, room - thought_tokens),
+        max_thought_tokens=thought_tokens,
     )
 
 

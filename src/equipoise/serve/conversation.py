@@ -19,7 +19,7 @@ from equipoise.serve.panel import DialPanel
 from equipoise.serve.picking import Row
 from equipoise.serve.prefix import PrefixCache
 from equipoise.serve.rows import LiveRows
-from equipoise.serve.streaming import Detokenizer
+from equipoise.serve.streaming import AnswerText
 from equipoise.types import DialSetting, Message, Sampling
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ class Conversation:
     ) -> Generation:
         prompt_ids = tuple(self._encoder.prompt_ids(messages))
         control_ids = self._encoder.control_ids(setting)
-        needed = len(prompt_ids) + len(control_ids) + self._sampling.max_tokens
+        most = self._encoder.most_tokens(self._sampling)
+        needed = len(prompt_ids) + len(control_ids) + most
         if self._context is not None and needed > self._context:
             raise DataError(
                 "the conversation has grown too long for this model",
@@ -166,19 +167,19 @@ class Conversation:
         )
 
     def _deltas(self, generation: Generation) -> Iterator[str]:
-        detokenizer = Detokenizer(self._encoder)
+        text = AnswerText(self._encoder)
         for _, token in self._tokens([generation]):
-            if token.id >= 0 and (delta := detokenizer.push([token.id])):
+            if delta := text.push(token):
                 yield delta
-        if rest := detokenizer.flush():
+        if rest := text.flush():
             yield rest
 
     def _texts(self, generations: Sequence[Generation]) -> list[str]:
-        ids: list[list[int]] = [[] for _ in generations]
+        texts = [AnswerText(self._encoder) for _ in generations]
+        parts = ["" for _ in generations]
         for place, token in self._tokens(generations):
-            if token.id >= 0:
-                ids[place].append(token.id)
-        return [self._encoder.decode(found) for found in ids]
+            parts[place] += texts[place].push(token)
+        return [part + text.flush() for part, text in zip(parts, texts, strict=True)]
 
     def _tokens(self, generations: Sequence[Generation]) -> Iterator[tuple[int, Token]]:
         self._rows.clear()  # what an answer that was stopped has left

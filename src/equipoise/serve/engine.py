@@ -36,6 +36,8 @@ class Token:
     id: int
     finish: Finish | None = None
     """Not ``None`` on the last item only. ``length``: ``id`` is the last token of the limit."""
+    thought: bool = False
+    """Whether it is one of a thought, its marks included."""
 
 
 @dataclass(frozen=True)

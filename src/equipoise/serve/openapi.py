@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from equipoise.serve.wire import ChatRequest
+from equipoise.types import Finish
 
 _REF = "#/components/schemas/{model}"
 
@@ -122,7 +123,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 _STRING, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 _NULLABLE = {"type": ["string", "null"]}
-_FINISH = {"enum": ["stop", "length"]}
+_FINISH = {"enum": list(get_args(Finish))}
 _ANSWERS: dict[str, Any] = {
     "Anything": {"type": "object"},
     "Event": _object(data=_STRING),

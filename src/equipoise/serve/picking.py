@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equipoise.dials.thoughts import Follower
 from equipoise.models.drawing import draw
 from equipoise.serve.engine import Generation
 
@@ -18,7 +19,8 @@ class Row:
     """One generation while it is being sampled."""
 
     generation: Generation
-    uniforms: np.ndarray[Any, np.dtype[np.float64]]  # (max_tokens,)
+    follower: Follower
+    uniforms: np.ndarray[Any, np.dtype[np.float64]]  # one per token at most
     position: int
     """Tokens of this row in the cache."""
     bias: tuple[torch.Tensor, torch.Tensor] | None = None

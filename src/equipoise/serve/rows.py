@@ -57,6 +57,7 @@ class LiveRows:
                 fix="serve it with another engine; see docs/serving.md",
             )
         self.model, self.rows = model, list[Row]()
+        self._encoder = encoder
         self.prefixes = prefixes if prefixes is not None else PrefixCache[KeysValues](0)
         self._masked = torch.tensor(sorted(encoder.masked_ids), device=model.device)
         self._end_ids = frozenset(encoder.eos_ids)
@@ -100,11 +101,11 @@ class LiveRows:
             if token_id < 0:
                 drawn.append((row, _not_finite()))
             elif token_id in self._end_ids:
-                drawn.append((row, Token(-1, "stop")))
-            elif row.n_sampled == row.generation.sampling.max_tokens:
-                drawn.append((row, Token(token_id, "length")))
+                drawn.append((row, Token(-1, "thought" if row.follower.within else "stop")))
             else:
-                drawn.append((row, Token(token_id)))
+                thought = not row.follower.take(token_id)
+                finish = row.follower.finish(row.generation.sampling)
+                drawn.append((row, Token(token_id, finish, thought)))
         self.leave([row for row, t in drawn if not isinstance(t, Token) or t.finish is not None])
         return drawn
 
@@ -206,7 +207,8 @@ class LiveRows:
         rows = [
             Row(
                 g,
-                uniform_stream(g.seed, g.sampling.max_tokens),
+                self._encoder.follower(g.prompt_ids),
+                uniform_stream(g.seed, self._encoder.most_tokens(g.sampling)),
                 _n_ids(g),
                 bias_of(g, device),
             )

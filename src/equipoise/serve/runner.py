@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from equipoise.dials.dial_policy import Key
+from equipoise.dials.dial_policy import DialPolicy, Key
 from equipoise.errors import ConfigError, ModelError
 from equipoise.serve.keys import digest, new_secret
 from equipoise.serve.reload import RulesSource
@@ -109,6 +109,24 @@ def served_model(loaded: LoadedPolicy, name: str) -> ServedModel:
     )
 
 
+def check_policy(model: ServedModel, policy: DialPolicy) -> None:
+    """Hold a policy against what only the model decides: variables of its template, its thoughts.
+
+    Raises:
+        ConfigError: The two do not fit.
+    """
+    limits = policy.limits
+    each = limits.max_prompt_tokens + limits.max_tokens + limits.max_thought_tokens
+    tokens = limits.choices * each
+    # The same rule as for answers alone, which the policy file is read by.
+    if model.encoder.with_rendering(policy.rendering).thinks and tokens > limits.waiting_tokens:
+        raise ConfigError(
+            "waiting_tokens is too small for a model that thinks",
+            why=f"a request of {limits.choices} choices takes up to {tokens} tokens with thoughts",
+            fix="raise limits.waiting_tokens, or lower max_thought_tokens or choices",
+        )
+
+
 def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource, str | None]:
     """Return the rules and, where the operator gave no keys, the key of this start.
 
@@ -121,7 +139,7 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
         options.keys,
         attributes=model.attributes,
         levels=model.levels,
-        fits=lambda policy: model.encoder.with_rendering(policy.rendering),
+        fits=partial(check_policy, model),
     )
     source = read(fixed_keys=options.environment_keys)
     rules = source.read()

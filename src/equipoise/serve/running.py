@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from equipoise.errors import EquipoiseError, ServingError
 from equipoise.serve.engine import Generation, ServingEngine, Token
 from equipoise.serve.failures import RefusedError, not_scored
-from equipoise.serve.streaming import Detokenizer, StopStrings
+from equipoise.serve.streaming import AnswerText, StopStrings
 from equipoise.serve.wire import Choice
 from equipoise.types import Finish, Message
 
@@ -36,6 +36,8 @@ class Piece:
     n_tokens: int
     """Sampled so far."""
     finish: Finish | None = None
+    n_thought: int = 0
+    """Of the tokens, those of thoughts."""
 
 
 class ClientLeftError(Exception):
@@ -82,12 +84,12 @@ def pieces(job: Job, engine: ServingEngine, encoder: Encoder) -> AsyncGenerator[
 async def _choice(
     index: int, generation: Generation, job: Job, engine: ServingEngine, encoder: Encoder
 ) -> AsyncGenerator[Piece, None]:
-    text, stops = Detokenizer(encoder), StopStrings(job.stops)
-    n_tokens = 0
+    text, stops = AnswerText(encoder), StopStrings(job.stops)
+    n_tokens = n_thought = 0
     async with aclosing(_tokens(generation, job, engine)) as tokens:
         async for token in tokens:
-            n_tokens += 1
-            shown = stops.push(text.push([token.id]) if token.id >= 0 else "")
+            n_tokens, n_thought = n_tokens + 1, n_thought + token.thought
+            shown = stops.push(text.push(token))
             finish = token.finish
             if finish is not None:
                 shown += stops.push(text.flush())
@@ -96,7 +98,7 @@ async def _choice(
             elif finish is not None:
                 shown += stops.flush()
             if shown or finish is not None:
-                yield Piece(index, shown, n_tokens, finish)
+                yield Piece(index, shown, n_tokens, finish, n_thought)
             if finish is not None:
                 return
     raise _engine_failed()

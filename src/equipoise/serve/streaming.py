@@ -16,6 +16,7 @@ from equipoise.dials import sealing
 
 if TYPE_CHECKING:
     from equipoise.dials.encode import Encoder
+    from equipoise.serve.engine import Token
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -62,6 +63,37 @@ class Detokenizer:
     def _may_change(self) -> bool:
         piece = self._encoder.tokenizer.convert_ids_to_tokens(self._window[-1])
         return piece is not None and sealing.is_byte_piece(str(piece))
+
+
+class AnswerText:
+    """The text of an answer while its tokens arrive: what is thought is left out.
+
+    The line breaks between a thought and the answer belong to neither.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._text = Detokenizer(encoder)
+        self._begun = self._behind = False
+
+    def push(self, token: Token) -> str:
+        """Return the text that one more token makes certain; may be empty."""
+        if token.thought:
+            self._behind |= not self._begun
+            return ""
+        if token.id < 0:
+            return ""
+        self._begun = True
+        return self._stripped(self._text.push([token.id]))
+
+    def flush(self) -> str:
+        """Return what was held back; call once, after the last token."""
+        return self._stripped(self._text.flush())
+
+    def _stripped(self, text: str) -> str:
+        if self._behind:
+            text = text.lstrip("\n")
+            self._behind = not text
+        return text
 
 
 class StopStrings:

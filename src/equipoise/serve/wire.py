@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, JsonValue, StringConstraints, ValidationError
 
@@ -145,10 +145,20 @@ class Choice:
     n_tokens: int
     measured: Mapping[str, float] | None = None
     """Attribute to measured unit score; ``None`` where the server does not score."""
+    n_thought: int = 0
+    """Of the tokens, those of thoughts."""
 
     def scores(self) -> dict[str, Any]:
         """Return the field of the body that holds the scores, if there are any."""
         return {} if self.measured is None else {"measured": dict(self.measured)}
+
+
+class Spent(NamedTuple):
+    """Tokens sampled in all, also for choices that are not given."""
+
+    tokens: int
+    thought: int
+    """Of these, those of thoughts."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +171,8 @@ class Envelope:
     applied: Applied
     prompt_tokens: int
 
-    def completion(self, choices: Sequence[Choice], completion_tokens: int) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed.
-
-        Args:
-            choices: Those that are given.
-            completion_tokens: Sampled in all, also for choices that are not given.
-        """
+    def completion(self, choices: Sequence[Choice], spent: Spent) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed; ``choices`` are those given."""
         return {
             **self._head("chat.completion"),
             "choices": [
@@ -180,7 +185,7 @@ class Envelope:
                 }
                 for index, choice in enumerate(choices)
             ],
-            "usage": self.usage(completion_tokens),
+            "usage": self.usage(spent),
             **self.applied.fields(),
         }
 
@@ -199,20 +204,22 @@ class Envelope:
         carries = "role" in delta or done is not None
         return {**body, **self.applied.fields()} if carries else body
 
-    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
+    def usage_chunk(self, spent: Spent) -> dict[str, Any]:
         """Return the event of a stream that holds its costs."""
         return {
             **self._head("chat.completion.chunk"),
             "choices": [],
-            "usage": self.usage(completion_tokens),
+            "usage": self.usage(spent),
         }
 
-    def usage(self, completion_tokens: int) -> dict[str, int]:
+    def usage(self, spent: Spent) -> dict[str, Any]:
         """Return the token counts."""
+        details = {"completion_tokens_details": {"reasoning_tokens": spent.thought}}
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": self.prompt_tokens + completion_tokens,
+            "completion_tokens": spent.tokens,
+            "total_tokens": self.prompt_tokens + spent.tokens,
+            **(details if spent.thought else {}),
         }
 
     def _head(self, kind: str) -> dict[str, Any]:

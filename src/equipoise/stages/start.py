@@ -69,6 +69,7 @@ def sft(job: Job) -> None:
     stage = _begin(job, "sft", config.model)
     if stage is None:
         return
+    from equipoise.dials.thoughts import refuse_thoughts
     from equipoise.models.load import load_causal
     from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
@@ -76,6 +77,7 @@ def sft(job: Job) -> None:
     from equipoise.start.teach import encode_rows, teach
 
     policy, skipped = load_causal(config.model, rendering=job.rendering), Skipped()
+    refuse_thoughts(policy.encoder)
     rows = load_rows(
         config.sources,
         n_rows=config.steps * config.batch_size,
@@ -111,6 +113,7 @@ def align(job: Job) -> None:
     stage = _begin(job, "align", config.model, reward_hashes(config.rewards, job))
     if stage is None:
         return
+    from equipoise.dials.thoughts import refuse_thoughts
     from equipoise.models.load import load_causal
     from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
@@ -119,6 +122,7 @@ def align(job: Job) -> None:
         load_causal(config.model, rendering=job.rendering),
         load_causal(config.model, rendering=job.rendering),
     )
+    refuse_thoughts(policy.encoder)
     skipped = Skipped()
     learn = (_by_dpo if config.method == "dpo" else _by_rlhf)(job, config, policy, before, skipped)
     note_skipped(stage, skipped)

@@ -18,6 +18,16 @@ START_CURVE = "start.json"
 """Of a steered start, if there was one."""
 
 
+def check_thoughts(job: Job) -> None:
+    """Refuse a start model that thinks before it answers, at no more cost than its tokenizer."""
+    from equipoise.dials.encode import Encoder
+    from equipoise.dials.thoughts import refuse_thoughts
+    from equipoise.models.load import load_tokenizer, resolve_model
+
+    tokenizer = load_tokenizer(resolve_model(job.recipe.model))
+    refuse_thoughts(Encoder(tokenizer, rendering=job.rendering))
+
+
 def tune(job: Job) -> None:
     """Tune the policy on the distilled set, or online; resumes from the newest checkpoint."""
     recipe = job.recipe

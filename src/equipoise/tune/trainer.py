@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from equipoise.config import TuneConfig
+from equipoise.dials.thoughts import refuse_thoughts
 from equipoise.dials.tokens import DialManifest, install
 from equipoise.models.adapter import refuse_adapter
 from equipoise.models.load import LoadedPolicy
@@ -152,8 +153,10 @@ def with_dials(
 
     Raises:
         ModelError: The policy is a LoRA directory itself, or LoRA cannot tune its head.
+        ConfigError: The model thinks before it answers.
     """
     refuse_adapter(policy.model)
+    refuse_thoughts(policy.encoder)
     manifest = install(
         policy.model,
         policy.tokenizer,
