@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from equipoise.errors import ModelError
+from equipoise.models.context import check_requests, positions
 from equipoise.models.drawing import draw, uniform_stream
 from equipoise.models.layers import shifted
 from equipoise.types import Finish, GenerationRequest, Sampled, Sampling
@@ -98,7 +99,12 @@ class TransformersEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling
     ) -> list[list[Sampled]]:
-        """Sample every branch of every request; see :class:`equipoise.types.Engine`."""
+        """Sample every branch of every request; see :class:`equipoise.types.Engine`.
+
+        Raises:
+            DataError: One does not fit into the model's context; nothing is sampled.
+        """
+        check_requests(requests, sampling.max_tokens, positions(self.model.config))
         results: list[list[Sampled | None]] = [[None] * len(r.branches) for r in requests]
         for group in _groups(requests, self.batch_size):
             cache, mask, logits = self._prefill([requests[i].prompt_ids for i in group])

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from equipoise.errors import DataError
+from equipoise.models.context import check_room, positions
 from equipoise.serve.engine import Generation, Load, Token
 from equipoise.serve.keyvalues import KeysValues
 from equipoise.serve.picking import Row
@@ -76,7 +77,7 @@ class ContinuousBatcher:
         self.prefixes: PrefixCache[KeysValues] = PrefixCache(prefix_tokens)
         self._live, self._encoder = LiveRows(model, encoder, self.prefixes), encoder
         config = model.config.get_text_config()
-        self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.context_tokens = positions(config)
         self._n_vocabulary, self._slots = int(config.vocab_size), slots
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
@@ -173,7 +174,7 @@ class ContinuousBatcher:
 
     def _check(self, generation: Generation) -> None:
         ids = (*generation.prompt_ids, *generation.control_ids)
-        n, limit = self._encoder.most_tokens(generation.sampling), self.context_tokens
+        n = self._encoder.most_tokens(generation.sampling)
         named = (*ids, *(token_id for token_id, _ in generation.logit_bias))
         if not ids or n < 1 or not all(0 <= i < self._n_vocabulary for i in named):
             raise DataError(
@@ -181,12 +182,7 @@ class ContinuousBatcher:
                 why=f"it needs ids in [0, {self._n_vocabulary}) and at least one token to sample",
                 fix="check the request before it reaches the engine",
             )
-        if limit is not None and len(ids) + n > limit:
-            raise DataError(
-                "a request does not fit into the model's context",
-                why=f"{len(ids)} tokens of prompt and {n} to sample are more than {limit}",
-                fix="shorten the conversation or ask for fewer tokens",
-            )
+        check_room(len(ids), n, self.context_tokens)
 
     def _run(self, n_threads: int) -> None:
         """The model's thread: leave, join, draw, deliver, advance."""

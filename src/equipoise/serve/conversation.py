@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from equipoise.dials.dial_policy import DialPolicy
 from equipoise.errors import DataError, ModelError
+from equipoise.models.context import positions
 from equipoise.seeds import derive_seed
 from equipoise.serve.engine import Generation, Token
 from equipoise.serve.panel import DialPanel
@@ -75,8 +76,7 @@ class Conversation:
         if policy is not None:
             self._encoder = loaded.encoder.with_rendering(policy.rendering)
         self._rows = LiveRows(loaded.model, loaded.encoder, PrefixCache(_PREFIX_TOKENS))
-        config = loaded.model.config.get_text_config()
-        self._context: int | None = getattr(config, "max_position_embeddings", None)
+        self._context = positions(loaded.model.config)
         self._n_answers = 0
 
     def answer(self, text: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.dials.dial_policy import DialPolicy, Key
 from equipoise.errors import ConfigError, ModelError
+from equipoise.models.context import positions
 from equipoise.serve.keys import digest, new_secret
 from equipoise.serve.reload import RulesSource
 
@@ -105,7 +106,7 @@ def served_model(loaded: LoadedPolicy, name: str) -> ServedModel:
         attributes=loaded.manifest.attributes,
         levels=loaded.manifest.levels,
         vocab_size=min(len(loaded.tokenizer), int(config.vocab_size)),
-        context=int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+        context=positions(config) or 1 << 30,
     )
 
 

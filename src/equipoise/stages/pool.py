@@ -21,6 +21,7 @@ from equipoise.stages.inputs import (
     read_prompts,
     reward_hashes,
 )
+from equipoise.stages.room import check_context
 from equipoise.store.shards import rows_to_jsonl
 from equipoise.store.stagedir import Stage
 from equipoise.types import Completion, Engine, ScoredCompletion
@@ -37,13 +38,14 @@ def prompts(job: Job) -> None:
         return
     from equipoise.dials.encode import Encoder
     from equipoise.models.load import load_tokenizer, resolve_model
+    from equipoise.models.read import read_config
     from equipoise.pool.prompts import check_lengths, load_prompts
     from equipoise.pool.skipped import Skipped
 
     config, skipped = job.recipe.prompts, Skipped()
     loaded = load_prompts(config, data=job.data, seed=job.recipe.seed, skipped=skipped)
-    tokenizer = load_tokenizer(resolve_model(job.recipe.model))
-    encoder = Encoder(tokenizer, rendering=job.rendering)
+    place = resolve_model(job.recipe.model)
+    encoder = Encoder(load_tokenizer(place), rendering=job.rendering)
     unread = skipped.count
     kept = check_lengths(loaded, encoder, config, skipped=skipped)
     dropped = len(loaded) - len(kept) - (skipped.count - unread)
@@ -54,6 +56,7 @@ def prompts(job: Job) -> None:
             why=f"after dropping over-long ones and skipping bad rows there are {counts}",
             fix="raise prompts.max_prompt_tokens, repair the rows, or add sources",
         )
+    check_context(job.recipe, kept, encoder, read_config(place))
     stage.publish_bytes(PROMPTS, rows_to_jsonl(kept))
     note_skipped(stage, skipped)
     stage.finish(counts=counts, dropped=dropped)

@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from equipoise.config import AlignConfig
 from equipoise.denoise import judged_text
 from equipoise.errors import DataError, named
+from equipoise.models.context import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.models.sampling import TransformersEngine
 from equipoise.seeds import derive_seed
@@ -133,8 +134,17 @@ def align_by_rlhf(
         One row per step, see :func:`equipoise.tune.online.train_online`.
 
     Raises:
+        DataError: A prompt leaves no room for an answer in the model's context.
         TrainingError: Not finite, no signal, or too far from the model before.
     """
+    check_prompts(
+        prompts,
+        policy.encoder,
+        positions(policy.model.config),
+        n_controls=0,
+        max_tokens=config.rlhf.sampling.max_tokens,
+        setting="align.rlhf.sampling.max_tokens",
+    )
     order = sorted(prompts, key=lambda prompt: derive_seed(seed, "align", prompt.id))
     online = OnlineConfig(
         steps=config.steps,

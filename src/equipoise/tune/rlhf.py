@@ -15,6 +15,7 @@ from typing import Any
 from equipoise.config import TuneConfig
 from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import DialManifest
+from equipoise.models.context import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.models.sampling import TransformersEngine
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
@@ -65,11 +66,20 @@ def tune_by_rlhf(
             is kept in the curve until the next look.
 
     Raises:
+        DataError: A prompt leaves no room for an answer in the model's context.
         TrainingError: See :func:`equipoise.tune.online.train_online`.
         RewardError: See :func:`control_reward`.
     """
     rlhf, started = config.rlhf, time.monotonic()
     attributes = list(reward_models)
+    check_prompts(
+        prompts,
+        policy.encoder,
+        positions(policy.model.config),
+        n_controls=len(attributes),
+        max_tokens=rlhf.sampling.max_tokens,
+        setting="tune.rlhf.sampling.max_tokens",
+    )
     checkpoints.mkdir(parents=True, exist_ok=True)
 
     total = rlhf.warm_start + config.steps

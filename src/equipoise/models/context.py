@@ -1,0 +1,100 @@
+"""Room in a model's context: prompt, controls and what is sampled, held against its positions.
+
+Behind its last position a model with learnt positions fails, and a rotary one goes on in a way that
+it was never trained for. So nothing is sampled that would not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from equipoise.errors import DataError
+from equipoise.types import GenerationRequest, Prompt
+
+if TYPE_CHECKING:
+    from equipoise.dials.encode import Encoder
+
+
+def positions(config: Any) -> int | None:
+    """Return how many tokens a model of this config can hold, or None if the config does not say.
+
+    Older names (``n_positions`` of GPT-2) are found as well.
+    """
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def check_room(n_given: int, n_sampled: int, limit: int | None) -> None:
+    """Refuse a request that does not fit.
+
+    Args:
+        n_given: Tokens of prompt and controls.
+        n_sampled: Tokens that may be sampled behind them.
+        limit: See :func:`positions`.
+
+    Raises:
+        DataError: Together they are more than the model's positions.
+    """
+    if limit is not None and n_given + n_sampled > limit:
+        raise DataError(
+            "a request does not fit into the model's context",
+            why=f"{n_given} tokens of prompt and {n_sampled} to sample are more than {limit}",
+            fix="shorten the conversation or ask for fewer tokens",
+        )
+
+
+def check_requests(
+    requests: Sequence[GenerationRequest], max_tokens: int, limit: int | None
+) -> None:
+    """Refuse requests of which one does not fit, before any of them is sampled.
+
+    Raises:
+        DataError: As :func:`check_room`.
+    """
+    given = (
+        len(request.prompt_ids) + len(branch.control_ids)
+        for request in requests
+        for branch in request.branches
+    )
+    check_room(max(given, default=0), max_tokens, limit)
+
+
+def check_prompts(
+    prompts: Sequence[Prompt],
+    encoder: Encoder,
+    limit: int | None,
+    *,
+    n_controls: int,
+    max_tokens: int,
+    setting: str,
+    fix: str = "",
+) -> None:
+    """Refuse prompts of which the longest does not fit.
+
+    Args:
+        prompts: To be answered.
+        encoder: Of the model that answers.
+        limit: See :func:`positions`.
+        n_controls: Control tokens behind each prompt.
+        max_tokens: To sample.
+        setting: Where ``max_tokens`` stands in the recipe, for the message.
+        fix: What else can be done.
+
+    Raises:
+        DataError: It names the longest prompt and the numbers.
+    """
+    if limit is None or not prompts:
+        return
+    lengths = [len(encoder.prompt_ids(prompt.messages)) for prompt in prompts]
+    longest = max(lengths)
+    if longest + n_controls + max_tokens > limit:
+        prompt = prompts[lengths.index(longest)]
+        room = limit - n_controls - longest
+        lower = f"Lower {setting} to {room}" if room > 0 else "Leave long prompts out"
+        raise DataError(
+            f"The model's context of {limit} tokens is too short for these prompts",
+            why=f"The longest, {prompt.id} of {prompt.source}, has {longest} tokens; {n_controls} "
+            f"control tokens follow it, and {setting} is {max_tokens}.",
+            fix=f"{lower}{fix}.",
+        )
