@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.dials.encode import Encoder
 from equipoise.dials.markers import given_ends
+from equipoise.dials.thoughts import refuse_thoughts
 from equipoise.errors import EquipoiseError
 from equipoise.types import Message
 
@@ -90,10 +91,11 @@ def _template(encoder: Encoder) -> str:
 def _thoughts(encoder: Encoder) -> str:
     if encoder.thought is None:
         return "none"
-    prompt = encoder.prompt_ids([Message("user", "x")])
-    if encoder.thought.is_open(prompt):
-        return "every answer begins with one: it can be sampled, not tuned"
-    return "the model may begin one"
+    try:
+        refuse_thoughts(encoder)
+    except EquipoiseError:
+        return "every answer begins with one: it can be sampled and served, not tuned"
+    return "the model may begin one; off where the template can switch them"
 
 
 def _linear(model: Any) -> list[str]:

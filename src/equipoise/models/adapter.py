@@ -152,13 +152,13 @@ def read_adapter(directory: Path, manifest: DialManifest | None, dtype: torch.dt
     from peft import PeftModel
     from safetensors import safe_open
 
-    base, revision = base_of(directory, manifest)
     if not (directory / _WEIGHTS).is_file():  # peft would fall back to a pickle
         raise ModelError(
             f"Cannot load {directory}",
             why=f"{_WEIGHTS} is missing.",
             fix="Copy the whole directory that tuning wrote; pickles are not read.",
         )
+    base, revision = base_of(directory, manifest)
     refuse_adapter(base)
     check_base(directory, base, manifest, revision=revision)
     model = read_causal(base, dtype, revision=revision)

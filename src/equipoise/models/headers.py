@@ -75,16 +75,24 @@ def _weights_files(directory: Path) -> list[Path]:
     return files
 
 
-def check_counts(config: Any, place: str) -> None:
+def check_config_file(place: str) -> None:
     """Refuse counts that no model has, before a config is built: it makes lists of that length.
 
     Args:
-        config: As ``config.json`` holds it.
-        place: For messages.
+        place: A directory; of a hub id, or where there is no ``config.json``, nothing is said.
 
     Raises:
-        ModelError: A number of layers, labels or experts is beyond 100,000.
+        ModelError: A number of layers, labels or experts is beyond 100,000, or it is no JSON.
     """
+    from equipoise.models.read import clear_errors
+
+    file = Path(place) / "config.json"
+    if file.is_file():
+        with clear_errors(place):
+            _check_counts(json.loads(file.read_text("utf-8")), place)
+
+
+def _check_counts(config: Any, place: str) -> None:
     if not isinstance(config, dict):
         raise ModelError(
             f"Cannot load {place}",
@@ -93,7 +101,7 @@ def check_counts(config: Any, place: str) -> None:
         )
     for name, value in config.items():
         if isinstance(value, dict):
-            check_counts(value, place)
+            _check_counts(value, place)
         elif isinstance(value, int | float) and _COUNTED.search(name) and value > _MOST:
             raise disagree(place, f"{name} is {value}, and no model has so many")
 

@@ -183,21 +183,33 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a directory or hub id, with a padding token in any case.
+    """Load a tokenizer from a directory or hub id, with a padding token where there is an end.
 
     Args:
         name: Directory or hub id.
         revision: Of a hub id.
 
     Raises:
-        ModelError: It cannot be read.
+        ModelError: It cannot be read, or leaves open which chat template is meant.
     """
     from transformers import AutoTokenizer
 
+    from equipoise.models.headers import check_config_file
+
+    check_config_file(name)  # it is read for the tokenizer as well
     with clear_errors(name, " (its tokenizer)"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ModelError(
+            f"The tokenizer of {name} has several chat templates, and none is the default",
+            why=f"They are called {', '.join(sorted(templates))}; nothing says which to take.",
+            fix="Save the tokenizer again with one of them as its `chat_template`.",
+        )
     return tokenizer
 
 
@@ -229,6 +241,7 @@ def load_causal(
     from equipoise.dials.encode import Encoder
     from equipoise.models.adapter import is_adapter, read_adapter
     from equipoise.models.read import read_causal
+    from equipoise.models.vocabulary import check_vocabulary
 
     place = resolve_model(name, fitted_root=fitted_root)
     revision = None
@@ -252,12 +265,14 @@ def load_causal(
         model = read_causal(place, torch_dtype(dtype), revision=revision)
     if manifest is not None:
         tokens.verify(model, tokenizer, manifest)
+    encoder = Encoder(
+        tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer), rendering=rendering
+    )
+    check_vocabulary(name, model, encoder)
     return LoadedPolicy(
         model=model.to(device or default_device()).eval(),
         tokenizer=tokenizer,
-        encoder=Encoder(
-            tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer), rendering=rendering
-        ),
+        encoder=encoder,
         manifest=manifest,
         hash=policy_hash(place, manifest, revision=revision),
         revision=revision,

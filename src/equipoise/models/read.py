@@ -1,4 +1,4 @@
-"""Weights of a causal language model, read whole or not at all.
+"""Weights of a model, read whole or not at all.
 
 The libraries below fill what a checkpoint lacks with random numbers and say so in a log. Here such
 a model is refused.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import EquipoiseError, ModelError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _NAMED = 3
 """Weights that a message names."""
+_UNPACKED = ("mxfp4",)
+"""Ways to quantise whose weights become plain ones where there is no kernel for them."""
 
 
 def read_config(place: str, *, revision: str | None = None) -> Any:
@@ -28,8 +31,19 @@ def read_config(place: str, *, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
+    from equipoise.models.headers import check_config_file
+
+    check_config_file(place)
     with clear_errors(place):
-        return AutoConfig.from_pretrained(place, revision=revision)
+        if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+            raise OSError("There is no config.json in it.")
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        _check_plain(config, place)
+        # Others are packages to install, or code of the hub; none knows our masks.
+        if config._attn_implementation not in (None, "eager", "sdpa"):
+            config._attn_implementation = None
+        config._experts_implementation = None
+    return config
 
 
 def read_causal(place: str, dtype: torch.dtype, *, revision: str | None = None) -> Any:
@@ -47,20 +61,69 @@ def read_causal(place: str, dtype: torch.dtype, *, revision: str | None = None) 
 
     from equipoise.models.architecture import check_architecture
 
-    check_architecture(read_config(place, revision=revision), place)
-    read: Any = AutoModelForCausalLM.from_pretrained
-    with clear_errors(place), _quiet():
-        model, found = read(
-            place, dtype=dtype, use_safetensors=True, output_loading_info=True, revision=revision
-        )
+    config = read_config(place, revision=revision)
+    check_headers(place, config, AutoModelForCausalLM)
+    check_architecture(config, place)
+    model, found = read_weights(place, config, AutoModelForCausalLM, dtype, revision=revision)
     check_weights(place, model, found)
     if getattr(model, "is_quantized", False):
-        raise ModelError(
-            f"Cannot use {place}",
-            why="Its weights are quantised; control rows and gradients need plain ones.",
-            fix="Give the model that it was quantised from.",
-        )
+        raise _quantised(place, "")
     return model
+
+
+def check_headers(place: str, config: Any, auto: Any, *, fresh: bool = False) -> None:
+    """Hold a config against the headers of the weights, where they lie in a directory.
+
+    Raises:
+        ModelError: See :func:`equipoise.models.headers.check_shapes`.
+    """
+    from equipoise.models.headers import check_shapes, headers
+
+    if Path(place).is_dir() and getattr(config, "quantization_config", None) is None:
+        with _quiet():
+            check_shapes(place, config, headers(place), auto.from_config, fresh=fresh)
+
+
+def read_weights(
+    place: str, config: Any, auto: Any, dtype: torch.dtype, *, revision: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model and what its library says about the weights it found.
+
+    Raises:
+        ModelError: They cannot be read.
+    """
+    with clear_errors(place), _quiet():
+        # A weight of another shape is named by `check_weights`, and refused there.
+        model, found = auto.from_pretrained(
+            place,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            revision=revision,
+            trust_remote_code=False,
+        )
+    return model, found
+
+
+def _check_plain(config: Any, place: str) -> None:
+    """Refuse quantised weights but those that are unpacked as they are read."""
+    asked = getattr(config, "quantization_config", None)
+    if asked is None:
+        return
+    plain = asked if isinstance(asked, dict) else vars(asked)
+    method = plain.get("quant_method") or ("bitsandbytes" if "load_in_8bit" in plain else "")
+    if method not in _UNPACKED:
+        raise _quantised(place, f" by {method}" if method else "")
+
+
+def _quantised(place: str, how: str) -> ModelError:
+    return ModelError(
+        f"Cannot use {place}",
+        why=f"Its weights are quantised{how}; control rows and gradients need plain ones.",
+        fix="Give the model that it was quantised from.",
+    )
 
 
 def check_weights(place: str, model: Any, found: dict[str, Any]) -> None:
@@ -117,9 +180,13 @@ def clear_errors(place: str, what: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise cannot_load(place, error, what) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what a library in Rust ends with
+            raise
+        raise cannot_load(place, error, what) from error
 
 
-def cannot_load(place: str, error: Exception, what: str = "") -> ModelError:
+def cannot_load(place: str, error: BaseException, what: str = "") -> ModelError:
     """Return the error for a model that the library could not load."""
     text = str(error).strip() or type(error).__name__
     why, fix = text.splitlines()[0], ""
@@ -128,7 +195,7 @@ def cannot_load(place: str, error: Exception, what: str = "") -> ModelError:
         fix = "Fetch the weights again (`git lfs pull` in a clone), and compare their sizes."
     elif isinstance(error, ImportError):
         why = f"It needs a package that is not installed: {why}"
-        fix = "If the weights are quantised, give the model that they were quantised from."
+        fix = "Install it, or use a model that does without."
     elif isinstance(error, RuntimeError):
         why = f"Its config and its weights disagree: {why}"
         fix = "Take config.json and weights from one place."

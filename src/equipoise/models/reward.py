@@ -6,7 +6,6 @@ A score depends on prompt and completion only: not on the batch, not on the orde
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,14 @@ from typing import Any
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ModelError, RewardError
+from equipoise.models.adapter import is_adapter
+from equipoise.models.context import positions
 from equipoise.models.load import default_device, load_tokenizer, model_hash, resolve_model
+from equipoise.models.read import check_headers, check_weights, read_config, read_weights
 from equipoise.models.reward_card import Pooling, read_card
 from equipoise.models.reward_head import FrozenFeatures, has_segments, head_of
 from equipoise.models.reward_input import InputEncoder, RewardInput, collate, length_batches
+from equipoise.models.vocabulary import check_vocabulary
 from equipoise.types import Prompt, RewardModel
 
 
@@ -72,8 +75,10 @@ def load_reward_model(
     format = card.format if card is not None and config.format == "auto" else config.format
     settle_padding(model, tokenizer)
     model.to(device or default_device())
+    encoder = Encoder(tokenizer)
+    check_vocabulary(config.model, model, encoder)
     encode = InputEncoder.of(
-        Encoder(tokenizer),
+        encoder,
         format=format,
         max_length=longest_input(model, tokenizer, config.max_length),
     )
@@ -195,30 +200,38 @@ def read_classifier(place: str, *, attribute: str, num_labels: int | None = None
     """
     import torch
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging as loud
 
-    verbosity = loud.get_verbosity()
-    loud.set_verbosity(logging.ERROR)  # a fresh head is announced as a fault otherwise
-    try:
-        extra = {} if num_labels is None else {"num_labels": num_labels}
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra
-        )
-    except (OSError, ValueError, KeyError) as error:
+    if is_adapter(place):
         raise ModelError(
             f"Cannot load {place} as reward model for {attribute}",
-            why=(str(error).strip() or type(error).__name__).splitlines()[0],
-            fix="Give a sequence-classification model with safetensors weights.",
-        ) from error
-    finally:
-        loud.set_verbosity(verbosity)
-    if num_labels is None and found["missing_keys"]:
+            why="It holds an adapter, and reward models are read whole.",
+            fix="Merge it into its base first: `merge_and_unload` of peft, then `save_pretrained`.",
+        )
+    fresh, auto = num_labels is not None, AutoModelForSequenceClassification
+    config = read_config(place)
+    if fresh:
+        config.num_labels = num_labels
+    check_headers(place, config, auto, fresh=fresh)
+    model, found = read_weights(place, config, auto, torch.float32)
+    of_head = {key for key in found["missing_keys"] if _is_of_head(key, model)}
+    if of_head and not fresh:
         raise ModelError(
             f"{place} cannot score {attribute}: it has no classification head",
-            why=f"Its weights lack {', '.join(sorted(found['missing_keys'])[:3])}.",
+            why=f"Its weights lack {', '.join(sorted(of_head)[:3])}.",
             fix="Name a reward model, or train one on this backbone with `fit_reward`.",
         )
+    if fresh:
+        found["missing_keys"] = set(found["missing_keys"]) - of_head
+        found["mismatched_keys"] = [
+            one for one in found["mismatched_keys"] if not _is_of_head(one[0], model)
+        ]
+    check_weights(place, model, found)
     return model
+
+
+def _is_of_head(name: str, model: Any) -> bool:
+    # BERT's pooler belongs to its head: models that were trained otherwise have none.
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def settle_padding(model: Any, tokenizer: Any) -> None:
@@ -232,9 +245,17 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
             why="Neither its config nor its tokenizer names one, nor an end token to stand in.",
             fix="Set pad_token in tokenizer_config.json.",
         )
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= config.pad_token_id < n_rows:
+        raise ModelError(
+            f"The reward model pads with id {config.pad_token_id}, for which it has no row",
+            why=f"Its embedding has the rows 0 to {n_rows - 1}.",
+            fix="Set pad_token_id in config.json, or pad_token in tokenizer_config.json, to a "
+            "token with a row that stands in no text.",
+        )
 
 
 def longest_input(model: Any, tokenizer: Any, wanted: int) -> int:
     """``wanted``, or less where model or tokenizer cannot take so many tokens."""
-    positions = int(getattr(model.config, "max_position_embeddings", wanted) or wanted)
-    return min(wanted, positions, int(tokenizer.model_max_length))
+    limits = (wanted, positions(model.config) or wanted, int(tokenizer.model_max_length))
+    return min(limits)

@@ -19,7 +19,7 @@ from equipoise.models.load import LoadedPolicy
 from equipoise.models.sampling import TransformersEngine
 from equipoise.seeds import derive_seed
 from equipoise.start.teach import drive
-from equipoise.tune.checkpoints import Curve, OnStep
+from equipoise.tune.checkpoints import Curve, OnStep, for_trainer
 from equipoise.tune.online import train_online
 from equipoise.tune.reference import StartReference
 from equipoise.tune.rollouts import Ask, OnlineConfig, Rollouts
@@ -96,7 +96,7 @@ def align_by_dpo(
             ref_model=before.model.requires_grad_(False),
             args=DPOConfig(**arguments, beta=config.beta, max_length=None, weight_decay=0.0),
             train_dataset=Dataset.from_dict(columns),
-            processing_class=policy.tokenizer,
+            processing_class=for_trainer(policy.tokenizer),
         )
 
     return drive(build, config, seed=seed, checkpoints=checkpoints, dtype=dtype, on_step=on_step)

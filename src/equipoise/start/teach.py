@@ -22,6 +22,7 @@ from equipoise.tune.checkpoints import (
     Curve,
     OnStep,
     curve_of,
+    for_trainer,
     newest_complete,
     trainer_settings,
 )
@@ -101,7 +102,7 @@ def teach(
                 weight_decay=0.05,
             ),
             train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}),
-            processing_class=tokenizer,
+            processing_class=for_trainer(tokenizer),
         )
 
     return drive(build, config, seed=seed, checkpoints=checkpoints, dtype=dtype, on_step=on_step)

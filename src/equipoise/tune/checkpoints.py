@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from equipoise.dials.encode import Encoder
 from equipoise.errors import TrainingError
 from equipoise.models.load import Dtype, torch_dtype
 from equipoise.store.publish import publish_bytes
@@ -60,6 +62,24 @@ def trainer_settings(folder: Path, budget: Budget, *, dtype: str, seed: int) -> 
         "seed": seed,
         "data_seed": seed,
     }
+
+
+def for_trainer(tokenizer: Any) -> Any:
+    """Return a tokenizer with an end and a padding token, which every trainer of TRL asks for.
+
+    Where the tokenizer names none, a copy of it gets the end that its chat template writes.
+
+    Raises:
+        ModelError: The template writes none either.
+    """
+    if tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None:
+        return tokenizer
+    settled = copy.deepcopy(tokenizer)
+    if settled.eos_token_id is None:
+        settled.eos_token = settled.convert_ids_to_tokens(Encoder(tokenizer).eos_id)
+    if settled.pad_token_id is None:
+        settled.pad_token = settled.eos_token
+    return settled
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]

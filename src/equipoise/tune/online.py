@@ -28,6 +28,7 @@ from equipoise.tune.checkpoints import (
     Curve,
     OnStep,
     curve_of,
+    for_trainer,
     newest_complete,
     trainer_settings,
 )
@@ -155,7 +156,7 @@ def train_online(
         train_dataset=Dataset.from_dict(
             {"prompt": [str(row) for row in range(n_rows) for _ in range(config.group)]}
         ),
-        processing_class=tokenizer,
+        processing_class=for_trainer(tokenizer),
     )
     trainer.remove_callback(PrinterCallback)
     if resume is not None:
