@@ -104,7 +104,8 @@ class TransformersEngine:
         Raises:
             DataError: One does not fit into the model's context; nothing is sampled.
         """
-        check_requests(requests, sampling.max_tokens, positions(self.model.config))
+        most = self.encoder.most_tokens(sampling)
+        check_requests(requests, most, positions(self.model.config))
         results: list[list[Sampled | None]] = [[None] * len(r.branches) for r in requests]
         for group in _groups(requests, self.batch_size):
             cache, mask, logits = self._prefill([requests[i].prompt_ids for i in group])

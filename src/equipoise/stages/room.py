@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_context(recipe: Recipe, prompts: Sequence[Prompt], encoder: Encoder, config: Any) -> None:
-    """Hold the longest prompt, controls and ``max_tokens`` of every stage against the context.
+    """Hold the longest prompt, controls and all that a stage may sample against the context.
 
     Prompts that ask in words are longer; they are counted too, but for in-context examples, which
     are only known later: an engine refuses those.
@@ -37,8 +37,12 @@ def check_context(recipe: Recipe, prompts: Sequence[Prompt], encoder: Encoder, c
     asked = {"generate": recipe.generate.sampling, "evaluate": recipe.evaluate.sampling}
     if recipe.tune.objective == "rlhf":
         asked["tune.rlhf"] = recipe.tune.rlhf.sampling
-    section = max(asked, key=lambda name: asked[name].max_tokens)
-    max_tokens = asked[section].max_tokens
+    most = {
+        name: encoder.most_tokens(Sampling(**sampling.model_dump()))
+        for name, sampling in asked.items()
+    }
+    section = max(most, key=lambda name: most[name])
+    max_tokens = most[section]
     room = limit - n_controls - max_tokens
     drop = ", or set prompts.on_long_prompt to drop"
     shorter = f", or prompts.max_prompt_tokens to {room}{drop}" if room > 0 else ""
@@ -58,7 +62,7 @@ def check_context(recipe: Recipe, prompts: Sequence[Prompt], encoder: Encoder, c
             encoder,
             limit,
             n_controls=0,
-            max_tokens=asked[section].max_tokens,
+            max_tokens=most[section],
             setting=f"{section}.sampling.max_tokens",
             fix=f", shorten {section}.phrases, or lower prompts.max_prompt_tokens",
         )
