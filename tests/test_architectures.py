@@ -16,12 +16,8 @@ from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
 from equipoise.errors import ModelError, TrainingError
 from equipoise.models import branches
-from equipoise.models.architecture import (
-    check_architecture,
-    compare,
-    cut_config,
-    narrowest_model,
-)
+from equipoise.models.architecture import check_architecture, compare
+from equipoise.models.cut import cut_config, narrowest_model
 from equipoise.models.drawing import draw, uniform_stream
 from equipoise.models.load import LoadedPolicy, load_causal
 from equipoise.models.sampling import TransformersEngine

@@ -28,6 +28,13 @@ def test_what_was_tuned_is_what_is_loaded_and_merged(cell: Cell, tmp_path: Path)
     assert found["holds"], found
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_every_cell_is_loaded_in_a_new_process(cell: Cell, tmp_path: Path) -> None:
+    found = check(cell, tmp_path, new_process=True)
+    assert found["holds"], found
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """An untied base, and what tuning wrote beside it, named as a user names it: relative."""

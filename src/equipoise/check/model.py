@@ -11,7 +11,7 @@ from equipoise.check.trial import Trial, try_model
 from equipoise.dials.tokens import read_manifest, verify_files
 from equipoise.errors import EquipoiseError
 from equipoise.models.adapter import base_of, check_base, is_adapter
-from equipoise.models.architecture import empty_model
+from equipoise.models.cut import empty_model
 from equipoise.models.headers import Headers, check_shapes, disagree, headers
 from equipoise.models.load import load_tokenizer, resolve_model
 from equipoise.models.read import clear_errors, read_config

@@ -15,7 +15,7 @@ import torch
 from equipoise.config import TuneConfig
 from equipoise.dials.tokens import save_dial_model
 from equipoise.errors import EquipoiseError, ModelError, TrainingError
-from equipoise.models.architecture import cut_config, empty_model, narrowest_model
+from equipoise.models.cut import cut_config, empty_model, narrowest_model
 from equipoise.models.load import load_causal, load_tokenizer
 from equipoise.models.read import read_config
 from equipoise.tune.trainer import tune
