@@ -139,15 +139,16 @@ def _llama_config(tokenizer: Any, **more: Any) -> Any:
     )
 
 
-def save_llama(folder: Path, *, seed: int = 0) -> None:
-    """Save an untied Llama 3.1 of two layers that has learnt two sentences and to end."""
+def save_llama(folder: Path, *, taught: bool = True) -> None:
+    """Save an untied Llama 3.1 of two layers, which has learnt a few sentences and to end."""
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
 
     tokenizer = _llama_tokenizer(LLAMA_31)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = LlamaForCausalLM(_llama_config(tokenizer, tie_word_embeddings=False))
-    _teach(model, tokenizer)
+    if taught:
+        _teach(model, tokenizer)
     config = model.config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.lora import CELLS, Cell, check, examples, make_base, tune_cell
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from equipoise import load_causal, merge, save_dial_model
@@ -19,6 +20,7 @@ from equipoise.errors import ModelError
 from equipoise.models.load import load_tokenizer, resolve_model
 from equipoise.tune.trainer import tune, with_dials
 
+WEIGHTS = "adapter_model.safetensors"
 NEW_PROCESS = (Cell(False, 0, "exmate"), Cell(True, 64, "rlhf"))
 
 
@@ -42,6 +44,20 @@ def adapter(tmp_path: Path) -> Path:
     tuned = tune_cell(cell, make_base(cell, tmp_path / "base"), tmp_path / "checkpoints")
     save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def test_a_checkpoint_holds_the_adapter_and_no_table_of_the_base(adapter: Path) -> None:
+    final = load_file(adapter / WEIGHTS)
+    checkpoints = sorted(adapter.parent.glob("checkpoints/checkpoint-*"))
+    assert [load_file(place / WEIGHTS).keys() for place in checkpoints] == [final.keys()] * 2
+    # And that is enough to go on from.
+    shutil.rmtree(checkpoints.pop())
+    again = tune_cell(
+        Cell(False, 0, "clm"), adapter.parent / "base", adapter.parent / "checkpoints"
+    )
+    save_dial_model(again.model, again.tokenizer, again.manifest, adapter.parent / "again")
+    resumed = load_file(adapter.parent / "again" / WEIGHTS)
+    assert all(torch.equal(resumed[name], weight) for name, weight in final.items())
 
 
 def test_the_base_is_found_from_any_working_directory(
@@ -101,9 +117,7 @@ def test_the_hash_that_clients_see_covers_the_base(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_all_of_its_weights_is_refused(adapter: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    path = adapter / "adapter_model.safetensors"
+    path = adapter / WEIGHTS
     weights = load_file(path)
     lost = next(name for name in weights if "lm_head" in name)
     save_file({k: v for k, v in weights.items() if k != lost}, path)

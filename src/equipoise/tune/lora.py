@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ def add_lora(
             fix="tune full weights: tune.lora_rank=0",
         )
     torch.manual_seed(seed)
-    return get_peft_model(
+    wrapped: Any = get_peft_model(
         model,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -61,3 +62,7 @@ def add_lora(
             revision=revision,
         ),
     )
+    # Left to itself, peft asks the hub at every checkpoint whether the embedding was resized, and
+    # then saves embedding and head whole. The control rows are in the adapter already.
+    wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
+    return wrapped
