@@ -6,6 +6,7 @@ P prompts, K completions per prompt, C control cells, A attributes, L levels, N 
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +30,13 @@ class Rendering:
 
     variables: Mapping[str, TemplateValue] = field(default_factory=dict)
     """``chat_template_kwargs`` of a recipe or a dial policy, never of a client."""
+    date: datetime.date | None = None
+    """What ``strftime_now`` takes for today; ``None``: the clock of each rendering."""
 
     @property
     def key(self) -> str:
         """Equal for equal renderings only; ``1`` and ``true`` differ."""
-        return json.dumps(dict(self.variables), sort_keys=True)
+        return json.dumps([dict(self.variables), str(self.date)], sort_keys=True)
 
 
 JudgeKind = Literal["optimization", "generalization"]

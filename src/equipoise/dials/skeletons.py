@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ class Skeletons:
         self._sealed, self._forbidden, self._controls = sealed, forbidden, controls
         self._cache: dict[tuple[Turn, ...], Prepared] = {}
         self._cached_turns = 0
+        self._clock: Mapping[str, str] | None = None
 
     def __iter__(self) -> Iterator[tuple[Turn, ...]]:
         """Iterate over the sequences of turns that are cached."""
@@ -68,15 +69,20 @@ class Skeletons:
             DataError: If the template refuses this sequence of roles.
             ModelError: If there is no template, or one that cannot be used.
         """
+        template = self._template.now()
+        if template.clock is None or template.clock != self._clock:
+            # Another day; the old one does not come back.
+            self._cache.clear()
+            self._cached_turns, self._clock = 0, template.clock
         prepared = self._cache.get(turns)
         if prepared is None:
-            if not self._template.exists:
+            if not template.exists:
                 raise ModelError(
                     "the tokenizer has no chat template",
                     why="a prompt is a list of chat turns, and nothing says how the model reads it",
                     fix="use an instruction-tuned model, or set tokenizer.chat_template",
                 )
-            prepared = self._trusted(turns)
+            prepared = self._trusted(template, turns)
             self._cached_turns += len(turns)
             if len(self._cache) >= _MAX_CACHED_SKELETONS or self._cached_turns > _MAX_CACHED_TURNS:
                 self._cache.clear()
@@ -90,15 +96,15 @@ class Skeletons:
             return None
         try:
             turns = (("user", False), ("assistant", False))
-            rendered = slots.skeleton(self._template, turns, generation_prompt=False)
+            rendered = slots.skeleton(self._template.now(), turns, generation_prompt=False)
         except (DataError, ModelError):
             return None
         if rendered.slots[-1].message != 1:
             return None
         return next(iter(self._sealed.seal_trusted(rendered.pieces[-1])[1]), None)
 
-    def _trusted(self, turns: tuple[Turn, ...]) -> Prepared:
-        rendered = slots.skeleton(self._template, turns, generation_prompt=True)
+    def _trusted(self, template: ChatTemplate, turns: tuple[Turn, ...]) -> Prepared:
+        rendered = slots.skeleton(template, turns, generation_prompt=True)
         pieces: list[str] = []
         written: list[int] = []
         for piece in rendered.pieces:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,13 @@ _DEFAULTS: Mapping[str, TemplateValue] = {"enable_thinking": False}
 """Given to templates that know them: a thought costs tokens, and dials are learnt without."""
 
 _PLAIN = Rendering()
+_CLOCK = "equipoise_clock"
+_STOPPED = (
+    "{%- macro strftime_now(format) -%}"
+    f"{{{{ {_CLOCK}[format] if format in {_CLOCK} else raise_exception('unknown format') }}}}"
+    "{%- endmacro %}\n"
+)
+"""Put in front, it hides the function of that name; the line break goes with the block."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -68,11 +78,29 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.exists: bool = tokenizer.chat_template is not None
         self._source: str = tokenizer.get_chat_template() if self.exists else ""
-        self.known = self._undeclared()
+        parsed = self._parse()
+        self.known = frozenset(jinja2.meta.find_undeclared_variables(parsed))
         """Variables that the template asks for."""
+        self._formats = _date_formats(parsed)
         given = dict(rendering.variables)
         self._check(given)
         self.variables = {k: v for k, v in _DEFAULTS.items() if k in self.known} | given
+        self._date = rendering.date
+        self.clock: Mapping[str, str] | None = {}
+        """What ``strftime_now`` gives, by format; ``None`` where the formats are not known."""
+        if rendering.date is not None:
+            self.clock = self._read_clock()
+
+    def now(self) -> ChatTemplate:
+        """Return the template with its clock stopped: no day ends between two renderings.
+
+        Where the template computes its formats the clock runs on, and ``clock`` is ``None``.
+        """
+        if self._date is not None or "strftime_now" not in self.known:
+            return self
+        stopped = copy.copy(self)
+        stopped.clock = self._read_clock()
+        return stopped
 
     def render(
         self,
@@ -101,10 +129,12 @@ class ChatTemplate:
             for (role, _), content in zip(turns, contents, strict=True)
         ]
         variables: dict[str, Any] = {**self.variables, **changed}
+        if self.clock:
+            variables[_CLOCK] = self.clock
         try:
             rendered = self._tokenizer.apply_chat_template(
                 conversation,
-                chat_template=self._source,
+                chat_template=(_STOPPED if self.clock else "") + self._source,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 **variables,
@@ -139,16 +169,32 @@ class ChatTemplate:
         lexed = self._environment().lex(self._source)
         return "\0".join(text for _, kind, text in lexed if kind in ("data", "string"))
 
-    def _undeclared(self) -> frozenset[str]:
+    def _read_clock(self) -> Mapping[str, str] | None:
+        if self._formats is None:
+            if self._date is None:
+                return None
+            raise ModelError(
+                "the chat template computes how it writes the date",
+                why="a run asks all of its prompts with one date, which is put in by format",
+                fix="write the formats of strftime_now as plain texts in the chat template",
+            )
+        if self._date is not None:
+            midnight = datetime.datetime.combine(self._date, datetime.time())
+            return {text: midnight.strftime(text) for text in self._formats}
+        source = "\0".join(f"{{{{ strftime_now({json.dumps(text)}) }}}}" for text in self._formats)
+        turn = [{"role": "user", "content": ""}]
+        said = self._tokenizer.apply_chat_template(turn, chat_template=source, tokenize=False)
+        return dict(zip(self._formats, str(said).split("\0"), strict=True))
+
+    def _parse(self) -> jinja2.nodes.Template:
         try:
-            parsed = self._environment().parse(self._source)
+            return self._environment().parse(self._source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 "the chat template is not valid Jinja",
                 why=str(error),
                 fix="repair the tokenizer's chat_template",
             ) from error
-        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
     def _environment(self) -> jinja2.Environment:
         return jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
@@ -164,6 +210,16 @@ class ChatTemplate:
                 why=f"it asks for: {', '.join(sorted(free)) or 'nothing'}",
                 fix="take the line out, or correct the name",
             )
+
+
+def _date_formats(parsed: jinja2.nodes.Template) -> list[str] | None:
+    """Return the formats in which a template writes the date; None if one of them is computed."""
+    calls = parsed.find_all(jinja2.nodes.Call)
+    asked = [call for call in calls if getattr(call.node, "name", None) == "strftime_now"]
+    formats = [call.args[0] if len(call.args) == 1 else None for call in asked]
+    texts = {str(f.value) for f in formats if isinstance(f, jinja2.nodes.Const)}
+    known = all(isinstance(f, jinja2.nodes.Const) for f in formats)
+    return sorted(texts) if known else None
 
 
 def check_prompt(messages: Sequence[Message]) -> None:

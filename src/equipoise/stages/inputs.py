@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise.config import Recipe, RewardModelConfig
 from equipoise.progress import Progress
 from equipoise.recipe_paths import home
+from equipoise.rundate import settle_date
 from equipoise.store.fingerprint import ORDER
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import rows_from_jsonl
@@ -52,7 +53,9 @@ class Job:
     @property
     def rendering(self) -> Rendering:
         """What the policy's chat template is given besides the turns, in all stages."""
-        return Rendering(self.recipe.chat_template_kwargs)
+        with self.run.writing():
+            date = settle_date(self.run.path)
+        return Rendering(self.recipe.chat_template_kwargs, date)
 
     @property
     def fitted_root(self) -> Path:
