@@ -92,6 +92,7 @@ def _rehearse(job: Job, folder: Path) -> None:
             folder,
             attributes=recipe.attributes,
             levels=recipe.levels,
+            rendering=job.rendering,
         )
 
 

@@ -19,11 +19,12 @@ from equipoise.models.cut import cut_config, empty_model, narrowest_model
 from equipoise.models.load import load_causal, load_tokenizer
 from equipoise.models.read import read_config
 from equipoise.tune.trainer import tune
-from equipoise.types import ControlledExample, DialSetting, Message, Prompt
+from equipoise.types import ControlledExample, DialSetting, Message, Prompt, Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN = Rendering()
 _KEPT_CHECKPOINTS = 3
 """Two are kept, and the third is written before the oldest goes."""
 _PER_TRAINED, _PER_SAVED = 12, 4
@@ -48,7 +49,13 @@ def small_base(config: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
 
 def rehearse(
-    base: Path, folder: Path, *, lora_rank: int, attributes: Sequence[str], levels: int
+    base: Path,
+    folder: Path,
+    *,
+    lora_rank: int,
+    attributes: Sequence[str],
+    levels: int,
+    rendering: Rendering = PLAIN,
 ) -> Path:
     """Tune a small base by one step, save it, load it, and compare; return the saved directory.
 
@@ -58,6 +65,7 @@ def rehearse(
         lora_rank: 0 = full weights.
         attributes: Attribute names.
         levels: L.
+        rendering: What the chat template is given besides the turns.
 
     Raises:
         ModelError: What was saved cannot be loaded, or gives other logits.
@@ -66,7 +74,7 @@ def rehearse(
     config = TuneConfig(
         objective="exmate", steps=1, batch_size=2, lora_rank=lora_rank, dtype="float32"
     )
-    policy = load_causal(str(base), device="cpu")
+    policy = load_causal(str(base), device="cpu", rendering=rendering)
     tuned = tune(
         policy,
         _examples(len(attributes), levels),
@@ -78,7 +86,7 @@ def rehearse(
     )
     saved = folder / "model"
     save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, saved)
-    again = load_causal(str(saved), device="cpu")
+    again = load_causal(str(saved), device="cpu", rendering=rendering)
     rows = [
         [*again.encoder.prompt_ids(example.prompt.messages), *again.encoder.control_ids(setting)]
         for example in _examples(len(attributes), levels)
@@ -99,7 +107,13 @@ def rehearse(
 
 
 def rehearse_policy(
-    place: str, config: TuneConfig, folder: Path, *, attributes: Sequence[str], levels: int
+    place: str,
+    config: TuneConfig,
+    folder: Path,
+    *,
+    attributes: Sequence[str],
+    levels: int,
+    rendering: Rendering = PLAIN,
 ) -> None:
     """Rehearse the tuning of a model and check the disk; ``folder`` is removed afterwards.
 
@@ -109,6 +123,7 @@ def rehearse_policy(
         folder: On the disk that checkpoints will be written to.
         attributes: Attribute names.
         levels: L.
+        rendering: What the chat template is given besides the turns.
 
     Raises:
         TrainingError: The rehearsal fails, or the disk has no room for checkpoints and model.
@@ -123,6 +138,7 @@ def rehearse_policy(
             lora_rank=config.lora_rank,
             attributes=attributes,
             levels=levels,
+            rendering=rendering,
         )
     except EquipoiseError as error:
         raise TrainingError(
