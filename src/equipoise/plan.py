@@ -94,7 +94,7 @@ def probe(job: Job) -> Speed:
     sampling = Sampling(**{**config.sampling.model_dump(), "max_tokens": PROBE_TOKENS})
     seconds = _best_of(lambda: engine.generate(requests, sampling))
     sampled = len(encoded) * k * PROBE_TOKENS / seconds
-    trained = _training_speed(policy, encoded, min(job.recipe.tune.batch_size, 8))
+    trained = training_speed(policy, encoded, min(job.recipe.tune.batch_size, 8))
     size = sum(parameter.numel() for parameter in policy.model.parameters())
     return Speed(
         sampled=sampled,
@@ -212,12 +212,19 @@ def parameters_of(directory: Path) -> int:
     return count
 
 
-def _training_speed(policy: LoadedPolicy, encoded: Sequence[Sequence[int]], rows: int) -> float:
+def training_speed(policy: LoadedPolicy, encoded: Sequence[Sequence[int]], rows: int) -> float:
+    """Return tokens per second forward and backward, of rows of :data:`PROBE_LENGTH` tokens.
+
+    Args:
+        policy: Where it is.
+        encoded: Ids of at least one prompt.
+        rows: Per batch.
+    """
     import torch
 
     flat = [token for ids in encoded for token in ids]
     flat = (flat * (PROBE_LENGTH // len(flat) + 1))[:PROBE_LENGTH]
-    batch = torch.tensor([flat] * rows)
+    batch = torch.tensor([flat] * rows, device=policy.model.device)  # (B, T)
 
     def step() -> None:
         policy.model(input_ids=batch, labels=batch).loss.backward()
