@@ -57,7 +57,7 @@ def save_policy(directory: Path, *, template: bool = True, seed: int = 0) -> Pat
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=2,
