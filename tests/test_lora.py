@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks import damaged
 from benchmarks.lora import CELLS, Cell, check, examples, make_base, tune_cell
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
@@ -105,15 +105,14 @@ def test_a_folder_that_is_gone_is_not_asked_of_the_hub(
 
 def test_the_hash_that_clients_see_covers_the_base(tmp_path: Path) -> None:
     """A foreign adapter holds no hash of its base; the policy's hash has to."""
-    cell = Cell(True, 0, "clm")
-    make_base(cell, tmp_path / "base")
-    tuned = tune_cell(cell, tmp_path / "base", tmp_path / "checkpoints")
-    save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "adapter")
-    (tmp_path / "adapter" / MANIFEST_NAME).unlink()
-    before = load_causal(str(tmp_path / "adapter")).hash
-    shutil.rmtree(tmp_path / "base")
-    make_base(Cell(True, 64, "clm"), tmp_path / "base")
-    assert load_causal(str(tmp_path / "adapter")).hash != before
+    base = damaged.foreign(tmp_path / "base")
+    adapter = damaged.adapter(tmp_path / "adapter", base)
+    before = load_causal(str(adapter)).hash
+    model = load_causal(str(base)).model
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.5)
+    model.save_pretrained(base)
+    assert load_causal(str(adapter)).hash != before
 
 
 def test_an_adapter_without_all_of_its_weights_is_refused(adapter: Path) -> None:
@@ -121,7 +120,9 @@ def test_an_adapter_without_all_of_its_weights_is_refused(adapter: Path) -> None
     weights = load_file(path)
     lost = next(name for name in weights if "lm_head" in name)
     save_file({k: v for k, v in weights.items() if k != lost}, path)
-    (adapter / MANIFEST_NAME).unlink()  # its list of files would say so first
+    dials = json.loads((adapter / MANIFEST_NAME).read_text())
+    dials.update(files={}, digest="")  # of before: its list of files would say so first
+    (adapter / MANIFEST_NAME).write_text(json.dumps(dials))
     with pytest.raises(ModelError, match="not whole"):
         load_causal(str(adapter))
 

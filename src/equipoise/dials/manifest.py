@@ -130,7 +130,11 @@ def write_manifest(manifest: DialManifest, directory: Path) -> DialManifest:
 def manifest_digest(manifest: DialManifest) -> str:
     """Return the SHA-256 of all fields but the digest itself."""
     fields = manifest.model_dump(mode="json", exclude={"digest"})
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_canonical(fields).encode()).hexdigest()
+
+
+def _canonical(fields: object) -> str:
+    return json.dumps(fields, sort_keys=True)
 
 
 def read_manifest(directory: Path) -> DialManifest | None:
@@ -143,7 +147,8 @@ def read_manifest(directory: Path) -> DialManifest | None:
     if not path.is_file():
         return None
     try:
-        manifest = DialManifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        manifest = DialManifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
@@ -152,7 +157,11 @@ def read_manifest(directory: Path) -> DialManifest | None:
             fix="copy dials.json from the directory that `equipoise tune` wrote",
         ) from error
     # Before there was a digest there was no list of files either.
-    if (manifest.files or manifest.digest) and manifest.digest != manifest_digest(manifest):
+    if (manifest.files or manifest.digest) and (
+        manifest.digest != manifest_digest(manifest)
+        # A field left out, or a number as a text, would be read as if it were not.
+        or _canonical(json.loads(content)) != _canonical(manifest.model_dump(mode="json"))
+    ):
         raise ConfigError(
             f"{path} is not a usable manifest",
             why="it was changed since it was written",

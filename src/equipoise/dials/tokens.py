@@ -21,6 +21,7 @@ from equipoise.dials.manifest import (
 )
 from equipoise.dials.manifest import DialManifest as DialManifest
 from equipoise.dials.manifest import read_manifest as read_manifest
+from equipoise.dials.verify import refuse_lost_manifest as refuse_lost_manifest
 from equipoise.dials.verify import verify as verify
 from equipoise.dials.verify import verify_files as verify_files
 from equipoise.errors import ConfigError, ModelError

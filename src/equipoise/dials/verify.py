@@ -64,6 +64,21 @@ def verify_files(directory: Path, manifest: DialManifest) -> None:
             )
 
 
+def refuse_lost_manifest(place: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model whose tokenizer holds dials, but whose directory holds no ``dials.json``.
+
+    Raises:
+        ModelError: With the way to mend it.
+    """
+    found = installed_tokens(tokenizer.get_vocab())
+    if found:
+        raise _refuse(
+            f"the tokenizer of {place} holds the control token {min(found)}, and there is no "
+            f"{MANIFEST_NAME}",
+            _COPY_TOKENIZER,
+        )
+
+
 def _refuse(why: str, fix: str) -> ModelError:
     return ModelError("the dials of this model are broken", why=why, fix=fix)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import ModelError
 from equipoise.models.hashing import model_hash
+from equipoise.models.headers import file_headers
 from equipoise.models.read import clear_errors, read_causal
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def read_adapter(directory: Path, manifest: DialManifest | None, dtype: torch.dt
             why=f"{_WEIGHTS} is missing.",
             fix="Copy the whole directory that tuning wrote; pickles are not read.",
         )
+    with clear_errors(str(directory)):
+        _check_room(directory)
     base, revision = base_of(directory, manifest)
     refuse_adapter(base)
     check_base(directory, base, manifest, revision=revision)
@@ -187,6 +190,20 @@ def _grow(model: Any, directory: Path, manifest: DialManifest | None) -> None:
         last = max((entry["id"] for entry in spec.get("added_tokens", ())), default=-1)
         if last >= model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(last + 1, mean_resizing=False)
+
+
+def _check_room(directory: Path) -> None:
+    """Refuse an adapter of another kind, or one that asks for more than its weights hold."""
+    config = json.loads((directory / ADAPTER_CONFIG).read_text("utf-8"))
+    sizes = [n for _, shape in file_headers(directory / _WEIGHTS).values() for n in shape]
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    if config.get("peft_type") != "LORA":
+        raise ValueError("it is no LoRA adapter")
+    for name in ("layer_replication", "alora_invocation_tokens"):
+        if config.get(name) is not None:
+            raise ValueError(f"LoRA with {name} is not supported")
+    if not all(isinstance(rank, int) and 0 < rank <= max(sizes, default=0) for rank in ranks):
+        raise ValueError(f"{ADAPTER_CONFIG} asks for ranks that its weights do not have: {ranks}")
 
 
 def _check_whole(directory: Path, wrapped: Any, stored: set[str]) -> None:

@@ -21,7 +21,10 @@ Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_JSON = ("config.json", "generation_config.json", "tokenizer_config.json",
+         "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _COUNTED = re.compile(r"(layers?|labels|experts)$")
+_DEPTH = "num_hidden_layers"
 _MOST = 100_000
 """Layers, labels or experts of any model; lists of this length are made when a config is read."""
 _NAMED = 3
@@ -75,35 +78,44 @@ def _weights_files(directory: Path) -> list[Path]:
     return files
 
 
-def check_config_file(place: str) -> None:
-    """Refuse counts that no model has, before a config is built: it makes lists of that length.
+def check_json_files(place: str) -> None:
+    """Refuse damaged JSON, and counts that no model has: a config makes lists of that length.
+
+    Some of these files are left out in silence where they cannot be read, and a model without its
+    ``generation_config.json`` knows fewer ends.
 
     Args:
-        place: A directory; of a hub id, or where there is no ``config.json``, nothing is said.
+        place: A directory; nothing is said of a hub id.
 
     Raises:
-        ModelError: A number of layers, labels or experts is beyond 100,000, or it is no JSON.
+        ModelError: A file is no JSON object, or a number of layers, labels or experts is beyond
+            100,000.
     """
     from equipoise.models.read import clear_errors
 
-    file = Path(place) / "config.json"
-    if file.is_file():
+    for name in _JSON:
+        file = Path(place) / name
+        if not file.is_file():
+            continue
         with clear_errors(place):
-            _check_counts(json.loads(file.read_text("utf-8")), place)
+            try:
+                content = json.loads(file.read_text("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{name} is no JSON: {error}") from error
+            if not isinstance(content, dict):
+                raise ValueError(f"{name} holds no JSON object")
+        if name == "config.json":
+            _check_counts(content, place)
 
 
-def _check_counts(config: Any, place: str) -> None:
-    if not isinstance(config, dict):
-        raise ModelError(
-            f"Cannot load {place}",
-            why="Its config.json holds no JSON object.",
-            fix="Take config.json from the model's publisher.",
-        )
+def _check_counts(config: dict[str, Any], place: str) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             _check_counts(value, place)
-        elif isinstance(value, int | float) and _COUNTED.search(name) and value > _MOST:
-            raise disagree(place, f"{name} is {value}, and no model has so many")
+        elif isinstance(value, int | float) and (
+            (value > _MOST and _COUNTED.search(name)) or (value < 0 and name == _DEPTH)
+        ):
+            raise disagree(place, f"{name} is {value}, and no model has that many")
 
 
 def check_shapes(
@@ -130,7 +142,7 @@ def check_shapes(
 
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for part in parts:
-        layers = getattr(part, "num_hidden_layers", None)
+        layers = getattr(part, _DEPTH, None)
         if isinstance(layers, int) and layers > len(stored):
             raise disagree(place, f"{layers} layers cannot be in {len(stored)} weights")
     with clear_errors(place), torch.device("meta"):

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _PLAIN = Rendering()
+_TOKENIZER = " (its tokenizer)"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -194,10 +195,10 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     """
     from transformers import AutoTokenizer
 
-    from equipoise.models.headers import check_config_file
+    from equipoise.models.headers import check_json_files
 
-    check_config_file(name)  # it is read for the tokenizer as well
-    with clear_errors(name, " (its tokenizer)"):
+    check_json_files(name)
+    with clear_errors(name, _TOKENIZER):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
@@ -249,6 +250,9 @@ def load_causal(
         place = str(Path(place).absolute())  # an adapter will remember where its base lies
     else:
         revision = snapshot(place).name
+    manifest = tokens.read_manifest(Path(place)) if Path(place).is_dir() else None
+    if manifest is not None:  # before any other file of it is read
+        tokens.verify_files(Path(place), manifest)
     tokenizer = load_tokenizer(place, revision=revision)
     if not tokenizer.chat_template:
         raise ModelError(
@@ -256,19 +260,19 @@ def load_causal(
             why="Prompts are chats, and only the template says how this model was taught them.",
             fix="Use an instruction-tuned model, or add chat_template.jinja to the directory.",
         )
-    manifest = tokens.read_manifest(Path(place)) if Path(place).is_dir() else None
-    if manifest is not None:
-        tokens.verify_files(Path(place), manifest)
+    if manifest is None:
+        tokens.refuse_lost_manifest(name, tokenizer)
     if is_adapter(place):
         model = read_adapter(Path(place), manifest, torch_dtype(dtype))
     else:
         model = read_causal(place, torch_dtype(dtype), revision=revision)
     if manifest is not None:
         tokens.verify(model, tokenizer, manifest)
-    encoder = Encoder(
-        tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer), rendering=rendering
-    )
-    check_vocabulary(name, model, encoder)
+    with clear_errors(name, _TOKENIZER):
+        encoder = Encoder(
+            tokenizer, manifest, eos_ids=markers.given_ends(model, tokenizer), rendering=rendering
+        )
+        check_vocabulary(name, model, encoder)
     return LoadedPolicy(
         model=model.to(device or default_device()).eval(),
         tokenizer=tokenizer,

@@ -31,9 +31,9 @@ def read_config(place: str, *, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    from equipoise.models.headers import check_config_file
+    from equipoise.models.headers import check_json_files
 
-    check_config_file(place)
+    check_json_files(place)
     with clear_errors(place):
         if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
             raise OSError("There is no config.json in it.")

@@ -16,7 +16,13 @@ from equipoise.errors import ModelError, RewardError
 from equipoise.models.adapter import is_adapter
 from equipoise.models.context import positions
 from equipoise.models.load import default_device, load_tokenizer, model_hash, resolve_model
-from equipoise.models.read import check_headers, check_weights, read_config, read_weights
+from equipoise.models.read import (
+    check_headers,
+    check_weights,
+    clear_errors,
+    read_config,
+    read_weights,
+)
 from equipoise.models.reward_card import Pooling, read_card
 from equipoise.models.reward_head import FrozenFeatures, has_segments, head_of
 from equipoise.models.reward_input import InputEncoder, RewardInput, collate, length_batches
@@ -75,8 +81,9 @@ def load_reward_model(
     format = card.format if card is not None and config.format == "auto" else config.format
     settle_padding(model, tokenizer)
     model.to(device or default_device())
-    encoder = Encoder(tokenizer)
-    check_vocabulary(config.model, model, encoder)
+    with clear_errors(config.model, " (its tokenizer)"):
+        encoder = Encoder(tokenizer)
+        check_vocabulary(config.model, model, encoder)
     encode = InputEncoder.of(
         encoder,
         format=format,
@@ -257,5 +264,11 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
 
 def longest_input(model: Any, tokenizer: Any, wanted: int) -> int:
     """``wanted``, or less where model or tokenizer cannot take so many tokens."""
-    limits = (wanted, positions(model.config) or wanted, int(tokenizer.model_max_length))
-    return min(limits)
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or not longest > 0:
+        raise ModelError(
+            f"The reward model takes {longest!r} tokens",
+            why="That is model_max_length in tokenizer_config.json.",
+            fix="Set it to a number, or leave it out.",
+        )
+    return int(min(wanted, positions(model.config) or wanted, longest))

@@ -22,6 +22,7 @@ from equipoise.errors import ModelError
 from equipoise.models.context import check_requests, positions
 from equipoise.models.drawing import draw, uniform_stream
 from equipoise.models.layers import shifted
+from equipoise.models.vocabulary import masked_ids
 from equipoise.types import Finish, GenerationRequest, Sampled, Sampling
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.prompt_positions = 0
         self.branch_positions = 0
-        self._masked = torch.tensor(sorted(encoder.masked_ids), dtype=torch.long)
+        self._masked = masked_ids(encoder, model)
         self._end_ids = frozenset(encoder.eos_ids)
 
     @torch.inference_mode()

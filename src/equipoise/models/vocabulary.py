@@ -8,7 +8,17 @@ from equipoise.errors import DataError, ModelError
 from equipoise.types import Message
 
 if TYPE_CHECKING:
+    import torch
+
     from equipoise.dials.encode import Encoder
+
+
+def masked_ids(encoder: Encoder, model: Any) -> torch.Tensor:
+    """Return the ids (M,) that must never be sampled, of those that have a logit."""
+    import torch
+
+    n_logits = int(model.config.get_text_config().vocab_size)
+    return torch.tensor([i for i in encoder.masked_ids if i < n_logits], dtype=torch.long)
 
 
 def check_vocabulary(place: str, model: Any, encoder: Encoder) -> None:

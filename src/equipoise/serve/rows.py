@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from equipoise.errors import ModelError, ServingError
 from equipoise.models.drawing import uniform_stream
+from equipoise.models.vocabulary import masked_ids
 from equipoise.serve import keyvalues
 from equipoise.serve.engine import Generation, Token
 from equipoise.serve.keyvalues import KeysValues, Move
@@ -59,7 +60,7 @@ class LiveRows:
         self.model, self.rows = model, list[Row]()
         self._encoder = encoder
         self.prefixes = prefixes if prefixes is not None else PrefixCache[KeysValues](0)
-        self._masked = torch.tensor(sorted(encoder.masked_ids), device=model.device)
+        self._masked = masked_ids(encoder, model).to(model.device)
         self._end_ids = frozenset(encoder.eos_ids)
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (R, T)

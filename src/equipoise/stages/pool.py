@@ -38,14 +38,15 @@ def prompts(job: Job) -> None:
         return
     from equipoise.dials.encode import Encoder
     from equipoise.models.load import load_tokenizer, resolve_model
-    from equipoise.models.read import read_config
+    from equipoise.models.read import clear_errors, read_config
     from equipoise.pool.prompts import check_lengths, load_prompts
     from equipoise.pool.skipped import Skipped
 
     config, skipped = job.recipe.prompts, Skipped()
     loaded = load_prompts(config, data=job.data, seed=job.recipe.seed, skipped=skipped)
     place = resolve_model(job.recipe.model)
-    encoder = Encoder(load_tokenizer(place), rendering=job.rendering)
+    with clear_errors(job.recipe.model, " (its tokenizer)"):
+        encoder = Encoder(load_tokenizer(place), rendering=job.rendering)
     unread = skipped.count
     kept = check_lengths(loaded, encoder, config, skipped=skipped)
     dropped = len(loaded) - len(kept) - (skipped.count - unread)
