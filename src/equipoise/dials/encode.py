@@ -64,8 +64,11 @@ class Encoder:
         self.forbidden: frozenset[int] = controls | written | marks
         """Ids that no untrusted text can produce."""
         self._sealed = sealing.seal(self._backend, self.forbidden)
+        thought_end = None
+        if self.thought is not None:
+            thought_end = self._backend.id_to_token(self.thought.close_id)
         self._skeletons = Skeletons(
-            self._template, self._backend, self._sealed, self.forbidden, controls
+            self._template, self._backend, self._sealed, self.forbidden, controls, thought_end
         )
         self._others: dict[str, Encoder] = {}
         self._given_ends = tuple(eos_ids or ())
@@ -123,16 +126,19 @@ class Encoder:
 
         Raises:
             DataError: If the messages are no prompt (no user turn, last turn not the user's,
-                blank, unknown role, not encodable), or the template refuses their order.
+                blank, unknown role, not encodable), or the template refuses their order, or
+                acts upon what they say.
             ModelError: If there is no chat template, or one that rewrites contents.
             EncodingError: If the result holds a marker that the template did not write.
         """
         check_prompt(messages)
-        prepared = self._skeletons.of(tuple((m.role, m.content == "") for m in messages))
-        parts = [prepared.pieces[0]]
-        for slot, piece in zip(prepared.slots, prepared.pieces[1:], strict=True):
-            parts += [slot.fit(self._untrusted(messages[slot.message].content)), piece]
-        return self._checked(self._sealed.encode("".join(parts)), prepared.markers)
+        rules = self._skeletons.contents
+        contents = [rules.fit(m.role, self._untrusted(m.content)) for m in messages]
+        roles = [message.role for message in messages]
+        empty = [content == "" for content in contents]
+        prepared = self._skeletons.of(tuple(zip(roles, empty, strict=True)))
+        text = prepared.skeleton.fill(contents)
+        return self._checked(self._sealed.encode(text), prepared.markers)
 
     def control_ids(self, setting: DialSetting) -> tuple[int, ...]:
         """Return one control id per attribute; they follow the prompt's ids."""

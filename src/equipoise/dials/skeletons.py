@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from equipoise.dials import slots
+from equipoise.dials.contents import ContentRules, content_rules
 from equipoise.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from equipoise.dials.sealing import SealedTokenizer
     from equipoise.dials.template import ChatTemplate, Turn
 
+_USUAL_END = "</think>"
 _MAX_CACHED_SKELETONS = 1024
 _MAX_CACHED_TURNS = 16_384
 """Of all cached skeletons together; some 6 MiB, whatever orders of roles a client thinks up."""
@@ -24,8 +27,7 @@ _MAX_CACHED_TURNS = 16_384
 class Prepared:
     """A skeleton whose markers are written as seals."""
 
-    pieces: tuple[str, ...]
-    slots: tuple[slots.Slot, ...]
+    skeleton: slots.Skeleton
     markers: tuple[int, ...]
 
 
@@ -38,6 +40,7 @@ class Skeletons:
         sealed: Its sealed copy.
         forbidden: The ids that only the template may write.
         controls: Those of them that not even the template may write.
+        thought_end: The closing mark of the model's thoughts, if it has any.
     """
 
     def __init__(
@@ -47,9 +50,11 @@ class Skeletons:
         sealed: SealedTokenizer,
         forbidden: frozenset[int],
         controls: frozenset[int],
+        thought_end: str | None = None,
     ) -> None:
         self._template, self._backend = template, backend
         self._sealed, self._forbidden, self._controls = sealed, forbidden, controls
+        self._thought_end = thought_end or _USUAL_END
         self._cache: dict[tuple[Turn, ...], Prepared] = {}
         self._cached_turns = 0
         self._clock: Mapping[str, str] | None = None
@@ -60,7 +65,19 @@ class Skeletons:
 
     def of_template(self, template: ChatTemplate) -> Skeletons:
         """Return those of the same template, rendered otherwise."""
-        return Skeletons(template, self._backend, self._sealed, self._forbidden, self._controls)
+        return Skeletons(
+            template,
+            self._backend,
+            self._sealed,
+            self._forbidden,
+            self._controls,
+            self._thought_end,
+        )
+
+    @cached_property
+    def contents(self) -> ContentRules:
+        """What the template makes of contents, found at the first prompt."""
+        return content_rules(self._template.now(), self._thought_end)
 
     def of(self, turns: tuple[Turn, ...]) -> Prepared:
         """Return the skeleton of a prompt.
@@ -126,4 +143,4 @@ class Skeletons:
                 why="the model's own tokenizer finds other markers in it than are spelt out",
                 fix="spell the markers in the chat template as they are in the tokenizer",
             )
-        return Prepared(tuple(pieces), rendered.slots, tuple(written))
+        return Prepared(slots.Skeleton(tuple(pieces), rendered.slots), tuple(written))

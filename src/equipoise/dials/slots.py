@@ -45,6 +45,13 @@ class Skeleton:
     pieces: tuple[str, ...]
     slots: tuple[Slot, ...]
 
+    def fill(self, contents: Sequence[str]) -> str:
+        """Return the render with these contents, one per message."""
+        parts = [self.pieces[0]]
+        for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
+            parts += [slot.fit(contents[slot.message]), piece]
+        return "".join(parts)
+
 
 def skeleton(template: ChatTemplate, turns: Sequence[Turn], *, generation_prompt: bool) -> Skeleton:
     """Render a sequence of turns without their contents.
