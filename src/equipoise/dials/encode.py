@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from equipoise.dials import markers, sealing
+from equipoise.dials.decoding import AnswerDecoder
 from equipoise.dials.skeletons import Skeletons
-from equipoise.dials.template import ChatTemplate, check_prompt
+from equipoise.dials.template import ChatTemplate, Turn, check_prompt
 from equipoise.dials.thoughts import Follower, find_thought
 from equipoise.errors import DataError, EncodingError, ModelError
 from equipoise.types import DialSetting, Message, Rendering, Sampling
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 
 _PLAIN = Rendering()
 _MAX_RENDERINGS = 8
+
+
+class AnsweredIds(NamedTuple):
+    """The ids of a conversation that ends with an answer."""
+
+    ids: list[int]
+    start: int
+    """Where the answer begins."""
+    stop: int
+    """Where what stands behind it begins."""
 
 
 class Encoder:
@@ -80,8 +91,8 @@ class Encoder:
         flagged = self.forbidden | set(tokenizer.all_special_ids)
         self.masked_ids: tuple[int, ...] = tuple(sorted(flagged - self.eos_ids - marks))
         """Ids that must never be sampled: control tokens, all markers but ends and thoughts."""
-        self._silent = flagged | self.eos_ids
-        self._decodes_after_guard = self._loses_leading_blank()
+        silent = flagged | self.eos_ids
+        self._decoder = AnswerDecoder(self._backend, self._sealed, silent, self.thought)
 
     def with_dials(self, manifest: DialManifest) -> Encoder:
         """Return the encoder of the same model with these dials, which its tokenizer holds by now.
@@ -131,14 +142,34 @@ class Encoder:
             ModelError: If there is no chat template, or one that rewrites contents.
             EncodingError: If the result holds a marker that the template did not write.
         """
-        check_prompt(messages)
-        rules = self._skeletons.contents
-        contents = [rules.fit(m.role, self._untrusted(m.content)) for m in messages]
-        roles = [message.role for message in messages]
-        empty = [content == "" for content in contents]
-        prepared = self._skeletons.of(tuple(zip(roles, empty, strict=True)))
+        contents, turns = self._fitted(messages)
+        prepared = self._skeletons.of(turns)
         text = prepared.skeleton.fill(contents)
         return self._checked(self._sealed.encode(text), prepared.markers)
+
+    def answered_ids(self, messages: Sequence[Message], answer: str) -> AnsweredIds:
+        """Return the ids of a prompt and its answer, all as the chat template writes it.
+
+        What stands behind the answer belongs to it: the end of the turn and, say, a line break.
+
+        Raises:
+            DataError, ModelError, EncodingError: See :meth:`prompt_ids`.
+        """
+        contents, turns = self._fitted(messages)
+        prepared = self._skeletons.of((*turns, ("assistant", False)))
+        if prepared.skeleton.slots[-1].message != len(messages):
+            raise ModelError(
+                "the chat template does not end with the answer",
+                why="a reward model reads its score at the end of the answer's turn",
+                fix="set format: pair, or use another chat template",
+            )
+        head, said, tail = prepared.skeleton.around_last([*contents, self._untrusted(answer)])
+        encoding = self._sealed.tokenizer.encode(head + said + tail, add_special_tokens=False)
+        ids = self._checked(self._sealed.own_ids(encoding.ids), prepared.markers)
+        # A token that reaches over the border belongs to the answer.
+        start = sum(end <= len(head) for _, end in encoding.offsets)
+        stop = sum(begin < len(head) + len(said) for begin, _ in encoding.offsets)
+        return AnsweredIds(ids, start, max(start, stop))
 
     def control_ids(self, setting: DialSetting) -> tuple[int, ...]:
         """Return one control id per attribute; they follow the prompt's ids."""
@@ -199,39 +230,14 @@ class Encoder:
             ids: As sampled.
             within: Whether the prompt ends within a thought.
         """
-        begun = self.thought is not None and self.thought.begun_before(ids)
-        follower = Follower(self.thought, within or begun)
-        answer = [token_id for token_id in ids if follower.take(token_id)]
-        text = self._text([token_id for token_id in answer if token_id not in self._silent])
-        return text.lstrip("\n") if follower.behind else text
+        return self._decoder.decode(ids, within=within)
 
-    def _ends_a_thought(self, ids: Sequence[int]) -> bool:
-        marks = self.thought
-        return marks is not None and next(
-            (i == marks.close_id for i in ids if i in marks.ids), False
-        )
-
-    def _text(self, ids: Sequence[int]) -> str:
-        if not self._decodes_after_guard:
-            return str(self._backend.decode(ids, skip_special_tokens=False))
-        return self._decode_after_guard(ids)
-
-    def _decode_after_guard(self, ids: Sequence[int]) -> str:
-        sealed = self._sealed
-        text: str = sealed.tokenizer.decode([sealed.guard_id, *ids], skip_special_tokens=False)
-        return text[text.index(sealed.guard) + len(sealed.guard) :]
-
-    def _loses_leading_blank(self) -> bool:
-        # SentencePiece decoders drop the blank before the first word of a text. A completion
-        # follows a marker, where that blank is the model's own, so decode it there.
-        def ids(text: str) -> list[int]:
-            return self._sealed.encode(self._sealed.guard + text)[1:]
-
-        plain, blank = ids("a"), ids(" a")
-        if self._backend.decode(blank, skip_special_tokens=False) == " a":
-            return False
-        after = [self._decode_after_guard(sample) for sample in (plain, blank)]
-        return after == ["a", " a"]
+    def _fitted(self, messages: Sequence[Message]) -> tuple[list[str], tuple[Turn, ...]]:
+        check_prompt(messages)
+        rules = self._skeletons.contents
+        contents = [rules.fit(m.role, self._untrusted(m.content)) for m in messages]
+        roles = [message.role for message in messages]
+        return contents, tuple(zip(roles, [c == "" for c in contents], strict=True))
 
     def _pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         tokenizer = self._sealed.tokenizer

@@ -80,7 +80,7 @@ class Skeletons:
         return content_rules(self._template.now(), self._thought_end)
 
     def of(self, turns: tuple[Turn, ...]) -> Prepared:
-        """Return the skeleton of a prompt.
+        """Return the skeleton of a prompt, or of a conversation that ends with an answer.
 
         Raises:
             DataError: If the template refuses this sequence of roles.
@@ -121,7 +121,8 @@ class Skeletons:
         return next(iter(self._sealed.seal_trusted(rendered.pieces[-1])[1]), None)
 
     def _trusted(self, template: ChatTemplate, turns: tuple[Turn, ...]) -> Prepared:
-        rendered = slots.skeleton(template, turns, generation_prompt=True)
+        asked = turns[-1][0] != "assistant"
+        rendered = slots.skeleton(template, turns, generation_prompt=asked)
         pieces: list[str] = []
         written: list[int] = []
         for piece in rendered.pieces:

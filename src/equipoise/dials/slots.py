@@ -52,6 +52,12 @@ class Skeleton:
             parts += [slot.fit(contents[slot.message]), piece]
         return "".join(parts)
 
+    def around_last(self, contents: Sequence[str]) -> tuple[str, str, str]:
+        """Return the render as (before the last slot, its content, behind it)."""
+        slot = self.slots[-1]
+        head = Skeleton(self.pieces[:-1], self.slots[:-1]).fill(contents)
+        return head, slot.fit(contents[slot.message]), self.pieces[-1]
+
 
 def skeleton(template: ChatTemplate, turns: Sequence[Turn], *, generation_prompt: bool) -> Skeleton:
     """Render a sequence of turns without their contents.

@@ -67,14 +67,16 @@ class InputEncoder:
         return self._pair(flatten(messages), completion)
 
     def _chat(self, messages: Sequence[Message], completion: str) -> RewardInput:
-        prompt = self.encoder.prompt_ids(messages)
-        # The end token always stands last, cut or not: it is where a causal head reads.
-        answer = self.encoder.completion_ids(completion, finished=False)
-        end = self.encoder.eos_id
-        keep_prompt, keep_answer = self._shares(len(prompt), len(answer), self.max_length - 1)
-        ids = (*prompt[len(prompt) - keep_prompt :], *answer[:keep_answer], end)
+        whole, start, stop = self.encoder.answered_ids(messages, completion)
+        prompt, answer, tail = whole[:start], whole[start:stop], whole[stop:]
+        # The end of the turn always stands last, cut or not: it is where a causal head reads.
+        room = self.max_length - len(tail)
+        keep_prompt, keep_answer = self._shares(len(prompt), len(answer), room)
+        ids = (*prompt[len(prompt) - keep_prompt :], *answer[:keep_answer], *tail)
+        ends = [i for i, token_id in enumerate(tail) if token_id in self.encoder.eos_ids]
+        end = keep_prompt + keep_answer + (ends[0] + 1 if ends else 0)
         truncated = keep_prompt + keep_answer < len(prompt) + len(answer)
-        return RewardInput(ids, (0,) * len(ids), (keep_prompt, len(ids)), truncated)
+        return RewardInput(ids, (0,) * len(ids), (keep_prompt, end), truncated)
 
     def _pair(self, prompt: str, completion: str) -> RewardInput:
         ids = self.encoder.pair_ids(prompt, completion)
