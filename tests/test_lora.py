@@ -103,34 +103,28 @@ def test_a_folder_that_is_gone_is_not_asked_of_the_hub(
         load_causal(str(adapter))
 
 
-@pytest.fixture
-def foreign(tmp_path: Path) -> Path:
-    """An adapter that peft wrote, over a base of its own: no dials, no hash of the base."""
-    base = make_base(Cell(False, 0, "clm"), tmp_path / "base")
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(
-        tmp_path / "foreign"
-    )
-    load_tokenizer(str(base)).save_pretrained(tmp_path / "foreign")
-    return tmp_path / "foreign"
-
-
-def test_the_hash_that_clients_see_covers_the_base(foreign: Path) -> None:
-    before = load_causal(str(foreign)).hash
-    base = load_causal(str(foreign.parent / "base")).model
+def test_the_hash_that_clients_see_covers_the_base(tmp_path: Path) -> None:
+    """A foreign adapter holds no hash of its base; the policy's hash has to."""
+    base = damaged.foreign(tmp_path / "base")
+    adapter = damaged.adapter(tmp_path / "adapter", base)
+    before = load_causal(str(adapter)).hash
+    model = load_causal(str(base)).model
     with torch.no_grad():
-        base.get_input_embeddings().weight.mul_(0.5)
-    base.save_pretrained(foreign.parent / "base")
-    assert load_causal(str(foreign)).hash != before
+        model.get_input_embeddings().weight.mul_(0.5)
+    model.save_pretrained(base)
+    assert load_causal(str(adapter)).hash != before
 
 
-def test_an_adapter_without_all_of_its_weights_is_refused(foreign: Path) -> None:
-    path = foreign / "adapter_model.safetensors"
+def test_an_adapter_without_all_of_its_weights_is_refused(adapter: Path) -> None:
+    path = adapter / WEIGHTS
     weights = load_file(path)
-    lost = next(iter(weights))
+    lost = next(name for name in weights if "lm_head" in name)
     save_file({k: v for k, v in weights.items() if k != lost}, path)
+    dials = json.loads((adapter / MANIFEST_NAME).read_text())
+    dials.update(files={}, digest="")  # of before: its list of files would say so first
+    (adapter / MANIFEST_NAME).write_text(json.dumps(dials))
     with pytest.raises(ModelError, match="not whole"):
-        load_causal(str(foreign))
+        load_causal(str(adapter))
 
 
 def test_an_adapter_cannot_be_the_start_model(adapter: Path) -> None:
