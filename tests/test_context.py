@@ -91,11 +91,11 @@ def test_a_config_that_names_no_positions_limits_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"generate": {"sampling": {"max_tokens": 240}}}, "Lower generate.sampling.max_tokens to"),
-        ({"evaluate": {"sampling": {"max_tokens": 240}}}, "Lower evaluate.sampling.max_tokens to"),
-        ({"evaluate": {"sampling": {"max_tokens": 300}}}, "Lower evaluate.sampling.max_tokens to"),
+        ({"generate": {"sampling": {"max_tokens": 500}}}, "Lower generate.sampling.max_tokens to"),
+        ({"evaluate": {"sampling": {"max_tokens": 500}}}, "Lower evaluate.sampling.max_tokens to"),
+        ({"evaluate": {"sampling": {"max_tokens": 600}}}, "Lower evaluate.sampling.max_tokens to"),
         (
-            {"tune": {"objective": "rlhf", "rlhf": {"sampling": {"max_tokens": 240}}}},
+            {"tune": {"objective": "rlhf", "rlhf": {"sampling": {"max_tokens": 500}}}},
             "Lower tune.rlhf.sampling.max_tokens to",
         ),
         (
@@ -122,7 +122,7 @@ def test_a_run_without_room_ends_before_it_samples(
         main(["generate", str(recipe), "--dir", str(tmp_path / "run")])
     assert caught.value.code == 1
     error = capsys.readouterr().err
-    assert "context of 256 tokens" in error
+    assert "context of 512 tokens" in error
     assert told in error
     assert not (tmp_path / "run" / "prompts" / "prompts.jsonl").exists()
 

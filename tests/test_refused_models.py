@@ -17,9 +17,9 @@ import equipoise
 from equipoise.config import AlignConfig, RewardModelConfig, RolloutConfig, SamplingConfig
 from equipoise.dials.encode import Encoder
 from equipoise.errors import ModelError
+from equipoise.models.classifier import read_classifier
 from equipoise.models.headers import headers
 from equipoise.models.load import LoadedPolicy, load_causal, load_tokenizer
-from equipoise.models.reward import read_classifier
 from equipoise.start.align import align_by_dpo, align_by_rlhf
 from equipoise.start.teach import encode_rows, teach
 from equipoise.types import PreferencePair

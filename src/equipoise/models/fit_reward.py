@@ -19,13 +19,9 @@ from typing import TYPE_CHECKING
 from equipoise.config import FitRewardConfig, RewardModelConfig
 from equipoise.errors import DataError, named
 from equipoise.models import reward_baselines as baselines
+from equipoise.models.classifier import longest_input, read_classifier, settle_padding
 from equipoise.models.load import load_tokenizer, model_hash, resolve_model
-from equipoise.models.reward import (
-    load_reward_model,
-    longest_input,
-    read_classifier,
-    settle_padding,
-)
+from equipoise.models.reward import load_reward_model
 from equipoise.models.reward_card import HeldOut, Pooling, RewardCard
 from equipoise.models.reward_input import InputEncoder
 from equipoise.overlap import prompt_key
