@@ -39,6 +39,8 @@ class Rendering:
         return json.dumps([dict(self.variables), str(self.date)], sort_keys=True)
 
 
+PLAIN = Rendering()
+"""No variables, and the clock's date."""
 JudgeKind = Literal["optimization", "generalization"]
 
 

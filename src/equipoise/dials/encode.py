@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from equipoise.dials import markers, sealing
@@ -17,14 +18,13 @@ from equipoise.dials.skeletons import Skeletons
 from equipoise.dials.template import ChatTemplate, Turn, check_prompt
 from equipoise.dials.thoughts import Follower, find_thought
 from equipoise.errors import DataError, EncodingError, ModelError
-from equipoise.types import DialSetting, Message, Rendering, Sampling
+from equipoise.types import PLAIN, DialSetting, Message, Rendering, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from equipoise.dials.manifest import DialManifest
 
-_PLAIN = Rendering()
 _MAX_RENDERINGS = 8
 
 
@@ -59,7 +59,7 @@ class Encoder:
         manifest: DialManifest | None = None,
         *,
         eos_ids: Iterable[int] | None = None,
-        rendering: Rendering = _PLAIN,
+        rendering: Rendering = PLAIN,
     ) -> None:
         self.tokenizer = tokenizer
         self.manifest = manifest
@@ -204,7 +204,11 @@ class Encoder:
 
     def most_tokens(self, sampling: Sampling) -> int:
         """Return the most tokens of one completion, its thoughts included."""
-        return sampling.max_tokens + (sampling.max_thought_tokens if self.thought else 0)
+        return sampling.max_tokens + self.budgets(sampling).max_thought_tokens
+
+    def budgets(self, sampling: Sampling) -> Sampling:
+        """Return the sampling with no budget for thoughts where the prompts leave none open."""
+        return sampling if self.thinks else replace(sampling, max_thought_tokens=0)
 
     def follower(self, prompt_ids: Sequence[int]) -> Follower:
         """Return what tells the answer from the thoughts among the ids sampled behind a prompt."""

@@ -17,7 +17,7 @@ import jinja2.parser
 
 from equipoise.dials.sealing import random_letters
 from equipoise.errors import ConfigError, DataError, ModelError
-from equipoise.types import Message, Rendering, TemplateValue
+from equipoise.types import PLAIN, Message, Rendering, TemplateValue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,6 @@ _OURS = frozenset({"messages", "raise_exception", "strftime_now", "namespace"})
 _DEFAULTS: Mapping[str, TemplateValue] = {"enable_thinking": False}
 """Given to templates that know them: a thought costs tokens, and dials are learnt without."""
 
-_PLAIN = Rendering()
 _CLOCK = "equipoise_clock"
 _STOPPED = (
     "{%- macro strftime_now(format) -%}"
@@ -73,7 +72,7 @@ class ChatTemplate:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        rendering: Rendering = _PLAIN,
+        rendering: Rendering = PLAIN,
     ) -> None:
         self._tokenizer = tokenizer
         self.exists: bool = tokenizer.chat_template is not None

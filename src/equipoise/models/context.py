@@ -40,7 +40,8 @@ def check_room(n_given: int, n_sampled: int, limit: int | None) -> None:
         raise DataError(
             "a request does not fit into the model's context",
             why=f"{n_given} tokens of prompt and {n_sampled} to sample are more than {limit}",
-            fix="shorten the conversation or ask for fewer tokens",
+            fix="shorten the conversation or ask for fewer tokens (max_tokens, and "
+            "max_thought_tokens where the model thinks)",
         )
 
 

@@ -19,7 +19,7 @@ from equipoise.errors import ModelError
 from equipoise.models.hashing import model_hash
 from equipoise.models.hub import snapshot
 from equipoise.models.read import clear_errors
-from equipoise.types import Rendering
+from equipoise.types import PLAIN, Rendering
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ __all__ = [
     "torch_dtype",
 ]
 
-_PLAIN = Rendering()
 _TOKENIZER = " (its tokenizer)"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -220,7 +219,7 @@ def load_causal(
     fitted_root: Path | None = None,
     dtype: Dtype = "float32",
     device: str | None = None,
-    rendering: Rendering = _PLAIN,
+    rendering: Rendering = PLAIN,
 ) -> LoadedPolicy:
     """Load a policy: a plain model, one with dials, or a LoRA adapter directory.
 

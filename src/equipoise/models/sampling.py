@@ -105,7 +105,8 @@ class TransformersEngine:
         Raises:
             DataError: One does not fit into the model's context; nothing is sampled.
         """
-        most = self.encoder.most_tokens(sampling)
+        sampling = self.encoder.budgets(sampling)
+        most = sampling.max_tokens + sampling.max_thought_tokens
         check_requests(requests, most, positions(self.model.config))
         results: list[list[Sampled | None]] = [[None] * len(r.branches) for r in requests]
         for group in _groups(requests, self.batch_size):
@@ -115,7 +116,7 @@ class TransformersEngine:
                     i,
                     j,
                     branch.control_ids,
-                    uniform_stream(branch.seed, self.encoder.most_tokens(sampling)),
+                    uniform_stream(branch.seed, most),
                     self.encoder.follower(requests[i].prompt_ids),
                     [],
                     branch.strengths,
@@ -190,7 +191,7 @@ class TransformersEngine:
             fed = torch.tensor([row.control_ids for row in rows], device=mask.device)
             logits, mask = self._step(fed, cache, mask)
         live = list(rows)
-        most = self.encoder.most_tokens(sampling)
+        most = sampling.max_tokens + sampling.max_thought_tokens
         for step in range(most):
             uniforms = np.array([row.uniforms[step] for row in live])
             token_ids = self._draw(logits, uniforms, sampling)

@@ -19,12 +19,11 @@ from equipoise.models.cut import cut_config, empty_model, narrowest_model
 from equipoise.models.load import load_causal, load_tokenizer
 from equipoise.models.read import read_config
 from equipoise.tune.trainer import tune
-from equipoise.types import ControlledExample, DialSetting, Message, Prompt, Rendering
+from equipoise.types import PLAIN, ControlledExample, DialSetting, Message, Prompt, Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAIN = Rendering()
 _KEPT_CHECKPOINTS = 3
 """Two are kept, and the third is written before the oldest goes."""
 _PER_TRAINED, _PER_SAVED = 12, 4
