@@ -101,6 +101,24 @@ def test_padding_token_is_settled_where_the_config_names_none(tmp_path: Path) ->
     assert together == pytest.approx(loaded(place, batch_size=1).score(asked), abs=1e-5)
 
 
+def test_without_padding_the_head_reads_the_end_as_transformers_does_on_one_row(
+    tmp_path: Path,
+) -> None:
+    place = classifier_dir(tmp_path / "m", pad_token_id=None)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(place)
+    ours, asked = loaded(place), rows(3)
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(place)
+    plain.config.pad_token_id = None
+    with torch.no_grad():
+        wanted = [
+            plain(torch.tensor([ours.encode(p.messages, text).ids])).logits.item()
+            for p, text in asked
+        ]
+    assert ours.score(asked) == pytest.approx(wanted, abs=1e-5)
+
+
 def test_hash_tells_settings_apart(causal: Path) -> None:
     hashes = {
         loaded(causal, **settings).hash

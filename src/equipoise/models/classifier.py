@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from equipoise.errors import ModelError
@@ -57,11 +58,24 @@ def _is_of_head(name: str, model: Any) -> bool:
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
-def settle_padding(model: Any, tokenizer: Any) -> None:
-    """Make model and tokenizer agree on padding: causal heads read the last token before it."""
+def settle_padding(model: Any, tokenizer: Any, ends: Container[int] = ()) -> None:
+    """Make model and tokenizer agree on padding: causal heads read the last token before it.
+
+    Args:
+        model: Its config is changed in place.
+        tokenizer: Its padding token counts where the config names none.
+        ends: Of a finished model: ids that end a row. A head without padding reads the end itself,
+            so a model that pads with its end would be read one token too early.
+
+    Raises:
+        ModelError: There is no padding token, or no row for it.
+    """
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
+        if config.pad_token_id in ends:
+            n_rows = model.get_input_embeddings().weight.shape[0]
+            config.pad_token_id = next((i for i in range(n_rows) if i not in ends), None)
     if config.pad_token_id is None:
         raise ModelError(
             "The reward model has no padding token",

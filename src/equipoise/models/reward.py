@@ -72,11 +72,11 @@ def load_reward_model(
         )
     card = read_card(Path(place)) if Path(place).is_dir() else None
     format = card.format if card is not None and config.format == "auto" else config.format
-    settle_padding(model, tokenizer)
-    model.to(device or default_device())
     with clear_errors(config.model, " (its tokenizer)"):
         encoder = Encoder(tokenizer)
+        settle_padding(model, tokenizer, encoder.eos_ids)
         check_vocabulary(config.model, model, encoder)
+    model.to(device or default_device())
     encode = InputEncoder.of(
         encoder,
         format=format,
