@@ -4,8 +4,8 @@ Each gets two random, narrow layers and the Workshop's tokenizer. It passes when
 sample, tune, tune with LoRA, serve, merge. What fails is refused when a model of it is loaded; what
 cannot even be built from its default config was not tried.
 
-    python -m benchmarks.architectures        # about 15 minutes on one core
-    python -m benchmarks.architectures llama gemma2      # prints, writes nothing
+    python -m benchmarks.architectures                 # all of them, about 15 minutes on one core
+    python -m benchmarks.architectures llama gemma2    # these anew, the others as they stand
 
 Writes benchmarks/architectures.json and docs/architectures.md.
 """
@@ -29,7 +29,7 @@ from equipoise.models.load import load_tokenizer, resolve_model
 
 RESULT = Path(__file__).with_name("architectures.json")
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
-SECONDS = 120
+SECONDS = 300
 """An architecture that takes longer was not tried."""
 MUST_PASS = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "cohere2"),
@@ -142,13 +142,18 @@ def page(found: dict[str, dict[str, Any]], versions: dict[str, Any]) -> str:
 def main() -> None:
     """Try the named architectures, or all of them."""
     warnings.simplefilter("ignore")
-    kinds = sys.argv[1:] or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *REFUSED})
+    named = sys.argv[1:]
     found: dict[str, dict[str, Any]] = {}
-    for kind in kinds:
+    if named and RESULT.is_file():
+        found = json.loads(RESULT.read_text())["architectures"]
+    for kind in named or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *REFUSED}):
         found[kind] = tried(kind)
         print(f"{kind:<28} {found[kind]['verdict']:<10} {found[kind]['why'][:120]}", flush=True)
-    if sys.argv[1:]:
-        return
+        write(dict(sorted(found.items())))
+
+
+def write(found: dict[str, dict[str, Any]]) -> None:
+    """Write the result and the page."""
     about = machine()
     counts = dict(Counter(row["verdict"] for row in found.values()))
     result = {"n": len(found), "counts": counts, "architectures": found, "machine": about}
