@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from equipoise.errors import ModelError
+from equipoise.models.read import quiet
 
 CUT_LAYERS = 2
 VOCABULARY = 64
@@ -151,7 +150,7 @@ def _built(config: Any, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
-    with _silence():
+    with quiet(logging.CRITICAL):
         try:
             return build(config, dtype=dtype)
         except Exception as error:  # a class checks its config as it pleases
@@ -166,15 +165,3 @@ def refused(kind: str, why: str) -> ModelError:
         why=why,
         fix="use another model; docs/architectures.md lists those that were tried",
     )
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    from transformers.utils import logging as loud
-
-    verbosity = loud.get_verbosity()
-    loud.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        loud.set_verbosity(verbosity)

@@ -80,7 +80,7 @@ def check_headers(place: str, config: Any, auto: Any, *, fresh: bool = False) ->
     from equipoise.models.headers import check_shapes, headers
 
     if Path(place).is_dir() and getattr(config, "quantization_config", None) is None:
-        with _quiet():
+        with quiet():
             check_shapes(place, config, headers(place), auto.from_config, fresh=fresh)
 
 
@@ -92,7 +92,7 @@ def read_weights(
     Raises:
         ModelError: They cannot be read.
     """
-    with clear_errors(place), _quiet():
+    with clear_errors(place), quiet():
         # A weight of another shape is named by `check_weights`, and refused there.
         model, found = auto.from_pretrained(
             place,
@@ -212,12 +212,12 @@ def cannot_load(place: str, error: BaseException, what: str = "") -> ModelError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # A lack of weights is announced in a table; here it is refused.
+def quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Keep transformers from saying what is below a level: a lack of weights is refused here."""
     from transformers.utils import logging as loud
 
     verbosity = loud.get_verbosity()
-    loud.set_verbosity(logging.ERROR)
+    loud.set_verbosity(level)
     try:
         yield
     finally:
