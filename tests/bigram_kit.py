@@ -49,7 +49,7 @@ def bigram(n_tokens: int, said: Sequence[int]) -> LlamaForCausalLM:
         num_hidden_layers=1,
         num_attention_heads=1,
         tie_word_embeddings=False,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         bos_token_id=None,
         eos_token_id=None,
     )
