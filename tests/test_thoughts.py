@@ -142,6 +142,28 @@ def test_a_model_can_close_its_thought(tmp_path: Path, kind: str, said: tuple[st
     assert (answer.text, answer.finish) == ("ok", "stop")
 
 
+def test_rows_have_numbers_for_a_thought_that_another_rendering_opens(tmp_path: Path) -> None:
+    """The server's rows hold the plain encoder, a policy may switch thinking on."""
+    kind = "a switch that writes an empty thought"
+    tokenizer = byte_tokenizer(TEMPLATES[kind], _MARKERS, plain=_PLAIN)
+    policy = load_causal(
+        bigram_dir(
+            tmp_path, tokenizer, ("<|assistant|>", "<think>", "h", "</think>", "o", "<|end|>")
+        )
+    )
+    assert not policy.encoder.thinks
+    on = policy.encoder.with_rendering(Rendering({"enable_thinking": True}))
+    asked = Generation(tuple(on.prompt_ids(HI)), (), Sampling(1.0, 1.0, 1, 1, 8), 1, "")
+    rows = LiveRows(policy.model, policy.encoder)
+    rows.join([asked])
+    drawn = []
+    while rows.rows:
+        drawn += [token for _, token in rows.draw()]
+        rows.advance()
+    assert [token.finish for token in drawn if isinstance(token, Token)][-1] == "length"
+    assert sum(isinstance(token, Token) and token.thought for token in drawn) == 3
+
+
 # --- budgets ------------------------------------------------------------------------------------
 
 

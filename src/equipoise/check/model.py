@@ -10,9 +10,10 @@ from equipoise.check.facts import Facts, facts
 from equipoise.check.trial import Trial, try_model
 from equipoise.dials.tokens import read_manifest, verify_files
 from equipoise.errors import EquipoiseError
-from equipoise.models.adapter import base_of, check_base, is_adapter
+from equipoise.models.adapter import check_adapter, is_adapter
 from equipoise.models.cut import empty_model
 from equipoise.models.headers import Headers, check_shapes, disagree, headers
+from equipoise.models.hub import folder_of
 from equipoise.models.load import load_tokenizer, resolve_model
 from equipoise.models.read import clear_errors, read_config
 
@@ -24,6 +25,8 @@ class Found:
     """What a check found."""
 
     name: str
+    base: str
+    """Of an adapter, which the rest describes; else empty."""
     facts: Facts
     weights: str
     trials: list[Trial]
@@ -38,12 +41,14 @@ class Found:
         """Return the table, a name and a value per line."""
         told = [(name.replace("_", " "), str(value)) for name, value in vars(self.facts).items()]
         tried = [(t.part, "works" if t.problem is None else "FAILS") for t in self.trials[1:]]
-        return [("model", self.name), *told, (WEIGHTS, self.weights), *tried]
+        base = [("adapter over", self.base)] if self.base else []
+        return [("model", self.name), *base, *told, (WEIGHTS, self.weights), *tried]
 
     def as_json(self) -> dict[str, Any]:
         """Return the same for scripts; ``problem`` is null where a part works."""
         return {
             "model": self.name,
+            "base": self.base,
             "works": self.works,
             "facts": vars(self.facts),
             "weights": self.weights,
@@ -52,7 +57,7 @@ class Found:
 
 
 def check_model(name: str) -> Found:
-    """Check a model without reading its weights; of a LoRA directory its files and its base.
+    """Check a model without reading its weights; of a LoRA directory its files, and its base.
 
     Args:
         name: See :func:`equipoise.models.load.resolve_model`.
@@ -61,40 +66,40 @@ def check_model(name: str) -> Found:
         EquipoiseError: Config, tokenizer or chat template cannot be read at all.
     """
     place = resolve_model(name)
-    whole, revision = place, None
-    if is_adapter(place):
-        manifest = read_manifest(Path(place))
-        if manifest is not None:
-            verify_files(Path(place), manifest)
-        whole, revision = base_of(Path(place), manifest)
-        check_base(Path(place), whole, manifest)
-    config = read_config(whole, revision=revision)
-    tokenizer = load_tokenizer(whole)
-    told = facts(_described(whole, revision, config), tokenizer)
-    weights, problem = _weights(whole, revision, config)
-    dials = read_manifest(Path(whole)) if Path(whole).is_dir() else None
+    folder = folder_of(place, weights=False)
+    dials, base = read_manifest(folder), ""
+    if dials is not None:
+        verify_files(folder, dials)
+    if is_adapter(folder):
+        base, revision = check_adapter(folder, dials)
+        load_tokenizer(str(folder))
+        folder, dials = folder_of(base, revision=revision, weights=False), None
+    config, tokenizer = read_config(str(folder)), load_tokenizer(str(folder))
+    told = facts(_described(folder, config), tokenizer)
+    weights, problem = _weights(folder, place, config)
     trials = [Trial(WEIGHTS, problem), *try_model(config, tokenizer, name, dials)]
-    return Found(name, told, weights, trials)
+    return Found(name, base, told, weights, trials)
 
 
-def _described(place: str, revision: str | None, config: Any) -> Any:
+def _described(folder: Path, config: Any) -> Any:
     """Return the model without numbers, with the generation config that it would be loaded with."""
     from transformers import GenerationConfig
 
     model = empty_model(config)
     try:
-        with clear_errors(place):
+        with clear_errors(str(folder)):
             read: Any = GenerationConfig.from_pretrained
-            model.generation_config = read(place, revision=revision)
+            model.generation_config = read(folder)
     except EquipoiseError:  # there is none: the model has made one of its config
         pass
     return model
 
 
-def _weights(place: str, revision: str | None, config: Any) -> tuple[str, EquipoiseError | None]:
+def _weights(folder: Path, place: str, config: Any) -> tuple[str, EquipoiseError | None]:
     try:
-        local = Path(place).is_dir()
-        stored = headers(place) if local else _hub_headers(place, revision)
+        there = any(folder.glob("*.safetensors"))
+        local = there or Path(place).is_dir()
+        stored = headers(folder) if local else _hub_headers(place, folder.name)
         check_shapes(place, config, stored, empty_model)
         if lacking := _lacking(empty_model(config), stored):
             why = f"it asks for {', '.join(lacking[:3])}, which the weights files do not hold"
@@ -120,7 +125,7 @@ def _lacking(model: Any, stored: Headers) -> list[str]:
     return lacking if 2 * len(lacking) < len(names) else []
 
 
-def _hub_headers(hub_id: str, revision: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _hub_headers(hub_id: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     from huggingface_hub import get_safetensors_metadata
 
     with clear_errors(hub_id):

@@ -76,7 +76,7 @@ def try_model(
             )
 
         steps: dict[str, tuple[str | None, Callable[[], Path]]] = {
-            "sample": (None, lambda: _sampled(config, tokenizer, name, folder / "base")),
+            "sample": (None, lambda: _sampled(config, tokenizer, name, folder / "base", dials)),
             "tune": ("sample", tuned("full", 0)),
             "tune with LoRA": ("sample", tuned("lora", 2)),
             "serve": ("tune", lambda: _served(done["tune"])),
@@ -111,9 +111,15 @@ def _problem_of(
     return None
 
 
-def _sampled(config: Any, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path) -> Path:
+def _sampled(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    folder: Path,
+    dials: DialManifest | None,
+) -> Path:
     check_architecture(config, name)
-    base = small_base(config, tokenizer, folder)
+    base = small_base(config, tokenizer, folder, dials)
     policy = load_causal(str(base), device="cpu")
     ids = tuple(policy.encoder.prompt_ids((Message("user", "How do I do this?"),)))
     request = GenerationRequest(ids, (Branch((), 1), Branch((), 2)))

@@ -203,8 +203,8 @@ class Encoder:
         return self._pair(first, second)[1]
 
     def most_tokens(self, sampling: Sampling) -> int:
-        """Return the most tokens of one completion, its thoughts included."""
-        return sampling.max_tokens + self.budgets(sampling).max_thought_tokens
+        """Return the most tokens of one completion, its thoughts included, in any rendering."""
+        return sampling.max_tokens + (sampling.max_thought_tokens if self.thought else 0)
 
     def budgets(self, sampling: Sampling) -> Sampling:
         """Return the sampling with no budget for thoughts where the prompts leave none open."""

@@ -76,7 +76,7 @@ def given_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
     listed = getattr(config, "eos_token_id", None)
     ids = listed if isinstance(listed, (list, tuple)) else [listed]
     backend = fast_backend(tokenizer)
-    known = [i for i in ids if isinstance(i, int) and i >= 0 and backend.id_to_token(i) is not None]
+    known = [i for i in ids if type(i) is int and i >= 0 and backend.id_to_token(i) is not None]
     if getattr(config, "_from_model_config", False):
         marks = backend.get_added_tokens_decoder().keys() | set(tokenizer.all_special_ids)
         known = [i for i in known if i in marks]

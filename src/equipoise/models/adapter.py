@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise.errors import ModelError
 from equipoise.models.hashing import model_hash
 from equipoise.models.headers import file_headers
+from equipoise.models.hub import folder_of, is_snapshot
 from equipoise.models.read import clear_errors, read_causal
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def merge(directory: str | Path, out: str | Path, *, dtype: Dtype = "float32") -
 def base_of(directory: Path, manifest: DialManifest | None) -> tuple[str, str | None]:
     """Return where the base of a LoRA directory lies: (directory, None) or (hub id, revision).
 
-    What was a folder is never looked for on the hub, where a stranger may own its name.
+    What was a folder is never looked for on the hub, where a stranger may own its name, and an
+    adapter of the hub names no folder here.
 
     Raises:
         ModelError: ``adapter_config.json`` cannot be read, or the base is not where it says.
@@ -96,10 +98,11 @@ def base_of(directory: Path, manifest: DialManifest | None) -> tuple[str, str | 
         if not isinstance(name, str) or not isinstance(revision, str | None):
             raise ValueError(f"{ADAPTER_CONFIG} names no base model")
     recipe_name = manifest.base_model if manifest is not None else ""
-    for place in (Path(name), directory / name):
+    foreign = is_snapshot(directory)
+    for place in () if foreign else (Path(name), directory / name):
         if place.is_dir():
             return str(place.absolute()), None
-    if "://" in recipe_name and not recipe_name.startswith("made://"):
+    if not foreign and "://" in recipe_name and not recipe_name.startswith("made://"):
         return resolve_model(recipe_name), None
     # Ours records the revision of whatever came from the hub.
     if Path(name).is_absolute() or (manifest is not None and revision is None):
@@ -153,17 +156,7 @@ def read_adapter(directory: Path, manifest: DialManifest | None, dtype: torch.dt
     from peft import PeftModel
     from safetensors import safe_open
 
-    if not (directory / _WEIGHTS).is_file():  # peft would fall back to a pickle
-        raise ModelError(
-            f"Cannot load {directory}",
-            why=f"{_WEIGHTS} is missing.",
-            fix="Copy the whole directory that tuning wrote; pickles are not read.",
-        )
-    with clear_errors(str(directory)):
-        _check_room(directory)
-    base, revision = base_of(directory, manifest)
-    refuse_adapter(base)
-    check_base(directory, base, manifest, revision=revision)
+    base, revision = check_adapter(directory, manifest)
     model = read_causal(base, dtype, revision=revision)
     _grow(model, directory, manifest)
     with clear_errors(str(directory)):
@@ -175,6 +168,26 @@ def read_adapter(directory: Path, manifest: DialManifest | None, dtype: torch.dt
             stored = set(file.keys())
     _check_whole(directory, wrapped, stored)
     return wrapped
+
+
+def check_adapter(directory: Path, manifest: DialManifest | None) -> tuple[str, str | None]:
+    """Check an adapter's own files and its base, no weights read; return :func:`base_of`.
+
+    Raises:
+        ModelError: Missing weights, another kind of adapter, or another base.
+    """
+    if not (directory / _WEIGHTS).is_file():  # peft would fall back to a pickle
+        raise ModelError(
+            f"Cannot load {directory}",
+            why=f"{_WEIGHTS} is missing.",
+            fix="Copy the whole directory that tuning wrote; pickles are not read.",
+        )
+    with clear_errors(str(directory)):
+        _check_room(directory)
+    base, revision = base_of(directory, manifest)
+    refuse_adapter(str(folder_of(base, revision=revision, weights=False)))
+    check_base(directory, base, manifest, revision=revision)
+    return base, revision
 
 
 def _grow(model: Any, directory: Path, manifest: DialManifest | None) -> None:
@@ -212,6 +225,14 @@ def _check_whole(directory: Path, wrapped: Any, stored: set[str]) -> None:
     wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if wanted - stored:
         raise _not_whole(directory, ", ".join(sorted(wanted - stored)[:3]))
+    # A table of the base that was saved along is no weight of the adapter, and is taken.
+    surplus = stored - wanted - set(wrapped.state_dict())
+    if surplus:
+        raise ModelError(
+            f"{ADAPTER_CONFIG} and weights of {directory} disagree",
+            why=f"It leaves out {', '.join(sorted(surplus)[:3])}.",
+            fix="Take adapter_config.json and weights from one place.",
+        )
 
 
 def _not_whole(directory: Path, lacking: str) -> ModelError:

@@ -8,6 +8,7 @@ from typing import Any
 from equipoise.errors import ModelError
 from equipoise.models.adapter import is_adapter
 from equipoise.models.context import positions
+from equipoise.models.hub import folder_of
 from equipoise.models.read import check_headers, check_weights, read_config, read_weights
 
 
@@ -25,18 +26,19 @@ def read_classifier(place: str, *, attribute: str, num_labels: int | None = None
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    if is_adapter(place):
+    folder = str(folder_of(place))
+    if is_adapter(folder):
         raise ModelError(
             f"Cannot load {place} as reward model for {attribute}",
             why="It holds an adapter, and reward models are read whole.",
             fix="Merge it into its base first: `merge_and_unload` of peft, then `save_pretrained`.",
         )
     fresh, auto = num_labels is not None, AutoModelForSequenceClassification
-    config = read_config(place)
+    config = read_config(folder)
     if fresh:
         config.num_labels = num_labels
-    check_headers(place, config, auto, fresh=fresh)
-    model, found = read_weights(place, config, auto, torch.float32)
+    check_headers(folder, config, auto, fresh=fresh)
+    model, found = read_weights(folder, config, auto, torch.float32)
     of_head = {key for key in found["missing_keys"] if _is_of_head(key, model)}
     if of_head and not fresh:
         raise ModelError(

@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 def positions(config: Any) -> int | None:
     """Return how many tokens a model of this config can hold, or None if the config does not say.
 
-    Older names (``n_positions`` of GPT-2) are found as well.
+    Older names (``n_positions`` of GPT-2) are found as well. Rotary embeddings that change with the
+    longest row of a batch (``longrope``) hold as many as before the change: beyond it an answer
+    would depend on its neighbours.
     """
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    text = config.get_text_config()
+    found = [getattr(text, "max_position_embeddings", None)]
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            found += [rope.get("original_max_position_embeddings")]
+            found += [getattr(text, "original_max_position_embeddings", None)]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)
 
 
 def check_room(n_given: int, n_sampled: int, limit: int | None) -> None:

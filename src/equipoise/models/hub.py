@@ -6,18 +6,42 @@ from pathlib import Path
 
 from equipoise.errors import ModelError
 
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model")
+_WEIGHTS = "*.safetensors"
+_WANTED = ("*.json", _WEIGHTS, "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model")
 _UNWANTED = tuple(f"*/{pattern}" for pattern in _WANTED if pattern != "*.jinja")
 """Folders hold the same model in other forms; chat templates may lie in one of their own."""
 
 
-def snapshot(hub_id: str, *, revision: str | None = None) -> Path:
+def folder_of(place: str, *, revision: str | None = None, weights: bool = True) -> Path:
+    """Return the folder that a model lies in: a directory itself, or the snapshot of a hub id.
+
+    Libraries are given folders only: from a hub id they would follow whatever else lies there.
+
+    Args:
+        place: Directory or hub id.
+        revision: Of a hub id.
+        weights: Whether those of a hub id are brought into the cache too.
+
+    Raises:
+        ModelError: See :func:`snapshot`.
+    """
+    folder = Path(place)
+    return folder if folder.is_dir() else snapshot(place, revision=revision, weights=weights)
+
+
+def is_snapshot(folder: Path) -> bool:
+    """True for a folder of the hub's cache: what it says of other places was said by a stranger."""
+    return folder.parent.name == "snapshots"
+
+
+def snapshot(hub_id: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """Return the folder of a commit, named by the commit; what the cache lacks is downloaded.
 
     Args:
         hub_id: ``owner/name``.
         revision: A commit, branch or tag; by default the newest commit, where the hub does not
             answer the one in the cache.
+        weights: Whether the weights are wanted.
 
     Raises:
         ModelError: It is neither on the hub nor whole in the cache.
@@ -31,7 +55,7 @@ def snapshot(hub_id: str, *, revision: str | None = None) -> Path:
             hub_id,
             revision=revision,
             allow_patterns=list(_WANTED),
-            ignore_patterns=list(_UNWANTED),
+            ignore_patterns=[*_UNWANTED, *([] if weights else [_WEIGHTS])],
         )
     except Exception as error:  # the client raises many kinds; none of them is ours
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from equipoise.dials.files import file_sha256
 from equipoise.errors import ModelError
 from equipoise.models.hashing import model_hash
-from equipoise.models.hub import snapshot
+from equipoise.models.hub import folder_of
 from equipoise.models.names import cache_root, resolve_model
 from equipoise.models.read import clear_errors
 from equipoise.types import PLAIN, Rendering
@@ -114,10 +114,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
     from equipoise.models.headers import check_json_files
 
-    check_json_files(name)
+    folder = str(folder_of(name, revision=revision, weights=False))
+    check_json_files(folder)
     with clear_errors(name, _TOKENIZER):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=False
+            folder, trust_remote_code=False
         )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -162,15 +163,13 @@ def load_causal(
     from equipoise.models.vocabulary import check_vocabulary
 
     place = resolve_model(name, fitted_root=fitted_root)
-    revision = None
-    if Path(place).is_dir():
-        place = str(Path(place).absolute())  # an adapter will remember where its base lies
-    else:
-        revision = snapshot(place).name
-    manifest = tokens.read_manifest(Path(place)) if Path(place).is_dir() else None
+    local, folder = Path(place).is_dir(), folder_of(place).absolute()
+    revision = None if local else folder.name
+    place = str(folder) if local else place  # an adapter will remember where its base lies
+    manifest = tokens.read_manifest(folder)
     if manifest is not None:  # before any other file of it is read
-        tokens.verify_files(Path(place), manifest)
-    tokenizer = load_tokenizer(place, revision=revision)
+        tokens.verify_files(folder, manifest)
+    tokenizer = load_tokenizer(str(folder))
     if not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer of {name} has no chat template",
@@ -179,8 +178,8 @@ def load_causal(
         )
     if manifest is None:
         tokens.refuse_lost_manifest(name, tokenizer)
-    if is_adapter(place):
-        model = read_adapter(Path(place), manifest, torch_dtype(dtype))
+    if is_adapter(folder):
+        model = read_adapter(folder, manifest, torch_dtype(dtype))
     else:
         model = read_causal(place, torch_dtype(dtype), revision=revision)
     if manifest is not None:
@@ -195,23 +194,22 @@ def load_causal(
         tokenizer=tokenizer,
         encoder=encoder,
         manifest=manifest,
-        hash=policy_hash(place, manifest, revision=revision),
+        hash=policy_hash(folder, manifest),
         revision=revision,
     )
 
 
-def policy_hash(place: str, manifest: DialManifest | None, *, revision: str | None = None) -> str:
+def policy_hash(folder: Path, manifest: DialManifest | None) -> str:
     """Return the model's hash; of a LoRA directory that of adapter and base together.
 
     Args:
-        place: Directory or hub id.
+        folder: Directory, or snapshot of a hub model.
         manifest: Of the directory.
-        revision: Of the hub id.
     """
     from equipoise.models.adapter import base_of, is_adapter
 
-    own = model_hash(place, revision=revision)
-    if not is_adapter(place):
+    own = model_hash(str(folder))
+    if not is_adapter(folder):
         return own
-    base, of_base = base_of(Path(place), manifest)
+    base, of_base = base_of(folder, manifest)
     return hashlib.sha256(f"{own}\n{model_hash(base, revision=of_base)}".encode()).hexdigest()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import EquipoiseError, ModelError
+from equipoise.models.hub import folder_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +33,12 @@ def read_config(place: str, *, revision: str | None = None) -> Any:
 
     from equipoise.models.headers import check_json_files
 
-    check_json_files(place)
+    folder = folder_of(place, revision=revision, weights=False)
+    check_json_files(str(folder))
     with clear_errors(place):
-        if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             raise OSError("There is no config.json in it.")
-        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_plain(config, place)
         # Others are packages to install, or code of the hub; none knows our masks.
         if config._attn_implementation not in (None, "eager", "sdpa"):
@@ -61,33 +62,42 @@ def read_causal(place: str, dtype: torch.dtype, *, revision: str | None = None) 
 
     from equipoise.models.architecture import check_architecture
 
-    config = read_config(place, revision=revision)
-    check_headers(place, config, AutoModelForCausalLM)
+    folder = folder_of(place, revision=revision)
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"Cannot load {place} as a whole model",
+            why="It holds an adapter, for which another model would be loaded.",
+            fix="Give its base, or merge the adapter into it.",
+        )
+    config = read_config(str(folder))
+    check_headers(str(folder), config, AutoModelForCausalLM)
     check_architecture(config, place)
-    model, found = read_weights(place, config, AutoModelForCausalLM, dtype, revision=revision)
+    model, found = read_weights(str(folder), config, AutoModelForCausalLM, dtype)
     check_weights(place, model, found)
     if getattr(model, "is_quantized", False):
         raise _quantised(place, "")
+    # By this name an adapter finds its base again.
+    model.name_or_path = model.config._name_or_path = place
     return model
 
 
 def check_headers(place: str, config: Any, auto: Any, *, fresh: bool = False) -> None:
-    """Hold a config against the headers of the weights, where they lie in a directory.
+    """Hold a config against the headers of the weights in a directory.
 
     Raises:
         ModelError: See :func:`equipoise.models.headers.check_shapes`.
     """
     from equipoise.models.headers import check_shapes, headers
 
-    if Path(place).is_dir() and getattr(config, "quantization_config", None) is None:
+    if getattr(config, "quantization_config", None) is None:
         with quiet():
             check_shapes(place, config, headers(place), auto.from_config, fresh=fresh)
 
 
 def read_weights(
-    place: str, config: Any, auto: Any, dtype: torch.dtype, *, revision: str | None = None
+    place: str, config: Any, auto: Any, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
-    """Return a model and what its library says about the weights it found.
+    """Return a model and what its library says about the weights it found in a directory.
 
     Raises:
         ModelError: They cannot be read.
@@ -101,7 +111,6 @@ def read_weights(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            revision=revision,
             trust_remote_code=False,
         )
     return model, found

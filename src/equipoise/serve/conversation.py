@@ -153,7 +153,8 @@ class Conversation:
     ) -> Generation:
         prompt_ids = tuple(self._encoder.prompt_ids(messages))
         control_ids = self._encoder.control_ids(setting)
-        most = self._encoder.most_tokens(self._sampling)
+        sampling = self._encoder.budgets(self._sampling)
+        most = sampling.max_tokens + sampling.max_thought_tokens
         needed = len(prompt_ids) + len(control_ids) + most
         if self._context is not None and needed > self._context:
             raise DataError(
@@ -162,9 +163,7 @@ class Conversation:
                 "cut off silently",
                 fix="/forget the history, or start with a smaller --max-tokens",
             )
-        return Generation(
-            prompt_ids, control_ids, self._sampling, derive_seed(self._seed, salt), ""
-        )
+        return Generation(prompt_ids, control_ids, sampling, derive_seed(self._seed, salt), "")
 
     def _deltas(self, generation: Generation) -> Iterator[str]:
         text = AnswerText(self._encoder)

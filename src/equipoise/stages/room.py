@@ -38,7 +38,7 @@ def check_context(recipe: Recipe, prompts: Sequence[Prompt], encoder: Encoder, c
     if recipe.tune.objective == "rlhf":
         asked["tune.rlhf"] = recipe.tune.rlhf.sampling
     most = {
-        name: encoder.most_tokens(Sampling(**sampling.model_dump()))
+        name: encoder.most_tokens(encoder.budgets(Sampling(**sampling.model_dump())))
         for name, sampling in asked.items()
     }
     section = max(most, key=lambda name: most[name])

@@ -83,8 +83,13 @@ class TuningPlan(Dataset[Presentation]):
         for example in examples:
             by_prompt[example.prompt.id].append(example.setting)
         self._occupied = [by_prompt[e.prompt.id] for e in examples]
+        lengths = [
+            len(p) + len(c) for p, c in zip(self._prompt_ids, self._completion_ids, strict=True)
+        ]
+        self.longest = max(lengths, default=0)
+        """Ids of the longest example, controls left out."""
         self._order = draw_order(
-            [len(p) + len(c) for p, c in zip(self._prompt_ids, self._completion_ids, strict=True)],
+            lengths,
             steps=config.steps,
             batch_size=config.batch_size,
             rng=np.random.default_rng(derive_seed(seed, "order")),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from equipoise.config import TuneConfig
-from equipoise.dials.tokens import save_dial_model
+from equipoise.dials.tokens import DialManifest, read_manifest, save_dial_model
 from equipoise.errors import EquipoiseError, ModelError, TrainingError
 from equipoise.models.cut import cut_config, empty_model, narrowest_model
+from equipoise.models.hub import folder_of
 from equipoise.models.load import load_causal, load_tokenizer
 from equipoise.models.read import read_config
 from equipoise.tune.trainer import tune
@@ -30,18 +31,27 @@ _PER_TRAINED, _PER_SAVED = 12, 4
 """Bytes per number in a checkpoint (weight and Adam's two means) and in the model, float32."""
 
 
-def small_base(config: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+def small_base(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dials: DialManifest | None = None,
+) -> Path:
     """Save two random layers of a model, narrow, with its whole tokenizer; return the folder.
 
     Args:
         config: Of the whole model.
         tokenizer: Of the same.
         folder: Created.
+        dials: Those that the model has already.
 
     Raises:
         ModelError: It cannot be built.
     """
     model = narrowest_model(cut_config(config, vocabulary=None))
+    if dials is not None:
+        save_dial_model(model, tokenizer, dials, folder)
+        return folder
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -130,7 +140,8 @@ def rehearse_policy(
     whole = read_config(place)
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        base = small_base(whole, load_tokenizer(place), folder / "base")
+        dials = read_manifest(folder_of(place, weights=False))
+        base = small_base(whole, load_tokenizer(place), folder / "base", dials)
         rehearse(
             base,
             folder / "tuned",

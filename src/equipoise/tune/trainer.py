@@ -14,6 +14,7 @@ from equipoise.config import TuneConfig
 from equipoise.dials.thoughts import refuse_thoughts
 from equipoise.dials.tokens import DialManifest, install
 from equipoise.models.adapter import refuse_adapter
+from equipoise.models.context import check_room, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
@@ -94,6 +95,7 @@ def tune(
     )
     encoder = policy.encoder.with_dials(manifest)
     plan = TuningPlan(examples, encoder, config, levels=levels, seed=seed)
+    check_room(plan.longest + len(attributes), 0, positions(model.config))
     checkpoints.mkdir(parents=True, exist_ok=True)
     dtype = settled_dtype(checkpoints, config.dtype)
     started = time.monotonic()
