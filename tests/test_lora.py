@@ -147,7 +147,13 @@ def test_an_adapter_cannot_be_the_start_model(adapter: Path) -> None:
 
 
 def test_merging_what_is_no_adapter_or_onto_a_folder_is_refused(adapter: Path) -> None:
-    for source, target in ((adapter.parent / "base", "new"), (adapter, "base")):
+    (adapter.parent / "file").write_text("")
+    for source, target in (
+        (adapter.parent / "base", "new"),
+        (adapter, "base"),
+        (adapter, "file/new"),
+        (adapter, "nowhere/new"),
+    ):
         with pytest.raises(ModelError, match="Cannot merge"):
             merge(source, adapter.parent / target)
 

@@ -9,6 +9,7 @@ from equipoise.dials.encode import Encoder
 from equipoise.dials.markers import given_ends
 from equipoise.dials.thoughts import refuse_thoughts
 from equipoise.errors import EquipoiseError
+from equipoise.models.context import positions
 from equipoise.types import Message
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def facts(model: Any, tokenizer: PreTrainedTokenizerBase) -> Facts:
         "numbers",
         head=f"{'tied to' if tied else 'apart from'} the embedding; {rows:,} rows for "
         f"{len(tokenizer):,} tokens",
-        context=_context(getattr(text, "max_position_embeddings", None), window),
+        context=_context(positions(config), window),
         template=_template(encoder),
         thoughts=_thoughts(encoder),
         ends=", ".join(

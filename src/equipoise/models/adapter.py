@@ -64,11 +64,14 @@ def merge(directory: str | Path, out: str | Path, *, dtype: Dtype = "float32") -
     from equipoise.models.load import load_causal
 
     target = Path(out)
-    if not is_adapter(directory) or target.exists():
+    why = "" if is_adapter(directory) else f"There is no {ADAPTER_CONFIG} in {directory}."
+    if target.exists() or not target.parent.is_dir():
+        why = f"{out} exists." if target.exists() else f"There is no folder {target.parent}."
+    if why:
         raise ModelError(
             f"Cannot merge {directory} into {out}",
-            why=f"{out} exists." if target.exists() else "It holds no adapter_config.json.",
-            fix="Give a folder that tuning with LoRA wrote, and a new one.",
+            why=why,
+            fix="Give a folder that tuning with LoRA wrote, and a new one where there is a parent.",
         )
     policy = load_causal(str(directory), dtype=dtype, device="cpu")
     peft_model: Any = policy.model

@@ -198,7 +198,9 @@ def clear_errors(place: str, what: str = "") -> Iterator[None]:
 def cannot_load(place: str, error: BaseException, what: str = "") -> ModelError:
     """Return the error for a model that the library could not load."""
     text = str(error).strip() or type(error).__name__
-    why, fix = text.splitlines()[0], ""
+    lines = text.splitlines()
+    # Some libraries say what is wrong in the lines behind the first.
+    why, fix = " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0], ""
     if type(error).__name__ == "SafetensorError":
         why = f"A weights file is damaged: {why}. It may be a Git LFS pointer or a cut download."
         fix = "Fetch the weights again (`git lfs pull` in a clone), and compare their sizes."
@@ -211,6 +213,11 @@ def cannot_load(place: str, error: BaseException, what: str = "") -> ModelError:
     elif not isinstance(error, OSError | ValueError):
         why = f"Its files hold something unexpected ({type(error).__name__}: {why})."
         fix = "Check config.json and the tokenizer files against those of the model's publisher."
+    elif "tokenizer" in what:
+        fix = (
+            "Take tokenizer.json and tokenizer_config.json from the model's publisher (not as Git "
+        )
+        fix += "LFS pointers)."
     return ModelError(
         f"Cannot load {place}{what}",
         why=why,
