@@ -214,10 +214,8 @@ def cannot_load(place: str, error: BaseException, what: str = "") -> ModelError:
         why = f"Its files hold something unexpected ({type(error).__name__}: {why})."
         fix = "Check config.json and the tokenizer files against those of the model's publisher."
     elif "tokenizer" in what:
-        fix = (
-            "Take tokenizer.json and tokenizer_config.json from the model's publisher (not as Git "
-        )
-        fix += "LFS pointers)."
+        fix = "Take tokenizer.json and tokenizer_config.json from the model's publisher; a Git LFS "
+        fix += "pointer is no file."
     return ModelError(
         f"Cannot load {place}{what}",
         why=why,
