@@ -96,6 +96,7 @@ def narrow(config: Any) -> Any:
         text.hidden_size = _HEADS * _HEAD
         if getattr(text, "num_key_value_heads", None):
             text.num_key_value_heads = max(1, _HEADS * shared // heads)
+        _at_most(text, "rotary_dim", _HEAD)
         if vars(text).get("head_dim") and not hasattr(text, "qk_rope_head_dim"):
             text.head_dim = _HEAD
     return small
