@@ -100,12 +100,8 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a directory or hub id, with a padding token where there is an end.
-
-    Args:
-        name: Directory or hub id.
-        revision: Of a hub id.
 
     Raises:
         ModelError: It cannot be read, or leaves open which chat template is meant.
@@ -114,7 +110,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
     from equipoise.models.headers import check_json_files
 
-    folder = str(folder_of(name, revision=revision, weights=False))
+    folder = str(folder_of(name, weights=False))
     check_json_files(folder)
     with clear_errors(name, _TOKENIZER):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
