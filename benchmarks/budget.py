@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.models.load import load_tokenizer, resolve_model
 from equipoise.store.rundir import stored_recipe
 from equipoise.store.stagefiles import StageFiles

@@ -23,9 +23,9 @@ import torch
 
 from equipoise.dials.files import file_hashes
 from equipoise.dials.tokens import install, save_dial_model
+from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import EquipoiseError
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.models.sampling import TransformersEngine
 from equipoise.tune.lora import add_lora
 from equipoise.types import Branch, GenerationRequest, Message, Sampling
 
@@ -269,7 +269,7 @@ def use_policy(place: Path) -> None:
 def use_reward(place: Path) -> None:
     """Load a reward model, hold its weights against the file, and score two answers."""
     from equipoise.config import RewardModelConfig
-    from equipoise.models.reward import load_reward_model
+    from equipoise.rewards.load import load_reward_model
     from equipoise.types import Prompt
 
     model: Any = load_reward_model(

@@ -24,7 +24,7 @@ from benchmarks.machine import machine
 _BUILD = """
 import sys, time
 from transformers import AutoTokenizer
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 start = time.perf_counter()
 Encoder(tokenizer)

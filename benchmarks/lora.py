@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from equipoise import Message, Prompt, load_causal, merge, save_dial_model
 from equipoise.config import RlhfConfig, SamplingConfig, SteeredStartConfig, TuneConfig
 from equipoise.models.load import load_tokenizer, resolve_model
-from equipoise.tune.rlhf import tune_by_rlhf
+from equipoise.rlhf.tune import tune_by_rlhf
 from equipoise.tune.steered_start import ShiftDirections
 from equipoise.tune.trainer import Tuned, tune
 from equipoise.types import ControlledExample, DialSetting

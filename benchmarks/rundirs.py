@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.config import Recipe
-from equipoise.pipeline import run_all, run_stage
+from equipoise.pipeline.runner import run_all, run_stage
 from equipoise.store.fingerprint import STAGES, with_new_defaults
 from equipoise.store.rundir import RunDir
 

@@ -41,8 +41,8 @@ from benchmarks.machine import machine
 from benchmarks.serve.server import dialled
 from benchmarks.subjects import CAP, PROMPTS, STREAMS, WINDOW, Chat, Run, Serve, Subject
 
-from equipoise.dials.policy_file import shipped_policies
 from equipoise.dials.tokens import save_dial_model
+from equipoise.policy.file import shipped_policies
 
 RESULT = Path(__file__).with_suffix(".json")
 RULE = 0.4

@@ -36,8 +36,8 @@ from equipoise.config import (
     SourceConfig,
     TuneConfig,
 )
+from equipoise.data.prompts import load_prompts
 from equipoise.denoise import shortened
-from equipoise.pool.prompts import load_prompts
 from equipoise.tune.trainer import tune
 
 ATTRIBUTES = ("helpfulness", "safety")

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.cache import PrefixCache
+from equipoise.engine.decode import LiveRows
+from equipoise.engine.draw import Row
+from equipoise.engine.seam import Generation, Token
 from equipoise.models.load import LoadedPolicy
 from equipoise.seeds import derive_seed
-from equipoise.serve.engine import Generation, Token
-from equipoise.serve.picking import Row
-from equipoise.serve.prefix import PrefixCache
-from equipoise.serve.rows import LiveRows
 from equipoise.types import DialSetting, Sampling
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 

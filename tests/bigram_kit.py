@@ -11,8 +11,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from equipoise.engine.sample import TransformersEngine
 from equipoise.models.load import LoadedPolicy
-from equipoise.models.sampling import TransformersEngine
 from equipoise.types import Branch, GenerationRequest, Message, Sampled, Sampling
 
 HI = (Message("user", "hi"),)

@@ -36,10 +36,10 @@ def import_everything() -> None:
         Trainer,
     )
 
-    import equipoise.evaluate.report
-    import equipoise.models.sampling
-    import equipoise.pipeline
+    import equipoise.engine.sample
+    import equipoise.pipeline.runner
     import equipoise.pool.score
+    import equipoise.report.render
     import equipoise.tune.trainer  # noqa: F401
 
     torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def kill_at(point: int) -> None:
 
 def run_stage(run_dir: Path, stage: str) -> None:
     """Run one stage as the command line would."""
-    from equipoise.pipeline import run_stage as run
+    from equipoise.pipeline.runner import run_stage as run
     from equipoise.progress import Progress
     from equipoise.store.rundir import RunDir, stored_recipe
 

@@ -13,8 +13,8 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["equipoise.dials", "equipoise.types"]):
-    from equipoise.dials.encode import Encoder
     from equipoise.dials.tokens import control_tokens
+    from equipoise.encoding.encode import Encoder
     from equipoise.errors import DataError
 
 from test_encode import ATTRIBUTES, benign_marks, dialled, marks, messages

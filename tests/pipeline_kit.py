@@ -216,5 +216,5 @@ def blank_pictures() -> Iterator[None]:
         return paths
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("equipoise.evaluate.canvas.save", blank)
+        patch.setattr("equipoise.report.canvas.save", blank)
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.config import RlhfConfig, SamplingConfig, TuneConfig
-from equipoise.tune.rlhf import tune_by_rlhf
+from equipoise.rlhf.tune import tune_by_rlhf
 from equipoise.tune.trainer import Tuned
 from equipoise.types import Prompt
 from tuning_kit import examples, prompt, tiny_policy

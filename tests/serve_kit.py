@@ -14,18 +14,18 @@ from typing import Any
 
 import yaml
 
-from equipoise.dials.dial_policy import Key
-from equipoise.dials.encode import Encoder
 from equipoise.dials.manifest import DialManifest, control_tokens
-from equipoise.dials.policy_file import shipped_policies
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.seam import Generation, Load, Token
+from equipoise.policy.decide import Key
+from equipoise.policy.file import shipped_policies
+from equipoise.policy.keys import add_key, digest, new_secret
+from equipoise.policy.reload import Rules, RulesSource
 from equipoise.serve.app import House, build_app
 from equipoise.serve.auth import Gate
 from equipoise.serve.chat import ServedModel
 from equipoise.serve.content_log import ContentLog
-from equipoise.serve.engine import Generation, Load, Token
-from equipoise.serve.keys import add_key, digest, new_secret
 from equipoise.serve.loopback import on_loopback
-from equipoise.serve.reload import Rules, RulesSource
 from tokenizer_kit import byte_bpe
 
 ATTRIBUTES = ("helpfulness", "safety")

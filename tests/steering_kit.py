@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from equipoise.models.sampling import TransformersEngine
+from equipoise.engine.sample import TransformersEngine
 from tuning_kit import tiny_policy
 
 SHIFT = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))

@@ -12,15 +12,15 @@ from benchmarks.architectures import MUST_PASS, REFUSED, config_of, tokenizer
 
 from equipoise.check.trial import PARTS, merge_and_compare, try_model
 from equipoise.config import TuneConfig
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.draw import draw, uniform_stream
+from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import ModelError, TrainingError
 from equipoise.models import branches
 from equipoise.models.architecture import check_architecture, compare
 from equipoise.models.cut import cut_config, narrowest_model
-from equipoise.models.drawing import draw, uniform_stream
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.models.sampling import TransformersEngine
 from equipoise.tune import rehearsal
 from equipoise.tune.batch import TuningPlan, collate
 from equipoise.tune.prefix import branch_log_likelihoods

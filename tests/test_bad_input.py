@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from equipoise.cli.main import main
-from equipoise.recipe_io import load_recipe
+from equipoise.recipes.load import load_recipe
 from equipoise.store.rundir import RunDir
 from equipoise.types import Prompt, RewardModel
 from pipeline_kit import (
@@ -249,9 +249,9 @@ def test_evaluated_prompts_that_training_saw_are_refused(
     generated: Path, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from equipoise.errors import DataError
+    from equipoise.pipeline.job import Job, read_prompts
     from equipoise.progress import Progress
     from equipoise.stages import unseen
-    from equipoise.stages.inputs import Job, read_prompts
     from equipoise.store.rundir import stored_recipe
 
     shutil.copytree(generated, tmp_path / "run")

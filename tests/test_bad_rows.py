@@ -11,13 +11,13 @@ import pyarrow.parquet as parquet
 import pytest
 
 from equipoise.config import PromptsConfig, SourceConfig
-from equipoise.dials.encode import Encoder
+from equipoise.data.dialogues import load_rows
+from equipoise.data.pairs import load_labelled, load_pairs
+from equipoise.data.prompts import check_lengths, load_prompts
+from equipoise.data.skipped import Skipped
+from equipoise.data.sources import read_rows
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError
-from equipoise.pool.preferences import load_labelled, load_pairs
-from equipoise.pool.prompts import check_lengths, load_prompts
-from equipoise.pool.rows import read_rows
-from equipoise.pool.skipped import Skipped
-from equipoise.start.rows import load_rows
 from equipoise.store.shards import rows_to_jsonl, rows_to_parquet
 from equipoise.types import Message, Prompt
 from pipeline_kit import TEMPLATE, build_tokenizer
@@ -239,7 +239,7 @@ def test_a_long_prompt_is_named_by_its_row(tmp_path: Path, strict: Encoder) -> N
 
 
 def test_rows_of_later_stages_are_named_too(tmp_path: Path, strict: Encoder) -> None:
-    from equipoise.start.teach import encode_rows
+    from equipoise.alignment.sft import encode_rows
 
     turns = [{"role": "system", "content": "Be kind."}, *TURNS]
     write(tmp_path / "s.jsonl", {"messages": turns})

@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher_kit import KINDS, alone, decode, dialled, fresh, generation
+from equipoise.engine.batcher import ContinuousBatcher
+from equipoise.engine.decode import LiveRows
+from equipoise.engine.draw import Row, draw
+from equipoise.engine.sample import TransformersEngine
+from equipoise.engine.seam import Generation, Load, Token
+from equipoise.engine.ticket import Ticket
 from equipoise.errors import DataError, ModelError, ServingError
-from equipoise.models.drawing import draw
 from equipoise.models.load import LoadedPolicy
-from equipoise.models.sampling import TransformersEngine
-from equipoise.serve.batcher import ContinuousBatcher
-from equipoise.serve.engine import Generation, Load, Token
-from equipoise.serve.picking import Row
-from equipoise.serve.rows import LiveRows
-from equipoise.serve.ticket import Ticket
 from equipoise.types import Branch, GenerationRequest, Sampling
 from tuning_kit import tiny_policy
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from batcher_kit import dialled
 from equipoise.cli import chat
-from equipoise.dials.policy_file import load_policy
+from equipoise.cli.conversation import Conversation
 from equipoise.errors import ConfigError, DataError, ModelError
-from equipoise.serve.conversation import Conversation
+from equipoise.policy.file import load_policy
 from equipoise.types import DialSetting, Message, Sampling
 from tuning_kit import ATTRIBUTES, tiny_policy
 

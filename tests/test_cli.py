@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from equipoise import pipeline
 from equipoise.cli.main import main
 from equipoise.cli.stages import COMMANDS, START_COMMANDS
+from equipoise.pipeline import runner as pipeline
 from equipoise.store.fingerprint import ORDER, SPECS, STAGES, START_STAGES
 from equipoise.store.rundir import RunDir
 
@@ -171,7 +171,7 @@ def test_a_run_directory_in_place_of_a_model_is_pointed_to_its_model(
 NOISE = """
 import logging, sys, warnings
 from equipoise.cli.main import main
-from equipoise.pipeline import quieten
+from equipoise.pipeline.runner import quieten
 try: main(["recipes"])
 except SystemExit: pass
 quieten()

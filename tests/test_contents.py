@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from bigram_kit import ASKED, TURNS, byte_tokenizer
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError
 from equipoise.types import Message
 

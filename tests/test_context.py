@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from equipoise.cli.main import main
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.batcher import ContinuousBatcher
+from equipoise.engine.sample import TransformersEngine
+from equipoise.engine.seam import Generation
 from equipoise.errors import DataError
 from equipoise.models.context import positions
-from equipoise.models.sampling import TransformersEngine
-from equipoise.serve.batcher import ContinuousBatcher
-from equipoise.serve.engine import Generation
 from equipoise.types import Branch, GenerationRequest, Sampling
 from pipeline_kit import build_tokenizer, save_assets, tiny_recipe, write_recipe
 

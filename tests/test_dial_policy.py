@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from equipoise.dials.dial_policy import (
+from equipoise.errors import ConfigError
+from equipoise.policy.decide import (
     DialPolicy,
     Key,
     Range,
@@ -22,8 +23,7 @@ from equipoise.dials.dial_policy import (
     effective_setting,
     scenario_for,
 )
-from equipoise.dials.policy_file import is_closed, load_policy, parse_policy, shipped_policies
-from equipoise.errors import ConfigError
+from equipoise.policy.file import is_closed, load_policy, parse_policy, shipped_policies
 from equipoise.types import DialSetting
 
 ATTRIBUTES = ("helpfulness", "safety")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from equipoise.dials import copies, skeletons
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import control_tokens, install
+from equipoise.encoding import copies, skeletons
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError, EncodingError, EquipoiseError, ModelError
 from equipoise.types import DialSetting, Message
 from tokenizer_kit import FAMILIES, MARKERS, cached, conversation, hostile, ordinary, word_level

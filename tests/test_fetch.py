@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from equipoise.errors import ModelError
-from equipoise.models import fetch as fetching
-from equipoise.models.fetch import Asset, fetch, is_complete
+from equipoise.fetch import fetch as fetching
+from equipoise.fetch.fetch import Asset, fetch, is_complete
 from equipoise.models.load import cache_root
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}

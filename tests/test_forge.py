@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError
 from equipoise.evaluate.forge import (
     FAMILIES,

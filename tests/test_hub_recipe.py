@@ -12,10 +12,10 @@ import torch
 
 from equipoise import load_causal
 from equipoise.cli.main import main
-from equipoise.dials.policy_file import find_policy, load_policy
 from equipoise.errors import ModelError
-from equipoise.recipe_io import load_recipe
-from equipoise.serve.forging import served
+from equipoise.policy.file import find_policy, load_policy
+from equipoise.recipes.load import load_recipe
+from equipoise.serve.forge import served
 from hub_kit import COMMIT, add_model, build_hub, offline
 from hub_models import MODELS, POLICY, save_llama
 from hub_rows import SETS

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from equipoise.dials.attributes import cells
 from equipoise.errors import DataError
-from equipoise.evaluate.intervals import bootstrap, over_seeds, paired_difference, prompt_weights
 from equipoise.evaluate.measure import compare_mp, measure, measure_grid
 from equipoise.evaluate.metrics import (
     Grid,
@@ -22,6 +21,7 @@ from equipoise.evaluate.metrics import (
     pearson,
     untouched_floor,
 )
+from equipoise.stats import bootstrap, over_seeds, paired_difference, prompt_weights
 from equipoise.types import Delivery, DialSetting
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy, targets
 

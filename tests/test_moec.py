@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.backdoor import back_door
 from equipoise.config import DistilConfig
 from equipoise.denoise import shorten
 from equipoise.errors import DataError
-from equipoise.moec import distil
+from equipoise.pool.backdoor import back_door
+from equipoise.pool.moec import distil
 from equipoise.types import (
     Completion,
     ControlledExample,

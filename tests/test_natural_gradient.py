@@ -8,8 +8,8 @@ import torch
 
 from equipoise.errors import DataError
 from equipoise.models.layers import decoder_layers
-from equipoise.models.shift_gradients import shift_gradients
 from equipoise.steer.natural_gradient import PoolGradients, natural_directions, read_gradients
+from equipoise.steer.shift_gradients import shift_gradients
 from equipoise.types import Completion, ScoredCompletion
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from equipoise.config import TuneConfig
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.encoding.encode import Encoder
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import LOOK_EVERY, ControlledBatch, TuningPlan, collate
 from equipoise.tune.lora import add_lora

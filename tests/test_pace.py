@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from equipoise.pace import Pace
+from equipoise.pipeline.pace import Pace
 from equipoise.progress import Progress
 
 
@@ -78,7 +78,7 @@ def test_a_stage_is_far_over_its_plan_at_twice_and_half_a_minute(
 def test_it_is_said_once_with_the_likely_cause(
     load: float, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("equipoise.pace.cores", lambda: 2)
+    monkeypatch.setattr("equipoise.pipeline.pace.cores", lambda: 2)
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
     watched, clock, said = followed({"tune": 1.0, "evaluate": 1.0})
     watched.begin("tune")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from equipoise.pipeline import run_all, run_stage
-from equipoise.plan import PLANNED, read_plan
+from equipoise.pipeline.job import read_prompts, read_scored
+from equipoise.pipeline.plan import PLANNED, read_plan
+from equipoise.pipeline.runner import run_all, run_stage
 from equipoise.pool.calibrate import Calibration
 from equipoise.progress import Progress
-from equipoise.recipe_io import load_recipe
-from equipoise.stages.inputs import read_prompts, read_scored
+from equipoise.recipes.load import load_recipe
 from equipoise.stages.unseen import judges_by_hash, judges_by_name, judges_in_training
 from equipoise.store.fingerprint import STAGES
 from equipoise.store.rundir import RunDir, stored_recipe

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from equipoise.config import SourceConfig
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.models.load import LoadedPolicy
-from equipoise.plan import ROWS_UNKNOWN, parameters_of, rows_of, training_speed
+from equipoise.pipeline.plan import ROWS_UNKNOWN, parameters_of, rows_of, training_speed
 from pipeline_kit import build_tokenizer
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher_kit import decode, dialled, fresh, generation
-from equipoise.serve.prefix import MIN_SHARED, PrefixCache
-from equipoise.serve.rows import LiveRows
+from equipoise.engine.cache import MIN_SHARED, PrefixCache
+from equipoise.engine.decode import LiveRows
 
 LONG = tuple(range(5, 45))
 

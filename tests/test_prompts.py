@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.config import PromptsConfig, SourceConfig
+from equipoise.data.pairs import load_labelled, load_pairs
+from equipoise.data.prompts import check_lengths, load_prompts
+from equipoise.data.shapes import parse_transcript
+from equipoise.data.sources import draw, read_rows
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.pool.preferences import load_labelled, load_pairs
-from equipoise.pool.prompts import check_lengths, load_prompts
-from equipoise.pool.rows import draw, read_rows
-from equipoise.pool.shapes import parse_transcript
 from equipoise.types import Message, Prompt
 
 USER = [{"role": "user", "content": "How do I wax a lamp?"}]

@@ -9,8 +9,8 @@ import yaml
 
 from equipoise.config import Config, Recipe
 from equipoise.errors import ConfigError
-from equipoise.recipe_check import field_names
-from equipoise.recipe_io import describe_shipped, find_recipe, load_recipe, shipped
+from equipoise.recipes.check import field_names
+from equipoise.recipes.load import describe_shipped, find_recipe, load_recipe, shipped
 
 GOOD = """\
 name: good

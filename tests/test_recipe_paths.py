@@ -11,8 +11,8 @@ import yaml
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.recipe_io import load_recipe
-from equipoise.recipe_paths import shown_model
+from equipoise.recipes.load import load_recipe
+from equipoise.recipes.source import shown_model
 from equipoise.store.rundir import RunDir, stored_recipe
 
 

@@ -12,19 +12,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ConfigError
-from equipoise.evaluate.canvas import STYLE
-from equipoise.evaluate.figures_refusals import refusals
 from equipoise.evaluate.quality import drift
 from equipoise.evaluate.refusals import refusal_curves
-from equipoise.evaluate.report import render
 from equipoise.models.load import resolve_model
-from equipoise.models.reward import load_reward_model
-from equipoise.models.reward_card import read_card
 from equipoise.overlap import prompt_key
-from equipoise.pipeline import run_stage
+from equipoise.pipeline.job import read_prompts
+from equipoise.pipeline.runner import run_stage
 from equipoise.progress import Progress
-from equipoise.recipe_io import load_recipe
-from equipoise.stages.inputs import read_prompts
+from equipoise.recipes.load import load_recipe
+from equipoise.report.canvas import STYLE
+from equipoise.report.figures_data import refusals
+from equipoise.report.render import render
+from equipoise.rewards.card import read_card
+from equipoise.rewards.load import load_reward_model
 from equipoise.stages.quality_of import benign, group_of, spread
 from equipoise.store.rundir import RunDir
 from equipoise.types import Delivery, DialSetting, Message, Prompt

@@ -14,14 +14,14 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import equipoise
+from equipoise.alignment.align import align_by_dpo, align_by_rlhf
+from equipoise.alignment.sft import encode_rows, teach
 from equipoise.config import AlignConfig, RewardModelConfig, RolloutConfig, SamplingConfig
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ModelError
-from equipoise.models.classifier import read_classifier
 from equipoise.models.headers import headers
 from equipoise.models.load import LoadedPolicy, load_causal, load_tokenizer
-from equipoise.start.align import align_by_dpo, align_by_rlhf
-from equipoise.start.teach import encode_rows, teach
+from equipoise.rewards.classifier import read_classifier
 from equipoise.types import PreferencePair
 from reward_kit import bert_dir, byte_tokenizer, causal_dir, classifier_dir, llama_config
 from rlhf_kit import Scorer

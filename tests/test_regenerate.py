@@ -18,13 +18,13 @@ from equipoise.config import (
     SamplingConfig,
 )
 from equipoise.errors import ConfigError
-from equipoise.moec import distil
-from equipoise.pipeline import run_stage
+from equipoise.pipeline.job import FLUENCY, Job, read_calibration, read_scored, read_steered
+from equipoise.pipeline.runner import run_stage
+from equipoise.pool.moec import distil
 from equipoise.progress import Progress
-from equipoise.recipe_io import build_recipe, load_recipe
-from equipoise.stages.inputs import FLUENCY, Job, read_calibration, read_scored, read_steered
-from equipoise.stages.steering import STRENGTHS, read_directions
-from equipoise.stages.tuning import START_CURVE, steering_of
+from equipoise.recipes.load import build_recipe, load_recipe
+from equipoise.stages.steer import STRENGTHS, read_directions
+from equipoise.stages.tune import START_CURVE, steering_of
 from equipoise.steer.regeneration import batches_of, regenerate, wishes
 from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.types import Completion, DialSetting, ScoredCompletion, SteeredCompletion

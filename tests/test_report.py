@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from equipoise.evaluate.canvas import colours, heatmap, label, markers, written
-from equipoise.evaluate.figures_data import losses
 from equipoise.evaluate.measure import measure
 from equipoise.evaluate.metrics import chance_leakage
-from equipoise.evaluate.report import plain, render
-from equipoise.evaluate.sampler import MAX_BYTES, sampler
+from equipoise.report.canvas import colours, heatmap, label, markers, written
+from equipoise.report.figures_data import losses
+from equipoise.report.render import plain, render
+from equipoise.report.sampler import MAX_BYTES, sampler
 from eval_kit import (
     ATTRIBUTES,
     deliveries_from,
@@ -250,7 +250,7 @@ def test_no_global_state_is_left_behind(made: tuple[Path, Path, dict]) -> None:
 
 
 def test_a_stage_that_nobody_planned_shows_no_plan() -> None:
-    from equipoise.evaluate.checks import _minutes
+    from equipoise.report.checks import _minutes
 
     shown = _minutes({"stages": {"score": 0.2, "tune": 2.14}, "planned": {"tune": 2.0}})
     rows = re.findall(r"<tr>(?:<t[dh][^>]*>.*?</t[dh]>)+</tr>", shown)

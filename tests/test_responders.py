@@ -12,8 +12,7 @@ from equipoise.dials.attributes import cells
 from equipoise.errors import ConfigError, DataError, RewardError
 from equipoise.steer.prompting import Prompting, built_in_phrases
 from equipoise.steer.reranking import Candidates, Reranking, nearest
-from equipoise.steer.tuned import Tuned
-from equipoise.steer.untouched import Untouched
+from equipoise.steer.responders import Tuned, Untouched
 from equipoise.types import (
     ControlledExample,
     DialSetting,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from equipoise.pipeline import run_stage
+from equipoise.pipeline.runner import run_stage
 from equipoise.progress import Progress
-from equipoise.recipe_io import load_recipe
+from equipoise.recipes.load import load_recipe
 from equipoise.store.rundir import RunDir
 from pipeline_kit import save_assets, tiny_recipe, write_recipe
 

@@ -14,16 +14,16 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from equipoise.config import FitRewardConfig, RewardModelConfig, SourceConfig
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError, ModelError, RewardError, TrainingError
 from equipoise.models import load
-from equipoise.models.fit_reward import fit_reward, split_by_prompt
-from equipoise.models.reward import ClassifierReward, load_reward_model
-from equipoise.models.reward_baselines import auc, held_out_estimate, length_scores
-from equipoise.models.reward_card import read_card
-from equipoise.models.reward_head import FrozenFeatures
-from equipoise.models.reward_input import InputEncoder
 from equipoise.overlap import prompt_key
+from equipoise.rewards.baselines import auc, held_out_estimate, length_scores
+from equipoise.rewards.card import read_card
+from equipoise.rewards.fit import fit_reward, split_by_prompt
+from equipoise.rewards.head import FrozenFeatures
+from equipoise.rewards.input import InputEncoder
+from equipoise.rewards.load import ClassifierReward, load_reward_model
 from equipoise.types import LabelledAnswer, Message, PreferencePair, Prompt
 from reward_kit import (
     bert_dir,

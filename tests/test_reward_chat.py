@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from bigram_kit import byte_tokenizer
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ModelError
-from equipoise.models.reward_input import InputEncoder
+from equipoise.rewards.input import InputEncoder
 from equipoise.types import Message
 from tokenizer_kit import FAMILIES, MARKERS, conversation, hostile, ordinary
 

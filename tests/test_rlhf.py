@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 
 from equipoise.config import SamplingConfig
 from equipoise.dials.attributes import cells
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import RewardError, TrainingError
-from equipoise.models.sampling import TransformersEngine
-from equipoise.pipeline import run_all
+from equipoise.pipeline.runner import run_all
 from equipoise.progress import Progress
-from equipoise.recipe_io import load_recipe
+from equipoise.recipes.load import load_recipe
+from equipoise.rlhf.closeness import AskPlan, closeness, deaf_floor
+from equipoise.rlhf.guards import Guards
+from equipoise.rlhf.reference import StartReference
+from equipoise.rlhf.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.store.fingerprint import diff, with_new_defaults
 from equipoise.store.rundir import RunDir
-from equipoise.tune.closeness import AskPlan, closeness, deaf_floor
-from equipoise.tune.guards import Guards
-from equipoise.tune.reference import StartReference
-from equipoise.tune.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.tune.trainer import Tuned
 from equipoise.types import DialSetting, Prompt, Sampling
 from pipeline_kit import save_assets, tiny_recipe, write_recipe

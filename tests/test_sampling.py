@@ -8,10 +8,10 @@ import torch
 
 from equipoise.config import GenerateConfig, SamplingConfig
 from equipoise.dials.attributes import cells
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import ModelError
-from equipoise.models.sampling import TransformersEngine
 from equipoise.pool.generate import generate
 from equipoise.seeds import derive_seed
 from equipoise.types import (

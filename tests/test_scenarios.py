@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from equipoise.cli.main import main
-from equipoise.dials.policy_file import load_policy
 from equipoise.errors import ConfigError, DataError
-from equipoise.evaluate.canvas import save
-from equipoise.evaluate.report import plain
 from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
+from equipoise.policy.file import load_policy
+from equipoise.report.canvas import save
+from equipoise.report.render import plain
 from equipoise.types import DialSetting
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy
 from pipeline_kit import blank_pictures, save_assets, tiny_recipe, write_recipe

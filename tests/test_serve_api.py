@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from equipoise.serve.failures import RefusedError
+from equipoise.protocol.failures import RefusedError
 from serve_kit import ANSWER, Door, Reply, call, chat_body, make_door, running
 
 

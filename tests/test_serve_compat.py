@@ -21,9 +21,9 @@ from openai.types.chat.completion_create_params import (
     CompletionCreateParamsStreaming,
 )
 
-from equipoise.serve.compat import ANSWER_FIELDS, NeutralFields
-from equipoise.serve.turns import ChatMessage, TextPart
-from equipoise.serve.wire import ChatRequest, StreamOptions
+from equipoise.protocol.compat import ANSWER_FIELDS, NeutralFields
+from equipoise.protocol.turns import ChatMessage, TextPart
+from equipoise.protocol.wire import ChatRequest, StreamOptions
 from serve_kit import Door, Reply, ask, chat_body, dialled, make_door, served_model
 from tokenizer_kit import FAMILIES, MARKERS, hostile
 

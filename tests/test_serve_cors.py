@@ -10,9 +10,9 @@ import pytest
 
 from equipoise.cli.main import main
 from equipoise.errors import ConfigError
+from equipoise.policy.keys import revoke_key
 from equipoise.serve.app import ROUTES
 from equipoise.serve.cors import check_origin
-from equipoise.serve.keys import revoke_key
 from serve_kit import Door, Reply, ask, call, chat_body, make_door, running
 
 CHAT = "/v1/chat/completions"

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
-from equipoise.serve import app, wire
+from equipoise.protocol import wire
+from equipoise.serve import app
 from equipoise.serve.app import ROUTES
 from equipoise.serve.auth import OPEN_PATH
 from serve_kit import ANSWER, Door, Reply, ask, chat_body, make_door

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from equipoise.config import TuneConfig
-from equipoise.dials.encode import Encoder
 from equipoise.dials.manifest import control_tokens
+from equipoise.encoding.encode import Encoder
+from equipoise.protocol.failures import RefusedError
 from equipoise.serve.chat import Job, prepare
-from equipoise.serve.failures import RefusedError
-from equipoise.steer.tuned import Tuned
+from equipoise.steer.responders import Tuned
 from equipoise.tune.batch import TuningPlan, collate
 from equipoise.types import ControlledExample, DialSetting, Message, Prompt, Sampling
 from eval_kit import FakeEngine

@@ -14,7 +14,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.config import SchemathesisConfig
 
-from equipoise.serve.openapi import document
+from equipoise.protocol.openapi import document
 from serve_kit import ATTRIBUTES, LEVELS, Door, make_door, running
 
 LEAK = re.compile(r"0x[0-9a-f]{4}|Traceback|site-packages|\.py\b|/(home|work|tmp|usr)/|equipoise\.")

@@ -17,12 +17,12 @@ import pytest
 import yaml
 
 from equipoise.cli.main import main
-from equipoise.dials.dial_policy import Key, scenario_for
-from equipoise.dials.policy_file import parse_policy
 from equipoise.errors import ConfigError
-from equipoise.serve import keys as keys_module
-from equipoise.serve import reload
-from equipoise.serve.keys import (
+from equipoise.policy import keys as keys_module
+from equipoise.policy import reload
+from equipoise.policy.decide import Key, scenario_for
+from equipoise.policy.file import parse_policy
+from equipoise.policy.keys import (
     add_key,
     digest,
     environment_keys,
@@ -31,7 +31,7 @@ from equipoise.serve.keys import (
     parse_keys,
     read_keys,
 )
-from equipoise.serve.reload import RulesSource
+from equipoise.policy.reload import RulesSource
 from equipoise.serve.runner import ServeOptions, allowed_hosts, check_start, rules_source
 from serve_kit import (
     ATTRIBUTES,

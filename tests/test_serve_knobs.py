@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from batcher_kit import dialled, fresh, generation
-from equipoise.serve.engine import Token
+from equipoise.engine.seam import Token
 from equipoise.types import DialSetting, Sampling
 from serve_kit import Door, Reply, ask, chat_body, make_door
 from test_serve_compat import NEUTRAL, OPENAI

@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher_kit import dialled, generation
+from equipoise.engine import batcher
+from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.errors import ServingError
-from equipoise.serve import batcher, connection
-from equipoise.serve.batcher import ContinuousBatcher
-from equipoise.serve.failures import RefusedError
+from equipoise.protocol.failures import RefusedError
+from equipoise.serve import connection
 from equipoise.serve.limits import RateLimit, read_body
 from serve_kit import Door, ask, call, chat_body, make_door, running, served_model, wait_for
 

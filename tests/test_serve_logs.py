@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from equipoise.errors import ConfigError
+from equipoise.protocol.wire import Applied, Envelope
 from equipoise.serve import content_log
 from equipoise.serve.content_log import ContentLog
-from equipoise.serve.wire import Applied, Envelope
 from equipoise.types import Message
 from serve_kit import Door, call, chat_body, make_door, running
 

@@ -22,14 +22,14 @@ import openai
 import pytest
 
 from equipoise.cli.main import main
-from equipoise.dials.dial_policy import Key
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install, save_dial_model
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError
 from equipoise.models import load as models_load
+from equipoise.policy.decide import Key
+from equipoise.policy.keys import add_key, digest, new_secret
 from equipoise.serve import runner
 from equipoise.serve.connection import listening
-from equipoise.serve.keys import add_key, digest, new_secret
 from serve_kit import call, chat_body, example_policy, policy_text, wait_for
 from tuning_kit import tiny_policy
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from equipoise.cli.main import main
+from equipoise.engine.seam import Generation, Token
 from equipoise.serve import runner, scoring
-from equipoise.serve.engine import Generation, Token
 from equipoise.serve.loopback import on_loopback
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
 from equipoise.types import Prompt

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.dials.encode import Encoder
-from equipoise.serve.streaming import Detokenizer, StopStrings
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.text import Detokenizer, StopStrings
 from tokenizer_kit import FAMILIES, ordinary
 
 CHUNKINGS = 20

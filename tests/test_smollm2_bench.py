@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.recipe_io import load_recipe
+from equipoise.recipes.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -12,6 +12,9 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from equipoise.alignment.align import align_by_dpo, align_by_rlhf, weighted_reward
+from equipoise.alignment.pretrain import new_model, train_tokenizer
+from equipoise.alignment.sft import encode_rows, teach
 from equipoise.config import (
     AlignConfig,
     PretrainConfig,
@@ -19,19 +22,16 @@ from equipoise.config import (
     SamplingConfig,
     SourceConfig,
 )
-from equipoise.dials.encode import Encoder
+from equipoise.data.dialogues import load_rows
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, DataError, RunError, TrainingError
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.pipeline import run_all, run_stage
+from equipoise.pipeline.runner import run_all, run_stage
 from equipoise.progress import Progress
-from equipoise.recipe_io import load_recipe
-from equipoise.start.align import align_by_dpo, align_by_rlhf, weighted_reward
-from equipoise.start.pretrain import new_model, train_tokenizer
-from equipoise.start.rows import load_rows
-from equipoise.start.teach import encode_rows, teach
+from equipoise.recipes.load import load_recipe
+from equipoise.rlhf.reference import log_probs
+from equipoise.rlhf.rollouts import Ask
 from equipoise.store.rundir import RunDir
-from equipoise.tune.reference import log_probs
-from equipoise.tune.rollouts import Ask
 from equipoise.types import Message, PreferencePair, Prompt
 from pipeline_kit import ITEMS, VERBS, blank_pictures, save_assets, tiny_recipe, write_recipe
 from rlhf_kit import Constant, Scorer
@@ -228,7 +228,7 @@ def test_teaching_is_exact_after_a_stop_and_stops_on_an_infinite_loss(
     state = resumed.model.state_dict()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, state[name]), name
-    monkeypatch.setattr("equipoise.start.teach.SFTTrainer", LostTrainer)
+    monkeypatch.setattr("equipoise.alignment.sft.SFTTrainer", LostTrainer)
     with pytest.raises(TrainingError, match="step 4: the loss is not finite"):
         run("spoilt")
     assert kept_steps(tmp_path / "spoilt") == [2]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from equipoise.config import SteeredStartConfig, TuneConfig
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, TrainingError
 from equipoise.models.layers import decoder_layers, states_behind, watched
-from equipoise.recipe_io import load_recipe
+from equipoise.recipes.load import load_recipe
 from equipoise.tune.lora import add_lora
 from equipoise.tune.prefix import before_labels
 from equipoise.tune.steered_start import (

@@ -12,15 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
+from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import DataError, ModelError
 from equipoise.models.layers import decoder_layers, layer_index, shifted, watched
-from equipoise.models.reading import read_completions
-from equipoise.models.sampling import TransformersEngine
+from equipoise.models.likelihood import read_completions
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import steered_request
 from equipoise.steer.directions import Directions, PoolReading, find_directions, read_pool
-from equipoise.steer.steering import Steering
-from equipoise.steer.strengths import Strengths, Tried, strengths_for_levels
+from equipoise.steer.responders import steered_request
+from equipoise.steer.strengths import Steering, Strengths, Tried, strengths_for_levels
 from equipoise.types import (
     Branch,
     Completion,

@@ -12,21 +12,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from equipoise.denoise import is_degenerate
 from equipoise.dials.attributes import cells
 from equipoise.errors import RewardError
-from equipoise.evaluate.likelihood import (
+from equipoise.evaluate.quality import (
+    degenerate_share,
     fluency,
+    length_per_level,
+    per_setting,
     perplexity,
     perplexity_ratio,
     read_references,
 )
-from equipoise.evaluate.quality import (
-    degenerate_share,
-    length_per_level,
-    per_setting,
-)
 from equipoise.evaluate.sweep import sweep, sweep_settings
-from equipoise.models.reading import read_completions
+from equipoise.models.likelihood import read_completions
 from equipoise.overlap import prompt_key
-from equipoise.steer.untouched import Untouched
+from equipoise.steer.responders import Untouched
 from equipoise.types import Delivery, DialSetting, Message, Prompt
 from eval_kit import (
     ATTRIBUTES,

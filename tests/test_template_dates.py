@@ -9,14 +9,14 @@ import pytest
 import transformers.utils.chat_template_utils as clock
 
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer
-from equipoise import rundate
 from equipoise.config import Recipe
-from equipoise.dials.encode import Encoder
-from equipoise.dials.template import ChatTemplate
+from equipoise.encoding.encode import Encoder
+from equipoise.encoding.template import ChatTemplate
 from equipoise.errors import ModelError, RunError
 from equipoise.models.load import load_causal
+from equipoise.pipeline import rundate
+from equipoise.pipeline.job import Job
 from equipoise.progress import Progress
-from equipoise.stages.inputs import Job
 from equipoise.store.rundir import RunDir
 from equipoise.types import Rendering
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer
-from equipoise.dials.encode import Encoder
-from equipoise.dials.policy_file import parse_policy
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, ModelError
 from equipoise.models.load import load_causal
-from equipoise.serve.failures import RefusedError
+from equipoise.policy.file import parse_policy
+from equipoise.protocol.failures import RefusedError
 from equipoise.store.fingerprint import SPECS, first_affected
 from equipoise.types import Rendering
 from serve_kit import (

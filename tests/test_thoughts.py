@@ -16,18 +16,18 @@ import pytest
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer, sample
 from equipoise.config import Recipe, TuneConfig
 from equipoise.denoise import judged_text, shortened
-from equipoise.dials.dial_policy import DialPolicy
-from equipoise.dials.encode import Encoder
-from equipoise.dials.thoughts import refuse_thoughts
+from equipoise.encoding.encode import Encoder
+from equipoise.encoding.thoughts import refuse_thoughts
+from equipoise.engine.decode import LiveRows
+from equipoise.engine.sample import TransformersEngine
+from equipoise.engine.seam import Generation, Token
+from equipoise.engine.text import AnswerText
 from equipoise.errors import ConfigError
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.models.sampling import TransformersEngine
-from equipoise.pipeline import run_all, run_stage
+from equipoise.pipeline.runner import run_all, run_stage
+from equipoise.policy.decide import DialPolicy
 from equipoise.serve.chat import ServedModel
-from equipoise.serve.engine import Generation, Token
-from equipoise.serve.rows import LiveRows
 from equipoise.serve.runner import check_policy
-from equipoise.serve.streaming import AnswerText
 from equipoise.store.rundir import RunDir
 from equipoise.tune.trainer import tune
 from equipoise.types import Branch, GenerationRequest, Message, Rendering, Sampled, Sampling

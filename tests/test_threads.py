@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from equipoise import threads
+from equipoise.pipeline import threads
 
 VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 COMMAND = """

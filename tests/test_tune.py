@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import rlhf_kit
+from equipoise.alignment.align import align_by_dpo
+from equipoise.alignment.sft import encode_rows, teach
 from equipoise.config import AlignConfig, SftConfig, SourceConfig, TuneConfig
-from equipoise.dials.encode import Encoder
 from equipoise.dials.tokens import install, save_dial_model
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ModelError, TrainingError
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.start.align import align_by_dpo
-from equipoise.start.teach import encode_rows, teach
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
 from equipoise.tune.checkpoints import OnStep
 from equipoise.tune.counterfactual import counterfactuals, drop_to_auto

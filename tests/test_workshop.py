@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equipoise.cli.workshop_bake import bake
 from equipoise.errors import ConfigError, DataError, ModelError
 from equipoise.types import Message, Prompt
 from equipoise.worlds.workshop import asset, oracle_model, pairs, parses, prompts
-from equipoise.worlds.workshop.bake import bake
 from equipoise.worlds.workshop.data import draw_request, is_training, messages_for
 from equipoise.worlds.workshop.grammar import Request, base_intensities, plan, write
 from equipoise.worlds.workshop.oracle import judge, read_request

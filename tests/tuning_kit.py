@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from equipoise.config import TuneConfig
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import TuningPlan, collate
 from equipoise.tune.objectives import mean_of

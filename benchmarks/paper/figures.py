@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from equipoise.evaluate.canvas import FAINT, INK, MUTED, colours, heatmap, panels, save
+from equipoise.report.canvas import FAINT, INK, MUTED, colours, heatmap, panels, save
 
 Json = Mapping[str, Any]
 NAMES = {

@@ -10,14 +10,13 @@ from benchmarks.paper.points import Scale
 from benchmarks.rundirs import execute
 
 from equipoise.config import Recipe
+from equipoise.engine.sample import TransformersEngine
 from equipoise.evaluate.rewind import Pool, chance_coverage, rewind
 from equipoise.models.load import load_causal
-from equipoise.models.sampling import TransformersEngine
-from equipoise.recipe_io import load_recipe
+from equipoise.pipeline.job import read_prompts
+from equipoise.recipes.load import load_recipe
 from equipoise.seeds import derive_seed
-from equipoise.stages.inputs import read_prompts
-from equipoise.steer.tuned import Tuned
-from equipoise.steer.untouched import Untouched
+from equipoise.steer.responders import Tuned, Untouched
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import to_plain
 from equipoise.types import Completion, Prompt, Sampling

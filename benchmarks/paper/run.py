@@ -36,7 +36,7 @@ from benchmarks.paper.points import (
 from benchmarks.paper.study import build
 from benchmarks.paper.tables import filled
 
-from equipoise.evaluate.report import plain
+from equipoise.report.render import plain
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs" / "paper-study.md"

@@ -25,7 +25,7 @@ from benchmarks.paper.points import (
 from benchmarks.rundirs import read_report
 
 from equipoise.config import Recipe
-from equipoise.recipe_io import load_recipe
+from equipoise.recipes.load import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "workshop" / "recipe.yaml"
 BATCH = 32

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.paper.points import BEST, POOL, REFERENCE, TUNED
 from benchmarks.paper.verdicts import paired, placed, plain_estimate, verdicts
 
-from equipoise.evaluate.intervals import over_seeds
+from equipoise.stats import over_seeds
 from equipoise.types import Estimate
 
 ATTRIBUTES = ("helpfulness", "safety")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.paper.figures import NAMES, interval, methods
 
-from equipoise.evaluate.canvas import written
+from equipoise.report.canvas import written
 
 Json = Mapping[str, Any]
 POOLS = {

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from equipoise.evaluate.intervals import over_seeds
+from equipoise.stats import over_seeds
 from equipoise.types import Estimate
 
 Json = Mapping[str, Any]

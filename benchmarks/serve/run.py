@@ -35,10 +35,10 @@ from benchmarks.serve.bare import bare_generate
 from benchmarks.serve.openloop import Client
 from benchmarks.serve.server import ANSWER, dialled
 
-from equipoise.models.sampling import TransformersEngine
-from equipoise.serve.batcher import ContinuousBatcher
+from equipoise.engine.batcher import ContinuousBatcher
+from equipoise.engine.sample import TransformersEngine
+from equipoise.engine.seam import Generation
 from equipoise.serve.client import HttpResponder
-from equipoise.serve.engine import Generation
 from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Prompt, Sampling
 
 HERE = Path(__file__).parent

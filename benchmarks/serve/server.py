@@ -15,16 +15,16 @@ from pathlib import Path
 
 import yaml
 
-from equipoise.dials.dial_policy import Key
-from equipoise.dials.policy_file import shipped_policies
 from equipoise.dials.tokens import install
+from equipoise.engine.batcher import ContinuousBatcher
+from equipoise.engine.seam import Generation, Load, ServingEngine, Token
 from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.policy.decide import Key
+from equipoise.policy.file import shipped_policies
+from equipoise.policy.keys import digest, new_secret
+from equipoise.policy.reload import RulesSource
 from equipoise.serve.app import build_app
-from equipoise.serve.batcher import ContinuousBatcher
-from equipoise.serve.engine import Generation, Load, ServingEngine, Token
-from equipoise.serve.keys import digest, new_secret
 from equipoise.serve.loopback import on_loopback
-from equipoise.serve.reload import RulesSource
 from equipoise.serve.runner import LOCAL_HOSTS, served_model
 
 ANSWER = "First, hold the frostbell with both hands."

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.smollm2.points import REFERENCE, RUNS, make_recipe
 
+from equipoise.engine.sample import TransformersEngine
 from equipoise.models.load import load_causal
-from equipoise.models.sampling import TransformersEngine
-from equipoise.steer.tuned import Tuned
-from equipoise.steer.untouched import Untouched
+from equipoise.steer.responders import Tuned, Untouched
 from equipoise.types import DialSetting, Message, Prompt, Sampling
 
 PROMPTS = (

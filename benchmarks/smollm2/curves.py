@@ -21,9 +21,10 @@ from benchmarks.smollm2.tables import METHODS, RESULT
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from equipoise.evaluate import figures, figures_refusals
-from equipoise.evaluate.canvas import INK, panels, save
-from equipoise.evaluate.tables import main_judge
+from equipoise.report import figures
+from equipoise.report import figures_data as figures_refusals
+from equipoise.report.canvas import INK, panels, save
+from equipoise.report.tables import main_judge
 
 REPORT = RESULT.parent / "report"
 JUDGES = ("optimization", "generalization")

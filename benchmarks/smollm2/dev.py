@@ -19,7 +19,7 @@ from benchmarks.rundirs import execute, read_report
 from benchmarks.smollm2.points import ATTRIBUTES, POOL, REFERENCE, RUNS, make_recipe
 from benchmarks.smollm2.run import JUDGES, listening
 
-from equipoise.evaluate.report import plain
+from equipoise.report.render import plain
 
 TAIL = 20
 """Steps whose likelihood given the asked setting is averaged."""

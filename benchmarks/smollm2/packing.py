@@ -23,7 +23,7 @@ from benchmarks.smollm2.points import POINTS, REFERENCE, RUNS, make_recipe
 from torch import Tensor
 
 from equipoise.config import Recipe
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.models.load import load_causal
 from equipoise.store.stagefiles import StageFiles
 from equipoise.tune.batch import Presentation, TuningPlan, collate

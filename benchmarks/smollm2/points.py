@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from equipoise.config import Recipe
-from equipoise.recipe_io import load_recipe
+from equipoise.recipes.load import load_recipe
 
 Overrides = Mapping[str, str]
 

@@ -15,8 +15,8 @@ from benchmarks.machine import processor
 from benchmarks.smollm2.points import POINTS, REFERENCE, RUNS, make_recipe
 
 from equipoise.models.load import load_causal
+from equipoise.pipeline.job import Job
 from equipoise.progress import Progress
-from equipoise.stages.inputs import Job
 from equipoise.stages.quality_of import perplexity_of
 from equipoise.store.rundir import RunDir
 

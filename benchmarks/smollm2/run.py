@@ -36,9 +36,9 @@ from benchmarks.smollm2.points import (
 )
 from transformers import AutoConfig
 
-from equipoise.evaluate.report import plain, render
 from equipoise.models.load import resolve_model
-from equipoise.stages.tuning import START_CURVE
+from equipoise.report.render import plain, render
+from equipoise.stages.tune import START_CURVE
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results.json"

@@ -19,7 +19,7 @@ from benchmarks.paper.points import FULL, OBJECTIVES, POOL, REFERENCE, slug
 from benchmarks.paper.runs import make_recipe, steps_for, summary
 from benchmarks.rundirs import execute, read_report
 
-from equipoise.evaluate.report import plain
+from equipoise.report.render import plain
 
 ROWS = Path(__file__).parent / "dev.json"
 METRICS = ("mp", "bt", "leakage", "range", "rmse")

@@ -27,7 +27,7 @@ from benchmarks.paper.runs import execute, steps_for, summary
 from benchmarks.rundirs import read_report
 
 from equipoise.config import Recipe
-from equipoise.evaluate.intervals import over_seeds
+from equipoise.stats import over_seeds
 from equipoise.store.rundir import RunDir
 from equipoise.types import Completion
 
@@ -200,7 +200,7 @@ def _curves() -> Iterator[dict[str, Any]]:
 
 def _nearest_copies() -> dict[str, list[float]]:
     """MP of the policy that copies, on each seed's own prompts and pool."""
-    from equipoise.stages.inputs import read_prompts
+    from equipoise.pipeline.job import read_prompts
     from equipoise.worlds.workshop.stats import nearest_copy_mp
 
     found: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}

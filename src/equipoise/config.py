@@ -7,7 +7,7 @@ result of that stage of the same run), else a Hugging Face hub id.
 
 Data sources are: ``workshop://SPLIT``, a JSONL/Parquet file (also ``.gz``; a relative path is
 looked up in the recipe's ``data`` folder, then in the working directory), else a ``datasets`` name.
-Which folder a relative path of a recipe's file means: :mod:`equipoise.recipe_paths`.
+Which folder a relative path of a recipe's file means: :mod:`equipoise.recipes.source`.
 """
 
 from __future__ import annotations

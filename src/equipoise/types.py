@@ -255,7 +255,7 @@ class Sampled:
 
 
 class Engine(Protocol):
-    """Samples continuations. Shipped: :class:`equipoise.models.sampling.TransformersEngine`."""
+    """Samples continuations. Shipped: :class:`equipoise.engine.sample.TransformersEngine`."""
 
     model_hash: str
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from equipoise.dials.encode import Encoder
-from equipoise.dials.markers import given_ends
-from equipoise.dials.thoughts import refuse_thoughts
+from equipoise.encoding.encode import Encoder
+from equipoise.encoding.markers import given_ends
+from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.errors import EquipoiseError
 from equipoise.models.context import positions
 from equipoise.types import Message

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from equipoise.engine.batcher import ContinuousBatcher
+from equipoise.engine.sample import TransformersEngine
+from equipoise.engine.seam import Generation
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.models.adapter import merge
 from equipoise.models.architecture import check_architecture
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.models.sampling import TransformersEngine
-from equipoise.serve.batcher import ContinuousBatcher
-from equipoise.serve.engine import Generation
 from equipoise.tune.rehearsal import rehearse, small_base
 from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Sampling
 

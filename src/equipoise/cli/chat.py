@@ -13,8 +13,8 @@ import typer
 from equipoise.errors import ConfigError, EquipoiseError
 
 if TYPE_CHECKING:
-    from equipoise.serve.conversation import Conversation, Grid
-    from equipoise.serve.panel import DialPanel
+    from equipoise.cli.conversation import Conversation, Grid
+    from equipoise.cli.panel import DialPanel
 
 HELP = """\
 /DIAL VALUE      turn a dial: /safety 0.8, /helpfulness auto, /safety level 3
@@ -47,11 +47,11 @@ def chat(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Talk to a tuned model."""
+    from equipoise.cli.conversation import Conversation
     from equipoise.config import SamplingConfig
-    from equipoise.dials.policy_file import load_policy
     from equipoise.models.load import load_causal
-    from equipoise.pipeline import quieten
-    from equipoise.serve.conversation import Conversation
+    from equipoise.pipeline.runner import quieten
+    from equipoise.policy.file import load_policy
     from equipoise.types import Sampling
 
     quieten()

@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Print what a model is, and try every part on two layers of it; exit 1 if one fails."""
     from equipoise.models.load import resolve_model
-    from equipoise.pipeline import quieten
+    from equipoise.pipeline.runner import quieten
 
     quieten()
     resolve_model(model)  # a wrong name is told before seconds go into imports

@@ -24,7 +24,7 @@ def recipes(
     show: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
 ) -> None:
     """List the shipped recipes, or print one."""
-    from equipoise.recipe_io import describe_shipped, find_recipe
+    from equipoise.recipes.load import describe_shipped, find_recipe
 
     if show is not None:
         print(find_recipe(show).read_text(encoding="utf-8"), end="")
@@ -40,7 +40,7 @@ def fetch(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Bring a real model into the local cache."""
-    from equipoise.models.fetch import fetch as fetch_models
+    from equipoise.fetch.fetch import fetch as fetch_models
 
     for fetched, path in fetch_models(name).items():
         print(f"{fetched}: {path}")
@@ -67,7 +67,7 @@ def bake(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train the packaged models again from their seeds."""
-    from equipoise.worlds.workshop.bake import bake as bake_models
+    from equipoise.cli.workshop_bake import bake as bake_models
 
     bake_models(out)
 
@@ -77,7 +77,7 @@ def doctor() -> None:
     import importlib.metadata
     import shutil
 
-    from equipoise.threads import cores
+    from equipoise.pipeline.threads import cores
 
     bad = 0
     print(f"python      {sys.version.split()[0]}")

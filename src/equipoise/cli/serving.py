@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from equipoise.dials.rules import Range
+    from equipoise.policy.rules import Range
 
 KeysOption = Annotated[Path, typer.Option("--keys", metavar="FILE", help="The keys file.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -81,11 +81,11 @@ def serve(
 ) -> None:
     """Serve a tuned model."""
     need_extra()
-    from equipoise.dials.policy_file import find_policy
     from equipoise.models.load import load_causal
-    from equipoise.pipeline import quieten
+    from equipoise.pipeline.runner import quieten
+    from equipoise.policy.file import find_policy
+    from equipoise.policy.keys import environment_keys
     from equipoise.serve.connection import listening
-    from equipoise.serve.keys import environment_keys
     from equipoise.serve.runner import ServeOptions, check_start
     from equipoise.serve.runner import serve as run_server
 
@@ -144,10 +144,10 @@ def keys_new(
 
     from pydantic import ValidationError
 
-    from equipoise.dials.policy_file import validation_fault
-    from equipoise.dials.rules import Key
     from equipoise.errors import ConfigError
-    from equipoise.serve.keys import add_key, digest, new_secret
+    from equipoise.policy.file import validation_fault
+    from equipoise.policy.keys import add_key, digest, new_secret
+    from equipoise.policy.rules import Key
 
     secret = new_secret()
     try:
@@ -174,7 +174,7 @@ def keys_new(
 
 def keys_list(keys: KeysOption, debug: DebugOption = False) -> None:
     """List the keys."""
-    from equipoise.serve.keys import read_keys
+    from equipoise.policy.keys import read_keys
 
     for key in read_keys(keys):
         state = "revoked" if key.revoked else "active"
@@ -189,14 +189,14 @@ def keys_revoke(
     debug: DebugOption = False,
 ) -> None:
     """Revoke a key."""
-    from equipoise.serve.keys import revoke_key
+    from equipoise.policy.keys import revoke_key
 
     print(f"revoked {revoke_key(keys, key_id).id}")
 
 
 def _range(item: str) -> tuple[str, Range]:
-    from equipoise.dials.rules import Range
     from equipoise.errors import ConfigError
+    from equipoise.policy.rules import Range
 
     dial, equals, ends = item.partition("=")
     low, colon, high = ends.partition(":")

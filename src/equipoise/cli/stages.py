@@ -99,7 +99,7 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Run all stages of a recipe."""
-    from equipoise.pipeline import run_all
+    from equipoise.pipeline.runner import run_all
 
     with _opened(recipe, directory, set_, data, fresh=fresh, stage=None) as (run_dir, progress):
         page = run_all(run_dir, progress=progress, text=text, fresh=fresh)
@@ -156,7 +156,7 @@ def _run_stage(
     policy: str | None = None,
     forge: int = 0,
 ) -> None:
-    from equipoise.pipeline import run_scenarios, run_stage
+    from equipoise.pipeline.runner import run_scenarios, run_stage
 
     if forge:
         from equipoise.cli.serving import need_extra
@@ -182,7 +182,7 @@ def _opened(
     stage: str | None,
 ) -> Iterator[tuple[RunDir, Progress]]:
     from equipoise.progress import Progress
-    from equipoise.recipe_io import build_recipe, load_recipe
+    from equipoise.recipes.load import build_recipe, load_recipe
     from equipoise.store.rundir import RunDir, stored_recipe
 
     given = Path(recipe)

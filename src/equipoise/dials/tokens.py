@@ -60,7 +60,7 @@ def install(
     """
     from tokenizers import AddedToken
 
-    from equipoise.dials import rows
+    from equipoise.dials import embeddings as rows
 
     _check_names(attributes, levels)
     texts = control_tokens(attributes, levels)
@@ -97,7 +97,7 @@ def install(
 
 def make_room(model: PreTrainedModel, manifest: DialManifest) -> None:
     """Give a base the rows that it lacks for its control tokens, as :func:`install` had them."""
-    from equipoise.dials import rows
+    from equipoise.dials import embeddings as rows
 
     if rows.row_count(model) <= max(manifest.all_ids):
         rows.add_rows(
@@ -116,7 +116,7 @@ def save_dial_model(
     The hashes in the manifest are taken afresh, as tuning moves the control rows. ``dials.json`` is
     written last: a directory without it is not a finished one.
     """
-    from equipoise.dials import rows
+    from equipoise.dials import embeddings as rows
 
     directory.mkdir(parents=True, exist_ok=True)
     # peft would add the whole embedding table, as it was resized; the control rows are in the

@@ -112,7 +112,7 @@ def _verify_tokenizer(tokenizer: PreTrainedTokenizerBase, manifest: DialManifest
 
 
 def _verify_rows(model: PreTrainedModel, manifest: DialManifest) -> None:
-    from equipoise.dials import rows
+    from equipoise.dials import embeddings as rows
 
     count, last = rows.row_count(model), max(manifest.all_ids)
     if count <= last:

@@ -17,9 +17,9 @@ import numpy as np
 from equipoise.denoise import judged_text
 from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
-from equipoise.evaluate.intervals import Array, bootstrap, prompt_weights
-from equipoise.models.judging import unit_scores_of
+from equipoise.rewards.scorer import unit_scores_of
 from equipoise.seeds import derive_seed
+from equipoise.stats import Array, bootstrap, prompt_weights
 from equipoise.types import (
     DialSetting,
     Estimate,

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.dials.attributes import cells
-from equipoise.evaluate.intervals import Array, bootstrap, paired_difference, prompt_weights
 from equipoise.evaluate.metrics import (
     Grid,
     bt_per_prompt,
@@ -21,6 +20,7 @@ from equipoise.evaluate.metrics import (
     requested,
     to_grid,
 )
+from equipoise.stats import Array, bootstrap, paired_difference, prompt_weights
 from equipoise.types import Delivery, DialSetting, Estimate, JudgeKind
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from equipoise.dials.attributes import cells
 from equipoise.errors import DataError
-from equipoise.evaluate.intervals import Array
+from equipoise.stats import Array
 from equipoise.types import Delivery, DialSetting, JudgeKind
 
 

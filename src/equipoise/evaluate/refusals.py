@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from equipoise.evaluate.intervals import bootstrap, prompt_weights
+from equipoise.stats import bootstrap, prompt_weights
 from equipoise.types import Delivery, Estimate
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.errors import DataError
-from equipoise.evaluate.intervals import Array, bootstrap, prompt_weights
+from equipoise.stats import Array, bootstrap, prompt_weights
 from equipoise.types import Estimate
 
 LOW, HIGH = 10.0, 90.0

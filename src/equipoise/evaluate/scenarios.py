@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from equipoise.dials.attributes import target
-from equipoise.dials.dial_policy import (
+from equipoise.errors import ConfigError
+from equipoise.evaluate.metrics import collect
+from equipoise.policy.decide import (
     DialPolicy,
     Key,
     Refusal,
@@ -20,9 +22,7 @@ from equipoise.dials.dial_policy import (
     allowed_levels,
     effective_setting,
 )
-from equipoise.errors import ConfigError
-from equipoise.evaluate.intervals import Array, bootstrap, paired_difference, prompt_weights
-from equipoise.evaluate.metrics import collect
+from equipoise.stats import Array, bootstrap, paired_difference, prompt_weights
 from equipoise.types import Delivery, DialSetting, JudgeKind
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def figure(measured: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.lines import Line2D
 
-    from equipoise.evaluate.canvas import FAINT, INK, MUTED, panels
+    from equipoise.report.canvas import FAINT, INK, MUTED, panels
 
     names, attributes = list(measured["scenarios"]), measured["attributes"]
     judges = [kind for kind in ("generalization", "optimization") if kind in measured["judges"]]
@@ -200,7 +200,7 @@ def figure(measured: Mapping[str, Any]) -> Figure:
 def _draw_stand(
     ax: Any, found: Mapping[str, Any], attribute: str, judges: Sequence[str], stand: str, y: float
 ) -> None:
-    from equipoise.evaluate.canvas import INK, number
+    from equipoise.report.canvas import INK, number
 
     colour = _COLOURS[stand]
     up = 0.15 if stand == "default" else -0.15

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from equipoise.denoise import judged_text
 from equipoise.dials.attributes import cells
-from equipoise.models.judging import unit_scores_of
+from equipoise.rewards.scorer import unit_scores_of
 from equipoise.seeds import derive_seed
 from equipoise.types import (
     Delivery,

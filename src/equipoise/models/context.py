@@ -13,7 +13,7 @@ from equipoise.errors import DataError
 from equipoise.types import GenerationRequest, Prompt
 
 if TYPE_CHECKING:
-    from equipoise.dials.encode import Encoder
+    from equipoise.encoding.encode import Encoder
 
 
 def positions(config: Any) -> int | None:

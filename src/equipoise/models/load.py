@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from equipoise.dials.files import file_sha256
 from equipoise.errors import ModelError
 from equipoise.models.hashing import model_hash
-from equipoise.models.hub import folder_of
-from equipoise.models.names import cache_root, resolve_model
+from equipoise.models.hub import cache_root, folder_of, resolve_model
 from equipoise.models.read import clear_errors
 from equipoise.types import PLAIN, Rendering
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from equipoise.dials.encode import Encoder
     from equipoise.dials.tokens import DialManifest
+    from equipoise.encoding.encode import Encoder
 
 Dtype = Literal["float32", "bfloat16", "probe"]
 
@@ -152,8 +151,9 @@ def load_causal(
         ModelError: Missing or unreadable files, no chat template, or a manifest that does not fit.
         ConfigError: A variable that the chat template does not know.
     """
-    from equipoise.dials import markers, tokens
-    from equipoise.dials.encode import Encoder
+    from equipoise.dials import tokens
+    from equipoise.encoding import markers
+    from equipoise.encoding.encode import Encoder
     from equipoise.models.adapter import is_adapter, read_adapter
     from equipoise.models.read import read_causal
     from equipoise.models.vocabulary import check_vocabulary

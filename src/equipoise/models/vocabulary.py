@@ -10,7 +10,7 @@ from equipoise.types import Message
 if TYPE_CHECKING:
     import torch
 
-    from equipoise.dials.encode import Encoder
+    from equipoise.encoding.encode import Encoder
 
 
 def masked_ids(encoder: Encoder, model: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 from equipoise.errors import DataError
-from equipoise.models.judging import checked_scores
+from equipoise.rewards.scorer import checked_scores
 from equipoise.types import Completion, Prompt, RewardModel, ScoredCompletion
 
 

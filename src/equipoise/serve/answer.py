@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
+from equipoise.protocol.failures import RefusedError, json_bytes
+from equipoise.protocol.wire import Choice, Spent
 from equipoise.serve.auth import VISIT
-from equipoise.serve.failures import RefusedError, json_bytes
 from equipoise.serve.limits import Admission
 from equipoise.serve.running import Piece, pieces, scored, timed_out, while_connected
-from equipoise.serve.wire import Choice, Spent
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from equipoise.dials.encode import Encoder
+    from equipoise.encoding.encode import Encoder
+    from equipoise.engine.seam import ServingEngine
     from equipoise.serve.chat import Job
-    from equipoise.serve.engine import ServingEngine
     from equipoise.serve.scoring import LiveScorer
 
 _ERROR_SECONDS = 1.0

@@ -14,25 +14,31 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from equipoise.policy.reload import Rules
+from equipoise.protocol.failures import (
+    RefusedError,
+    internal_error,
+    json_bytes,
+    not_ready,
+    not_scored,
+)
+from equipoise.protocol.openapi import document
 from equipoise.serve.answer import Answer
 from equipoise.serve.auth import CLIENT_LEFT, VISIT, Gate, Visit
 from equipoise.serve.chat import Job, ServedModel, prepare
 from equipoise.serve.cors import Cors
-from equipoise.serve.failures import RefusedError, internal_error, json_bytes, not_ready, not_scored
 from equipoise.serve.limits import Admission, RateLimit
 from equipoise.serve.listing import list_models
 from equipoise.serve.metrics import Metrics
-from equipoise.serve.openapi import document
-from equipoise.serve.reload import Rules
 from equipoise.serve.running import ClientLeftError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from equipoise.engine.seam import ServingEngine
+    from equipoise.protocol.wire import Choice
     from equipoise.serve.content_log import ContentLog
-    from equipoise.serve.engine import ServingEngine
     from equipoise.serve.scoring import LiveScorer
-    from equipoise.serve.wire import Choice
 
 _LONG_BODY, _MANY_OBJECTS = 16 << 10, 16
 """Bodies above these are encoded beside the event loop, so that they hold up nobody else."""

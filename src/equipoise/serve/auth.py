@@ -17,18 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from equipoise.serve import keys
+from equipoise.policy import keys
+from equipoise.policy.reload import Rules
+from equipoise.protocol.failures import RefusedError, internal_error, json_bytes
 from equipoise.serve.cors import Cors
-from equipoise.serve.failures import RefusedError, internal_error, json_bytes
 from equipoise.serve.limits import RateLimit, check_headers, read_body
 from equipoise.serve.metrics import Metrics
-from equipoise.serve.reload import Rules
 from equipoise.serve.running import ClientLeftError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from equipoise.dials.dial_policy import Key
+    from equipoise.policy.decide import Key
 
 _log = logging.getLogger("equipoise.serve")
 

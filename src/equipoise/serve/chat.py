@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from equipoise.config import SamplingConfig
-from equipoise.dials.dial_policy import Key, Limits, Refusal, effective_setting, scenario_for
-from equipoise.dials.template import check_prompt
+from equipoise.encoding.template import check_prompt
+from equipoise.engine.seam import Generation
 from equipoise.errors import DataError, EncodingError, ModelError
+from equipoise.policy.decide import Key, Limits, Refusal, effective_setting, scenario_for
+from equipoise.policy.reload import Rules
+from equipoise.protocol.failures import RefusedError, as_name, bad_request
+from equipoise.protocol.strict_json import parse
+from equipoise.protocol.wire import Applied, ChatRequest, Envelope, in_words, parse_chat
 from equipoise.seeds import derive_seed
-from equipoise.serve.engine import Generation
-from equipoise.serve.failures import RefusedError, as_name, bad_request
-from equipoise.serve.reload import Rules
-from equipoise.serve.strict_json import parse
-from equipoise.serve.wire import Applied, ChatRequest, Envelope, in_words, parse_chat
 from equipoise.types import DialSetting, Message, Sampling
 
 if TYPE_CHECKING:
-    from equipoise.dials.encode import Encoder
+    from equipoise.encoding.encode import Encoder
 
 _GREEDY_BELOW = 0.01
 """Temperatures below this take the likeliest token: dividing by them would overflow."""

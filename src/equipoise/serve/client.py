@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from equipoise.errors import ServingError
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import setting_key
+from equipoise.steer.responders import setting_key
 from equipoise.types import Completion, DialSetting, Prompt, Sampling
 
 _BUSY_TRIES = 60

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
+    from equipoise.protocol.wire import Choice
     from equipoise.serve.chat import Job
-    from equipoise.serve.wire import Choice
 
 _log = logging.getLogger("equipoise.serve")
 

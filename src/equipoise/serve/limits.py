@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from equipoise.serve.failures import RefusedError
+from equipoise.protocol.failures import RefusedError
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
 
-    from equipoise.dials.dial_policy import Limits
+    from equipoise.policy.decide import Limits
 
 MAX_BODY_BYTES = 1 << 20
 MAX_HEADER_BYTES = 32 << 10

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from equipoise.dials.dial_policy import Key, allowed_levels
+from equipoise.policy.decide import Key, allowed_levels
+from equipoise.policy.reload import Rules
 from equipoise.serve.chat import ServedModel
-from equipoise.serve.reload import Rules
 
 
 def list_models(

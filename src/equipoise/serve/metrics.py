@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from equipoise.serve.engine import Load
+from equipoise.engine.seam import Load
 
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -18,7 +18,7 @@ class Metrics:
     responses: Counter[int] = field(default_factory=Counter)
     """HTTP status to requests; 499 where the client left first."""
     refusals: Counter[str] = field(default_factory=Counter)
-    """Code of :mod:`equipoise.serve.failures` to requests."""
+    """Code of :mod:`equipoise.protocol.failures` to requests."""
     answers: Counter[str] = field(default_factory=Counter)
     """Scenario to chat answers that have ended."""
     prompt_tokens: int = 0

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from equipoise.dials.dial_policy import DialPolicy, Key
 from equipoise.errors import ConfigError, ModelError
 from equipoise.models.context import positions
-from equipoise.serve.keys import digest, new_secret
-from equipoise.serve.reload import RulesSource
+from equipoise.policy.decide import DialPolicy, Key
+from equipoise.policy.keys import digest, new_secret
+from equipoise.policy.reload import RulesSource
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
@@ -37,7 +37,7 @@ class ServeOptions:
     policy: Path
     keys: Path | None
     environment_keys: tuple[Key, ...] = ()
-    """Keys for the whole life of the server; see :func:`equipoise.serve.keys.environment_keys`."""
+    """Keys for the whole life of the server; see :func:`equipoise.policy.keys.environment_keys`."""
     host: str = "127.0.0.1"
     port: int = 8000
     name: str = ""
@@ -175,8 +175,8 @@ def serve(
     Raises:
         EquipoiseError: Something is wrong before the server listens.
     """
+    from equipoise.engine.batcher import ContinuousBatcher
     from equipoise.serve.app import build_app
-    from equipoise.serve.batcher import ContinuousBatcher
     from equipoise.serve.connection import listening
     from equipoise.serve.content_log import ContentLog
 

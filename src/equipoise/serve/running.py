@@ -9,17 +9,17 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from equipoise.engine.seam import Generation, ServingEngine, Token
+from equipoise.engine.text import AnswerText, StopStrings
 from equipoise.errors import EquipoiseError, ServingError
-from equipoise.serve.engine import Generation, ServingEngine, Token
-from equipoise.serve.failures import RefusedError, not_scored
-from equipoise.serve.streaming import AnswerText, StopStrings
-from equipoise.serve.wire import Choice
+from equipoise.protocol.failures import RefusedError, not_scored
+from equipoise.protocol.wire import Choice
 from equipoise.types import Finish, Message
 
 if TYPE_CHECKING:
     from starlette.types import Receive
 
-    from equipoise.dials.encode import Encoder
+    from equipoise.encoding.encode import Encoder
     from equipoise.serve.chat import Job
     from equipoise.serve.scoring import LiveScorer
 

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from equipoise.denoise import judged_text
 from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, RewardError, ServingError
-from equipoise.models.judging import unit_scores_of
+from equipoise.rewards.scorer import unit_scores_of
 from equipoise.steer.reranking import nearest_first
 from equipoise.types import (
     DialSetting,
@@ -157,8 +157,8 @@ def load_scorer(
         ConfigError: The manifest names none, there is no run, or a model is not the named one.
         ModelError: A reward model cannot be loaded.
     """
-    from equipoise.models.reward import load_reward_model, reward_hash
     from equipoise.pool.calibrate import Calibration
+    from equipoise.rewards.load import load_reward_model, reward_hash
     from equipoise.store.rundir import stored_recipe
 
     if manifest.calibration is None or not manifest.reward_models:

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from equipoise.recipe_check import rerank_size
-from equipoise.stages.inputs import Job, workshop_parser
+from equipoise.pipeline.job import Job, workshop_parser
+from equipoise.recipes.check import rerank_size
 from equipoise.stages.quality_of import JUDGES, ONE_DIAL
-from equipoise.stages.tuning import START_CURVE
+from equipoise.stages.tune import START_CURVE
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery, Prompt, ScoredCompletion
@@ -17,7 +17,7 @@ from equipoise.types import Delivery, Prompt, ScoredCompletion
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
     from equipoise.pool.calibrate import Calibration
-    from equipoise.stages.bench import Bench
+    from equipoise.stages.judge import Bench
 
 
 def measures_of(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from equipoise.config import Recipe
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.stages.inputs import (
+from equipoise.pipeline.job import (
     CALIBRATION,
     FITTED,
     PROMPTS,
@@ -21,13 +21,13 @@ from equipoise.stages.inputs import (
     read_prompts,
     reward_hashes,
 )
-from equipoise.stages.room import check_context
+from equipoise.pipeline.room import check_context
 from equipoise.store.shards import rows_to_jsonl
 from equipoise.store.stagedir import Stage
 from equipoise.types import Completion, Engine, ScoredCompletion
 
 if TYPE_CHECKING:
-    from equipoise.dials.encode import Encoder
+    from equipoise.encoding.encode import Encoder
     from equipoise.pool.generate import Ask
 
 
@@ -36,11 +36,11 @@ def prompts(job: Job) -> None:
     stage = job.begin("prompts", {"policy": policy_hash(job.recipe.model)})
     if stage is None:
         return
-    from equipoise.dials.encode import Encoder
+    from equipoise.data.prompts import check_lengths, load_prompts
+    from equipoise.data.skipped import Skipped
+    from equipoise.encoding.encode import Encoder
     from equipoise.models.load import load_tokenizer, resolve_model
     from equipoise.models.read import clear_errors, read_config
-    from equipoise.pool.prompts import check_lengths, load_prompts
-    from equipoise.pool.skipped import Skipped
 
     config, skipped = job.recipe.prompts, Skipped()
     loaded = load_prompts(config, data=job.data, seed=job.recipe.seed, skipped=skipped)
@@ -92,9 +92,9 @@ def fit_reward(job: Job) -> None:
     stage = job.begin("fit-reward", backbones)
     if stage is None:
         return
-    from equipoise.models.fit_reward import fit_reward as fit
-    from equipoise.pool.preferences import load_labelled, load_pairs
-    from equipoise.pool.skipped import Skipped
+    from equipoise.data.pairs import load_labelled, load_pairs
+    from equipoise.data.skipped import Skipped
+    from equipoise.rewards.fit import fit_reward as fit
 
     for name, config in recipe.fit_reward.items():
         folder = f"{FITTED}/{name}"
@@ -137,8 +137,8 @@ def generate(job: Job) -> None:
     if stage is None:
         return
     from equipoise.dials.attributes import cells
+    from equipoise.engine.sample import TransformersEngine
     from equipoise.models.load import load_causal
-    from equipoise.models.sampling import TransformersEngine
     from equipoise.pool.generate import generate as sample
 
     config = recipe.generate

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from equipoise.stages.inputs import Job, note_skipped, workshop_parser
+from equipoise.pipeline.job import Job, note_skipped, workshop_parser
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
@@ -42,8 +42,7 @@ def quality_of(
 ) -> dict[str, Any]:
     """Return degenerate share, length per level, and fluency per cell of one method."""
     from equipoise.dials.attributes import cells
-    from equipoise.evaluate.likelihood import fluency
-    from equipoise.evaluate.quality import degenerate_share, length_per_level, per_setting
+    from equipoise.evaluate.quality import degenerate_share, fluency, length_per_level, per_setting
 
     recipe = job.recipe
     grid = cells(len(recipe.attributes), recipe.levels)
@@ -86,9 +85,9 @@ def perplexity_of(
     Returns:
         ``start`` and ``tuned`` to their figures, named as in the report; empty without references.
     """
-    from equipoise.evaluate.likelihood import perplexity, perplexity_ratio, read_references
+    from equipoise.evaluate.quality import perplexity, perplexity_ratio, read_references
     from equipoise.models.load import load_causal
-    from equipoise.stages.tuning import MODEL
+    from equipoise.stages.tune import MODEL
 
     recipe = job.recipe
     asked = bool(recipe.evaluate.references)
@@ -110,8 +109,8 @@ def perplexity_of(
 
 
 def _references(job: Job, stage: Stage) -> list[tuple[Prompt, str, bool]]:
-    from equipoise.pool.skipped import Skipped
-    from equipoise.start.rows import load_rows
+    from equipoise.data.dialogues import load_rows
+    from equipoise.data.skipped import Skipped
 
     config, skipped = job.recipe.evaluate, Skipped()
     rows = load_rows(
@@ -169,7 +168,7 @@ def refusals_of(
 ) -> dict[str, dict[str, Any]]:
     """Return per method the refusal curves over the safety dial; empty without a refusal judge."""
     from equipoise.evaluate.refusals import refusal_curves
-    from equipoise.models.reward import load_reward_model
+    from equipoise.rewards.load import load_reward_model
 
     recipe = job.recipe
     if recipe.refusal_judge is None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from equipoise.recipe_check import rerank_size
-from equipoise.stages.inputs import Job
+from equipoise.pipeline.job import Job
+from equipoise.recipes.check import rerank_size
 
 if TYPE_CHECKING:
-    from equipoise.dials.encode import Encoder
+    from equipoise.encoding.encode import Encoder
     from equipoise.models.load import LoadedPolicy
-    from equipoise.stages.bench import Bench
+    from equipoise.stages.judge import Bench
     from equipoise.types import Sampling
 
 
@@ -23,13 +23,12 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
         bench: Its training judges are what reranking ranks by.
         untouched: Returns the untouched model, loaded once for all that need it.
     """
+    from equipoise.engine.sample import TransformersEngine
     from equipoise.models.load import load_causal
-    from equipoise.models.sampling import TransformersEngine
-    from equipoise.stages.tuning import MODEL
+    from equipoise.stages.tune import MODEL
     from equipoise.steer.prompting import Prompting
     from equipoise.steer.reranking import Candidates, Reranking
-    from equipoise.steer.tuned import Tuned
-    from equipoise.steer.untouched import Untouched
+    from equipoise.steer.responders import Tuned, Untouched
     from equipoise.types import Sampling
 
     recipe, config = job.recipe, job.recipe.evaluate
@@ -80,9 +79,8 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
 
 
 def _steering(job: Job, policy: LoadedPolicy, sampling: Sampling) -> Any:
-    from equipoise.stages.steering import STRENGTHS, read_directions, steered_engine
-    from equipoise.steer.steering import Steering
-    from equipoise.steer.strengths import Strengths
+    from equipoise.stages.steer import STRENGTHS, read_directions, steered_engine
+    from equipoise.steer.strengths import Steering, Strengths
 
     stage = job.run.done("steer")
     by_level = stage.read_json(STRENGTHS)["by_level"]
@@ -95,6 +93,6 @@ def _steering(job: Job, policy: LoadedPolicy, sampling: Sampling) -> Any:
 
 
 def _examples(job: Job) -> Sequence[Any]:
-    from equipoise.stages.distilling import read_examples
+    from equipoise.stages.distil import read_examples
 
     return read_examples(job)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equipoise.stages.distilling import read_examples
-from equipoise.stages.inputs import (
+from equipoise.pipeline.job import (
     Job,
     load_reward_models,
     read_calibration,
     read_prompts,
     read_scored,
 )
+from equipoise.stages.distil import read_examples
 from equipoise.types import JudgeKind, Prompt
 
 if TYPE_CHECKING:
-    from equipoise.dials.encode import Encoder
-    from equipoise.models.sampling import TransformersEngine
+    from equipoise.encoding.encode import Encoder
+    from equipoise.engine.sample import TransformersEngine
     from equipoise.pool.calibrate import Calibration
+    from equipoise.rlhf.tune import Probe
     from equipoise.tune.checkpoints import OnStep
-    from equipoise.tune.rlhf import Probe
     from equipoise.tune.trainer import Tuned
 
 JUDGED_FOR_SCALE = 1000
@@ -30,8 +30,8 @@ JUDGED_FOR_SCALE = 1000
 def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
     """Tune by RLHF with the run's own reward models and calibration."""
     from equipoise.models.load import load_causal
-    from equipoise.tune.closeness import deaf_floor
-    from equipoise.tune.rlhf import tune_by_rlhf as train
+    from equipoise.rlhf.closeness import deaf_floor
+    from equipoise.rlhf.tune import tune_by_rlhf as train
 
     recipe = job.recipe
     train_prompts = [p for p in read_prompts(job.run) if p.split == "train"]
@@ -61,9 +61,9 @@ def _probe(job: Job) -> Probe:
     """Return a function that sweeps the grid on a few prompts and asks both kinds of judges."""
     from equipoise.evaluate.measure import measure
     from equipoise.evaluate.sweep import sweep, sweep_settings
+    from equipoise.rlhf.closeness import closeness
     from equipoise.seeds import derive_seed
-    from equipoise.steer.tuned import Tuned as TunedResponder
-    from equipoise.tune.closeness import closeness
+    from equipoise.steer.responders import Tuned as TunedResponder
     from equipoise.types import Sampling
 
     recipe = job.recipe

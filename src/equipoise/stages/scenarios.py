@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from equipoise.dials.policy_file import find_policy, load_policy
-from equipoise.stages.bench import read_bench
-from equipoise.stages.inputs import Job
-from equipoise.stages.measuring import CHUNK, evaluated_prompts
+from equipoise.pipeline.job import Job
+from equipoise.policy.file import find_policy, load_policy
+from equipoise.stages.evaluate import CHUNK, evaluated_prompts
+from equipoise.stages.judge import read_bench
 from equipoise.stages.quality_of import ONE_DIAL
-from equipoise.stages.tuning import MODEL
+from equipoise.stages.tune import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
 from equipoise.types import Delivery, DialSetting
 
@@ -36,10 +36,10 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         RunError: The evaluate stage is not complete.
         ConfigError: The policy does not fit the model.
     """
-    from equipoise.evaluate.canvas import save
-    from equipoise.evaluate.report import plain
     from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
     from equipoise.models.hashing import model_hash
+    from equipoise.report.canvas import save
+    from equipoise.report.render import plain
 
     recipe, tuned = job.recipe, job.run.done("tune").directory(MODEL)
     file = find_policy(policy_name)
@@ -92,11 +92,11 @@ def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:
 
 
 def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
+    from equipoise.engine.sample import TransformersEngine
     from equipoise.evaluate.sweep import sweep
     from equipoise.models.load import load_causal
-    from equipoise.models.sampling import TransformersEngine
     from equipoise.seeds import derive_seed
-    from equipoise.steer.tuned import Tuned
+    from equipoise.steer.responders import Tuned
     from equipoise.types import Sampling
 
     recipe, config = job.recipe, job.recipe.evaluate

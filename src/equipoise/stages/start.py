@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import RunError
-from equipoise.stages.inputs import Job, note_skipped, policy_hash, reward_hashes
+from equipoise.pipeline.job import Job, note_skipped, policy_hash, reward_hashes
 from equipoise.store.stagedir import Stage
 
 if TYPE_CHECKING:
     from equipoise.config import AlignConfig
+    from equipoise.data.skipped import Skipped
     from equipoise.models.load import LoadedPolicy
-    from equipoise.pool.skipped import Skipped
     from equipoise.tune.checkpoints import Curve, OnStep
 
 MODEL = "model"
@@ -29,12 +29,12 @@ def base(job: Job) -> None:
     stage = job.begin("base")
     if stage is None:
         return
-    from equipoise.dials.encode import Encoder
-    from equipoise.pool.skipped import Skipped
+    from equipoise.alignment.pretrain import new_model, train_tokenizer
+    from equipoise.alignment.sft import encode_rows, teach
+    from equipoise.data.dialogues import load_rows
+    from equipoise.data.skipped import Skipped
+    from equipoise.encoding.encode import Encoder
     from equipoise.seeds import derive_seed
-    from equipoise.start.pretrain import new_model, train_tokenizer
-    from equipoise.start.rows import load_rows
-    from equipoise.start.teach import encode_rows, teach
 
     n_rows, skipped = config.steps * config.batch_size, Skipped()
     rows = load_rows(
@@ -69,12 +69,12 @@ def sft(job: Job) -> None:
     stage = _begin(job, "sft", config.model)
     if stage is None:
         return
-    from equipoise.dials.thoughts import refuse_thoughts
+    from equipoise.alignment.sft import encode_rows, teach
+    from equipoise.data.dialogues import load_rows
+    from equipoise.data.skipped import Skipped
+    from equipoise.encoding.thoughts import refuse_thoughts
     from equipoise.models.load import load_causal
-    from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
-    from equipoise.start.rows import load_rows
-    from equipoise.start.teach import encode_rows, teach
 
     policy, skipped = load_causal(config.model, rendering=job.rendering), Skipped()
     refuse_thoughts(policy.encoder)
@@ -113,9 +113,9 @@ def align(job: Job) -> None:
     stage = _begin(job, "align", config.model, reward_hashes(config.rewards, job))
     if stage is None:
         return
-    from equipoise.dials.thoughts import refuse_thoughts
+    from equipoise.data.skipped import Skipped
+    from equipoise.encoding.thoughts import refuse_thoughts
     from equipoise.models.load import load_causal
-    from equipoise.pool.skipped import Skipped
     from equipoise.seeds import derive_seed
 
     policy, before = (
@@ -145,11 +145,11 @@ def _by_dpo(
     before: LoadedPolicy,
     skipped: Skipped,
 ) -> Callable[..., Curve]:
+    from equipoise.alignment.align import align_by_dpo
+    from equipoise.data.pairs import load_pairs
+    from equipoise.data.prompts import load_prompts
     from equipoise.overlap import prompt_key
-    from equipoise.pool.preferences import load_pairs
-    from equipoise.pool.prompts import load_prompts
     from equipoise.seeds import derive_seed
-    from equipoise.start.align import align_by_dpo
 
     recipe = job.recipe
     loaded = load_prompts(recipe.prompts, data=job.data, seed=recipe.seed)
@@ -167,10 +167,10 @@ def _by_rlhf(
     before: LoadedPolicy,
     skipped: Skipped,
 ) -> Callable[..., Curve]:
+    from equipoise.alignment.align import align_by_rlhf
     from equipoise.config import PromptsConfig
-    from equipoise.models.reward import load_reward_model
-    from equipoise.pool.prompts import load_prompts
-    from equipoise.start.align import align_by_rlhf
+    from equipoise.data.prompts import load_prompts
+    from equipoise.rewards.load import load_reward_model
 
     # Read like training prompts, so that no test prompt is among them.
     asked = PromptsConfig(train=config.sources, test=job.recipe.prompts.test)

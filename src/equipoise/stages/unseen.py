@@ -8,7 +8,7 @@ from pathlib import Path
 from equipoise.config import Recipe, RewardModelConfig
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.stages.inputs import Job, read_prompts
+from equipoise.pipeline.job import Job, read_prompts
 from equipoise.store.rundir import RunDir
 from equipoise.types import Prompt
 
@@ -113,7 +113,7 @@ def _rows_of(config: RewardModelConfig, job: Job) -> set[str] | None:
     if config.oracle is not None:
         return set()  # an exact rule: it was not trained
     from equipoise.models.load import resolve_model
-    from equipoise.models.reward_card import read_card
+    from equipoise.rewards.card import read_card
 
     place = Path(resolve_model(config.model, fitted_root=job.fitted_root))
     card = read_card(place) if place.is_dir() else None

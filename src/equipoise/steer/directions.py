@@ -118,7 +118,7 @@ def read_pool(
         on_prompt: Called with 1 after each prompt.
     """
     from equipoise.models.layers import layer_index
-    from equipoise.models.reading import Answer, read_answers
+    from equipoise.models.likelihood import Answer, read_answers
 
     chosen = layer_index(policy.model, layer)
     rows = [row.completion for row in scored]

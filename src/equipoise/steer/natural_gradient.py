@@ -37,7 +37,7 @@ class PoolGradients:
     """How the pool's completions answer to a shift, aligned with the pool."""
 
     gradients: np.ndarray
-    """(N, D): see :class:`equipoise.models.shift_gradients.ShiftGradient`; zeros for an empty
+    """(N, D): see :class:`equipoise.steer.shift_gradients.ShiftGradient`; zeros for an empty
     completion."""
     means: Sequence[float]
     """N mean log-likelihoods per token; NaN for an empty completion."""
@@ -63,7 +63,7 @@ def read_gradients(
         on_prompt: Called with 1 after each prompt.
     """
     from equipoise.models.layers import layer_index
-    from equipoise.models.shift_gradients import shift_gradients
+    from equipoise.steer.shift_gradients import shift_gradients
 
     chosen = layer_index(policy.model, layer, fifths=3)
     places: dict[str, list[int]] = defaultdict(list)

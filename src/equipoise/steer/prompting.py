@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from equipoise.dials.attributes import target
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, DataError
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import setting_key
+from equipoise.steer.responders import setting_key
 from equipoise.types import (
     Branch,
     Completion,

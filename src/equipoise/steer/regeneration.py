@@ -13,9 +13,9 @@ import numpy as np
 
 from equipoise.config import GenerateConfig, RegenerateConfig
 from equipoise.dials.attributes import cells
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import steered_request
+from equipoise.steer.responders import steered_request
 from equipoise.types import Completion, DialSetting, Engine, Prompt, Sampling
 
 Wish = tuple[DialSetting, tuple[float, ...]]

@@ -17,10 +17,10 @@ import numpy as np
 
 from equipoise.denoise import judged_text
 from equipoise.dials.attributes import target
-from equipoise.dials.encode import Encoder
-from equipoise.models.judging import unit_scores_of
+from equipoise.encoding.encode import Encoder
+from equipoise.rewards.scorer import unit_scores_of
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import setting_key
+from equipoise.steer.responders import setting_key
 from equipoise.types import (
     Branch,
     Completion,

@@ -1,4 +1,11 @@
-"""How hard to push for a level: a monotone map from level to strength, fitted on dev prompts."""
+"""How hard to push for a level: a monotone map from level to strength, fitted on dev prompts.
+
+Steering the untouched model: directions added to its residual stream while it samples.
+
+The last token of the prompt is fed again for every branch, so that the first sampled token is
+steered too; the rest of the prompt is shared. Cheap, strong, and quick to babble: never without the
+fluency of what comes out (DESIGN section 1).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +17,24 @@ import numpy as np
 
 from equipoise.denoise import judged_text
 from equipoise.dials.attributes import target
-from equipoise.models.judging import unit_scores_of
-from equipoise.models.reading import read_completions
+from equipoise.encoding.encode import Encoder
+from equipoise.models.likelihood import read_completions
+from equipoise.rewards.scorer import unit_scores_of
 from equipoise.seeds import derive_seed
-from equipoise.steer.branches import steered_request
-from equipoise.types import DialSetting, Prompt, RewardModel, Sampling, UnitScale
+from equipoise.steer.responders import BranchSampler, steered_request
+from equipoise.types import (
+    DialSetting,
+    Engine,
+    GenerationRequest,
+    Prompt,
+    RewardModel,
+    Sampling,
+    UnitScale,
+)
 
 if TYPE_CHECKING:
-    from equipoise.dials.encode import Encoder
-    from equipoise.models.sampling import TransformersEngine
+    from equipoise.encoding.encode import Encoder
+    from equipoise.engine.sample import TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -153,3 +169,33 @@ def _isotonic(values: Sequence[float]) -> list[float]:
             mean, size = (before * count + mean * size) / (count + size), count + size
         blocks.append((mean, size))
     return [mean for mean, size in blocks for _ in range(size)]
+
+
+class Steering(BranchSampler):
+    """Adds each direction with the strength that the setting's level stands for.
+
+    Args:
+        engine: Samples from the untouched model, with directions in the attributes' order.
+        encoder: The untouched model's encoder.
+        sampling: How to sample.
+        strengths: Level to strength, fitted on dev prompts; auto is strength 0.
+        name: Row name in the report.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoder: Encoder,
+        *,
+        sampling: Sampling,
+        strengths: Strengths,
+        name: str = "steering",
+    ) -> None:
+        super().__init__(engine, encoder, sampling=sampling, name=name)
+        self._strengths = strengths
+
+    def request(
+        self, prompt_ids: list[int], settings: Sequence[DialSetting], seeds: Sequence[int]
+    ) -> GenerationRequest:
+        """Return one branch per setting; the prompt but its last token is shared."""
+        return steered_request(prompt_ids, [self._strengths.of(s) for s in settings], seeds)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from equipoise.config import Recipe
-from equipoise.recipe_paths import settled_paths
+from equipoise.recipes.source import settled_paths
 
 STAGES = (
     "prompts", "fit-reward", "generate", "score", "steer", "regenerate", "distil", "tune", "judge",

@@ -27,7 +27,7 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.recipe_paths import settled_paths
+from equipoise.recipes.source import settled_paths
 from equipoise.store.fingerprint import (
     ORDER,
     SPECS,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equipoise.config import TuneConfig
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.seeds import derive_seed
 from equipoise.tune.counterfactual import counterfactuals, drop_to_auto
 from equipoise.types import ControlledExample, DialSetting

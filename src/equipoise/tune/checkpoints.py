@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.errors import TrainingError
 from equipoise.models.load import Dtype, torch_dtype
 from equipoise.store.publish import publish_bytes

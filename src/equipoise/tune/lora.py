@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from equipoise.dials import rows
+from equipoise.dials import embeddings as rows
 from equipoise.dials.tokens import DialManifest
 from equipoise.errors import ModelError
 

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from equipoise.config import SteeredStartConfig
 from equipoise.dials.attributes import cells
-from equipoise.dials.encode import Encoder
+from equipoise.encoding.encode import Encoder
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed
 from equipoise.tune.batch import ControlledBatch, Presentation, draw_order

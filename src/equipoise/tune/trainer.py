@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from equipoise.config import TuneConfig
-from equipoise.dials.thoughts import refuse_thoughts
 from equipoise.dials.tokens import DialManifest, install
+from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.models.adapter import refuse_adapter
 from equipoise.models.context import check_room, positions
 from equipoise.models.load import LoadedPolicy

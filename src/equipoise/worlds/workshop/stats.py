@@ -200,8 +200,8 @@ def print_stats() -> None:
     import json
 
     from equipoise.config import GenerateConfig, SamplingConfig
+    from equipoise.engine.sample import TransformersEngine
     from equipoise.models.load import load_causal
-    from equipoise.models.sampling import TransformersEngine
     from equipoise.pool.generate import generate
     from equipoise.worlds.workshop.data import prompts
 

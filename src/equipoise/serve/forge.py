@@ -1,0 +1,153 @@
+"""Forge lift of a run's tuned model, measured through the HTTP door on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equipoise.pipeline.job import Job
+from equipoise.policy.decide import DialPolicy, Key, Server, allowed_levels
+from equipoise.policy.file import find_policy, load_policy
+from equipoise.stages.evaluate import evaluated_prompts
+from equipoise.stages.judge import read_bench
+from equipoise.stages.scenarios import FOLDER
+from equipoise.stages.tune import MODEL
+from equipoise.store.publish import json_bytes, publish_bytes
+from equipoise.types import DialSetting, Sampling
+
+if TYPE_CHECKING:
+    from equipoise.models.load import LoadedPolicy
+
+RESULT = "forge.json"
+_NAME = "model"
+_AT_ONCE = 64
+"""Requests under way, each in a slot: a step of many rows costs little more than one of few."""
+
+
+def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
+    """Start the run's tuned model behind its door, forge, measure, and write ``forge.json``.
+
+    The setting is the middle of what the widest scenario allows: there a dial has room both ways.
+
+    Args:
+        job: Of a run whose evaluate stage is complete.
+        policy_name: A policy file, or a shipped policy.
+        repeats: Answers per prompt and version.
+
+    Returns:
+        The file: ``RUN/scenarios/POLICY/forge.json``.
+
+    Raises:
+        ServingError: The door gave no answers.
+    """
+    from equipoise.evaluate.forge import FAMILIES, measure_forge
+    from equipoise.models.load import load_causal
+    from equipoise.report.render import plain
+    from equipoise.serve.client import HttpResponder
+
+    recipe, config = job.recipe, job.recipe.evaluate
+    file = find_policy(policy_name)
+    policy = load_policy(file, recipe.attributes, recipe.levels)
+    scenario, setting = widest(policy, tuple(recipe.attributes), recipe.levels)
+    job.settle_threads()
+    loaded = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
+    bench = read_bench(job)
+    sampling = Sampling(**config.sampling.model_dump())
+    prompts = evaluated_prompts(job)
+    answers = len(FAMILIES) * len(recipe.attributes) * 2 * repeats * len(prompts)
+    with (
+        served(loaded, file, policy) as (url, key),
+        job.progress.task("forge", answers) as advance,
+    ):
+        measured = measure_forge(
+            HttpResponder(
+                url,
+                key,
+                f"{_NAME}@{scenario}",
+                attributes=recipe.attributes,
+                sampling=Sampling(
+                    min(sampling.temperature, 2.0),
+                    sampling.top_p,
+                    sampling.top_k,
+                    min(sampling.max_tokens, policy.limits.max_tokens),
+                ),
+                workers=_AT_ONCE,
+            ),
+            prompts,
+            setting,
+            bench.judges,
+            bench.calibrations,
+            attributes=recipe.attributes,
+            levels=recipe.levels,
+            repeats=repeats,
+            draws=config.bootstrap,
+            seed=recipe.seed,
+            phrases=config.phrases,
+            on_answers=advance,
+        )
+    facts = {
+        "scenario": scenario,
+        "policy_hash": policy.hash,
+        "model_hash": loaded.hash,
+        "split": config.split,
+    }
+    place = job.run.path / FOLDER / file.stem
+    with job.run.writing():
+        place.mkdir(parents=True, exist_ok=True)
+        publish_bytes(place / RESULT, json_bytes({**facts, **plain(measured)}))
+    return place / RESULT
+
+
+def widest(policy: DialPolicy, attributes: tuple[str, ...], levels: int) -> tuple[str, DialSetting]:
+    """Return the scenario that allows the most cells, and the middle of its ranges."""
+    server = Server(attributes, levels, policy.server, policy.round_up)
+    key = _key("0" * 64, policy)
+
+    def ranges(name: str) -> list[range]:
+        return [allowed_levels(a, key, policy.scenarios[name], server) for a in attributes]
+
+    def room(name: str) -> int:
+        cells = 1
+        for allowed in ranges(name):
+            cells *= len(allowed)
+        return cells
+
+    name = max(policy.scenarios, key=room)
+    return name, DialSetting(tuple(allowed[len(allowed) // 2] for allowed in ranges(name)))
+
+
+@contextmanager
+def served(loaded: LoadedPolicy, file: Path, policy: DialPolicy) -> Iterator[tuple[str, str]]:
+    """Serve a model on a free loopback port while the block runs; yields its URL and a key."""
+    from equipoise.engine.batcher import ContinuousBatcher
+    from equipoise.policy.keys import digest, new_secret
+    from equipoise.policy.reload import RulesSource
+    from equipoise.serve.app import build_app
+    from equipoise.serve.loopback import on_loopback
+    from equipoise.serve.runner import LOCAL_HOSTS, served_model
+
+    secret = new_secret()
+    model = served_model(loaded, _NAME)
+    source = RulesSource(
+        file,
+        None,
+        attributes=model.attributes,
+        levels=model.levels,
+        fixed_keys=(_key(digest(secret), policy),),
+    )
+    engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=_AT_ONCE)
+    app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS)
+    with on_loopback(app) as port:
+        yield f"http://127.0.0.1:{port}", secret
+
+
+def _key(sha256: str, policy: DialPolicy) -> Key:
+    # A key of its own, so that the policy's rate for strangers does not slow a measurement down.
+    return Key(
+        id="measuring",
+        sha256=sha256,
+        scenarios=tuple(policy.scenarios),
+        requests_per_minute=10**6,
+    )

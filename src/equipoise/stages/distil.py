@@ -1,0 +1,67 @@
+"""Step 2 on disk: the scored pool becomes what the dials are tuned on (MOEC)."""
+
+from __future__ import annotations
+
+from equipoise.pipeline.job import (
+    FLUENCY,
+    Job,
+    read_calibration,
+    read_prompts,
+    read_scored,
+    read_steered,
+    workshop_parser,
+)
+from equipoise.store.shards import to_plain
+from equipoise.types import ControlledExample
+
+EXAMPLES = "examples.parquet"
+
+
+def distil(job: Job) -> None:
+    """Distil the scored pool (MOEC) and measure the back door before and after."""
+    recipe = job.recipe
+    stage = job.begin("distil")
+    if stage is None:
+        return
+    from equipoise.pool.backdoor import back_door
+    from equipoise.pool.calibrate import unit_scores
+    from equipoise.pool.moec import distil as distil_pool
+
+    own, steered = read_scored(job.run), read_steered(job.run)
+    scored = [*own, *(row.scored for row in steered)]
+    drops: list[float] = [0.0] * len(own)
+    if steered:
+        usual = job.run.done("steer").read_json(FLUENCY)
+        drops += [usual[row.scored.completion.prompt_id] - row.fluency for row in steered]
+    units = unit_scores(scored, read_calibration(job.run))
+    by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
+    parses = workshop_parser(recipe)
+
+    def run_moec(config: object) -> tuple[list[ControlledExample], object]:
+        return distil_pool(
+            scored,
+            units,
+            by_id,
+            config,  # type: ignore[arg-type]
+            attributes=recipe.attributes,
+            levels=recipe.levels,
+            parses=parses,
+            fluency_drops=drops,
+        )
+
+    examples, facts = run_moec(recipe.distil)
+    raw, _ = run_moec(recipe.distil.model_copy(update={"data": "raw"}))
+    doors = {
+        name: to_plain(back_door(rows, n_rows=min(len(raw), len(examples)), seed=recipe.seed))
+        for name, rows in (("before", raw), ("after", examples))
+    }
+    stage.publish_rows(EXAMPLES, examples, ControlledExample)
+    stage.publish_json("moec.json", to_plain(facts))
+    stage.publish_json("backdoor.json", doors)
+    stage.finish(examples=len(examples))
+    job.progress.say(f"distil: {len(examples)} examples kept of {len(scored)}")
+
+
+def read_examples(job: Job) -> list[ControlledExample]:
+    """Return the distilled set."""
+    return job.run.done("distil").read_shard(EXAMPLES, ControlledExample)

@@ -1,0 +1,78 @@
+"""The judges of an evaluation, both kinds on the unit scale of the start model's own pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from equipoise.pipeline.job import (
+    Job,
+    load_reward_models,
+    read_calibration,
+    read_prompts,
+    read_scored,
+    reward_hashes,
+)
+from equipoise.types import JudgeKind, RewardModel, ScoredCompletion
+
+if TYPE_CHECKING:
+    from equipoise.pool.calibrate import Calibration
+
+SCALE = "calibration.json"
+FACTS = "pool.json"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The two kinds of judges, calibrated on the same pool: the start model's own."""
+
+    judges: Mapping[JudgeKind, Mapping[str, RewardModel]]
+    calibrations: Mapping[JudgeKind, Calibration]
+
+
+def judge(job: Job) -> None:
+    """Let the judges read the start model's pool, which gives them their scale; by shard."""
+    recipe = job.recipe
+    stage = job.begin("judge", reward_hashes(recipe.judges, job))
+    if stage is None:
+        return
+    from equipoise.pool.calibrate import calibrate, calibration_report, own_pool
+    from equipoise.pool.score import score
+    from equipoise.report.render import plain
+
+    judges = load_reward_models(recipe.judges, job)
+    source, by_id = job.run.done("score"), {p.id: p for p in read_prompts(job.run)}
+    shards = [name for name in source.shards if name.startswith("shard-")]
+    with job.progress.task("judge the pool", len(shards)) as advance:
+        for name in shards:
+            if not stage.has(name):
+                rows = source.read_shard(name, ScoredCompletion)
+                chunks = score([row.completion for row in rows], by_id, judges)
+                judged = [row for chunk in chunks for row in chunk]
+                stage.publish_rows(name, judged, ScoredCompletion)
+            advance(1)
+    pool = own_pool([row for rows in stage.read_rows(ScoredCompletion) for row in rows])
+    stage.publish_bytes(SCALE, calibrate(pool, mode="pooled").to_json().encode())
+    scored = own_pool(read_scored(job.run))
+    facts = calibration_report(scored, read_calibration(job.run), judged=pool)
+    stage.publish_json(FACTS, plain(facts))
+    stage.finish(judged=len(pool))
+
+
+def read_bench(job: Job) -> Bench:
+    """Load both kinds of judges, each with its scale."""
+    from equipoise.pool.calibrate import Calibration
+
+    recipe = job.recipe
+    scale = job.run.done("judge").read_bytes(SCALE).decode()
+    return Bench(
+        {
+            "optimization": load_reward_models(recipe.reward_models, job),
+            "generalization": load_reward_models(recipe.judges, job),
+        },
+        {
+            "optimization": read_calibration(job.run),
+            "generalization": Calibration.from_json(scale),
+        },
+    )

@@ -1,0 +1,116 @@
+"""Gather ``report.json`` from the stages' files and render it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from equipoise.pipeline.job import Job, read_prompts, read_skipped
+from equipoise.pipeline.plan import read_plan
+from equipoise.recipes.source import map_models, shown_model
+from equipoise.stages.judge import FACTS
+from equipoise.stages.tune import START_CURVE
+from equipoise.stages.unseen import judges_by_hash
+from equipoise.store.stagedir import Stage
+from equipoise.store.stagefiles import StageFiles
+from equipoise.types import Delivery
+
+
+def render_report(job: Job, stage: Stage) -> None:
+    """Write ``report.html``, ``report.json`` and the figures into the report stage."""
+    from equipoise.report.render import render
+
+    evaluated = job.run.done("evaluate")
+    deliveries: dict[str, list[Delivery]] = {}
+    if job.text:
+        for method in job.recipe.evaluate.responders:
+            shards = evaluated.read_rows(Delivery, prefix=f"deliveries/{method}/")
+            deliveries[method] = [row for rows in shards for row in rows]
+    made = stage.work / "page"
+    shutil.rmtree(made, ignore_errors=True)
+    with job.run.writing():
+        render(
+            gather(job),
+            made,
+            text=job.text,
+            deliveries=deliveries,
+            prompts={prompt.id: prompt for prompt in read_prompts(job.run)} if job.text else {},
+        )
+    for file in sorted(path for path in made.rglob("*") if path.is_file()):
+        stage.publish_bytes(file.relative_to(made).as_posix(), file.read_bytes())
+
+
+def gather(job: Job) -> dict[str, Any]:
+    """Return the content of ``report.json``; see :mod:`equipoise.report.render`."""
+    run = job.run
+    scored, distilled, tuned = run.done("score"), run.done("distil"), run.done("tune")
+    measures = run.done("evaluate").read_json("measures.json")
+    loaded = run.done("prompts").facts()
+    counts, dropped = loaded["counts"], loaded.get("dropped", 0)
+    recipe = map_models(run.recipe.model_dump(mode="json"), lambda _, name: shown_model(name))
+    # The folder of the data is the user's own affair: reports are passed on.
+    recipe["data"] = None
+    return {
+        **measures,
+        "recipe": recipe,
+        "n": {
+            "training prompts": counts["train"],
+            "dev prompts": counts["dev"],
+            "test prompts": counts["test"],
+            **({"over-long prompts dropped": dropped} if dropped else {}),
+            "completions in the pool": scored.facts()["scored"],
+            "tuning examples": distilled.facts()["examples"],
+            **measures["n"],
+        },
+        "pool": {
+            **run.done("judge").read_json(FACTS),
+            "no_finished_sentence": scored.facts()["no_finished_sentence"],
+        },
+        "judges_in_training": judges_by_hash(run),
+        "skipped": read_skipped(run),
+        "moec": distilled.read_json("moec.json"),
+        "backdoor": distilled.read_json("backdoor.json"),
+        "losses": _losses(tuned),
+        "reward_models": _cards(job),
+        "stages": run.minutes(),
+        "planned": read_plan(run.path),
+    }
+
+
+def _losses(tuned: StageFiles) -> dict[str, dict[str, list[float]]]:
+    """Return the curves of a tuning, by column; those without a step are left out."""
+    curves = {"tuned": tuned.read_json("curve.json")}
+    if START_CURVE in tuned.outputs:
+        curves["steered start"] = tuned.read_json(START_CURVE)
+    return {
+        name: {key: [row[key] for row in rows] for key in rows[0]}
+        for name, rows in curves.items()
+        if rows
+    }
+
+
+def _cards(job: Job) -> dict[str, Any]:
+    """Return what is known of every fitted reward model and judge, its rows left out."""
+    from pathlib import Path
+
+    from equipoise.models.load import resolve_model
+    from equipoise.rewards.card import read_card
+
+    found: dict[str, Any] = {}
+    refusal = job.recipe.refusal_judge
+    for kind, configs in (
+        ("reward", job.recipe.reward_models),
+        ("judge", job.recipe.judges),
+        ("judge", {} if refusal is None else {"refusals": refusal}),
+    ):
+        for attribute, config in configs.items():
+            name = f"{kind} {attribute}"
+            found[name] = {"model": shown_model(config.model)}
+            if config.oracle is not None:
+                continue
+            place = Path(resolve_model(config.model, fitted_root=job.fitted_root))
+            card = read_card(place) if place.is_dir() else None
+            if card is not None:
+                hidden = {"train_prompts", "held_out_prompts"}
+                found[name] |= card.model_dump(mode="json", exclude=hidden)
+    return found
