@@ -23,7 +23,7 @@ from equipoise.rewards.card import read_card
 from equipoise.rewards.fit import fit_reward, split_by_prompt
 from equipoise.rewards.head import FrozenFeatures
 from equipoise.rewards.input import InputEncoder
-from equipoise.rewards.load import ClassifierReward, load_reward_model
+from equipoise.rewards.load import ClassifierReward, load_reward_model, reward_hash
 from equipoise.types import LabelledAnswer, Message, PreferencePair, Prompt
 from reward_kit import (
     bert_dir,
@@ -120,11 +120,13 @@ def test_without_padding_the_head_reads_the_end_as_transformers_does_on_one_row(
 
 
 def test_hash_tells_settings_apart(causal: Path) -> None:
-    hashes = {
-        loaded(causal, **settings).hash
-        for settings in ({}, {"sign": -1}, {"logit": 1}, {"max_length": 32})
-    }
-    assert len(hashes) == 4
+    choices: list[dict[str, Any]] = [
+        {}, {"sign": -1}, {"logit": 1}, {"max_length": 32}, {"format": "pair"}
+    ]  # fmt: skip
+    hashes = [loaded(causal, **settings).hash for settings in choices]
+    assert len(set(hashes)) == len(choices)
+    unloaded = [RewardModelConfig(model=str(causal), **settings) for settings in choices]
+    assert [reward_hash(config, fitted_root=None) for config in unloaded] == hashes
     assert loaded(causal).hash == loaded(causal, batch_size=1).hash
 
 
@@ -238,6 +240,7 @@ def test_fitted_model_finds_what_is_better(
     asked = [(prompt("mend the lamp"), "ask slow"), (prompt("mend the lamp"), "ask fast")]
     good, bad = model.score(asked)
     assert good > bad
+    assert model.hash == reward_hash(RewardModelConfig(model=model.name), fitted_root=None)
     assert model.model.config.num_hidden_layers == (2 if head_only else 3)
     # An ordinary directory: the library's own class reads it, head included.
     _, found = AutoModelForSequenceClassification.from_pretrained(

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from equipoise.config import RewardModelConfig
 from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, ServingError
 from equipoise.models.hashing import model_hash
+from equipoise.rewards.load import reward_hash
 from equipoise.serve.scoring import Answer, LiveScorer, ScorerUnavailableError, load_scorer
 from equipoise.types import DialSetting, Message, Prompt
 from eval_kit import Identity
@@ -168,7 +170,8 @@ def run_dir(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     assets.mkdir()
     hashes = {}
     for name, attribute, seed in (("rm_hp", "helpfulness", 1), ("rm_sf", "safety", 2)):
-        hashes[attribute] = model_hash(str(save_reward_model(assets / name, seed=seed)))
+        config = RewardModelConfig(model=str(save_reward_model(assets / name, seed=seed)))
+        hashes[attribute] = reward_hash(config, fitted_root=None)
     place = tmp_path / "run"
     (place / "tune" / "model").mkdir(parents=True)
     (place / "recipe.json").write_text(json.dumps(tiny_recipe(assets)), "utf-8")
@@ -188,6 +191,35 @@ def test_the_models_of_the_manifest_are_found_in_its_run(
     assert run(again, [("mend the kettle .", "stop")]) == [unit]
     with pytest.raises(ConfigError, match="lies in no run directory"):
         load_scorer(elsewhere, manifest(hashes))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"sign": -1}, {"max_length": 64}, {"format": "pair"}],
+    ids=lambda one: next(iter(one)),
+)
+def test_a_reward_model_read_otherwise_is_refused(
+    run_dir: tuple[Path, dict[str, str]], changed: dict[str, Any]
+) -> None:
+    place, hashes = run_dir
+    recipe = json.loads((place / "recipe.json").read_text("utf-8"))
+    recipe["reward_models"]["safety"].update(changed)
+    (place / "recipe.json").write_text(json.dumps(recipe), "utf-8")
+    with pytest.raises(ConfigError, match="cannot be scored live") as caught:
+        load_scorer(place / "tune" / "model", manifest(hashes))
+    assert "reward model for safety" in caught.value.why
+
+
+def test_a_manifest_of_before_is_refused_with_the_command_that_writes_it_anew(
+    run_dir: tuple[Path, dict[str, str]],
+) -> None:
+    place, _ = run_dir
+    files = {name: model_hash(str(place.parent / "assets" / folder))
+             for name, folder in (("helpfulness", "rm_hp"), ("safety", "rm_sf"))}  # fmt: skip
+    with pytest.raises(ConfigError, match="cannot be scored live") as caught:
+        load_scorer(place / "tune" / "model", manifest(files))
+    assert "names the files of the reward model for helpfulness" in caught.value.why
+    assert caught.value.fix == f"write it anew: `equipoise tune {place} --fresh`"
 
 
 @pytest.mark.parametrize("fault", ["none", "no scale", "swapped", "missing"])

@@ -162,11 +162,14 @@ def policy_hash(name: str) -> str:
 
 
 def reward_hashes(configs: Mapping[str, RewardModelConfig], job: Job) -> dict[str, str]:
-    """Return attribute to hash of reward models (or judges), without loading them."""
-    from equipoise.rewards.load import reward_hash
+    """Return attribute to hash of the files of reward models (or judges).
+
+    For fingerprints, which hold how the recipe reads those files beside it.
+    """
+    from equipoise.rewards.load import files_hash
 
     root = job.fitted_root
-    return {name: reward_hash(config, fitted_root=root) for name, config in configs.items()}
+    return {name: files_hash(config, fitted_root=root) for name, config in configs.items()}
 
 
 def load_reward_models(

@@ -94,7 +94,7 @@ def settle_padding(model: Any, tokenizer: Any, ends: Container[int] = ()) -> Non
         )
 
 
-def longest_input(model: Any, tokenizer: Any, wanted: int) -> int:
+def longest_input(config: Any, tokenizer: Any, wanted: int) -> int:
     """``wanted``, or less where model or tokenizer cannot take so many tokens."""
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or not longest > 0:
@@ -103,4 +103,4 @@ def longest_input(model: Any, tokenizer: Any, wanted: int) -> int:
             why="That is model_max_length in tokenizer_config.json.",
             fix="Set it to a number, or leave it out.",
         )
-    return int(min(wanted, positions(model.config) or wanted, longest))
+    return int(min(wanted, positions(config) or wanted, longest))

@@ -80,7 +80,7 @@ def fit_reward(
     encode = InputEncoder.of(
         Encoder(tokenizer),
         format=config.format,
-        max_length=longest_input(model, tokenizer, config.max_length),
+        max_length=longest_input(model.config, tokenizer, config.max_length),
     )
     encoded = [encode_row(encode, row) for row in train]
     pooling: Pooling = "answer_mean" if config.head_only else "model"

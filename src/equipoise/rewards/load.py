@@ -9,25 +9,69 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ModelError, RewardError
 from equipoise.models.load import default_device, load_tokenizer, model_hash, resolve_model
-from equipoise.models.read import clear_errors
+from equipoise.models.read import clear_errors, read_config
 from equipoise.models.vocabulary import check_vocabulary
-from equipoise.rewards.card import Pooling, read_card
+from equipoise.rewards.card import Pooling, RewardCard, read_card
 from equipoise.rewards.classifier import longest_input, read_classifier, settle_padding
 from equipoise.rewards.head import FrozenFeatures, has_segments, head_of
 from equipoise.rewards.input import InputEncoder, RewardInput, collate, length_batches
 from equipoise.types import Prompt, RewardModel
 
+if TYPE_CHECKING:
+    from equipoise.encoding.encode import Encoder
 
-def reward_hash(config: RewardModelConfig, *, fitted_root: Path | None) -> str:
-    """Return the hash that a loaded reward model would carry, without loading it."""
+
+def files_hash(config: RewardModelConfig, *, fitted_root: Path | None) -> str:
+    """Return the hash of a reward model's files; sign, logit, format and length are not in it."""
     if config.oracle is not None:
         return load_reward_model(config, attribute=config.oracle).hash
     return model_hash(resolve_model(config.model, fitted_root=fitted_root))
+
+
+def reward_hash(config: RewardModelConfig, *, fitted_root: Path | None) -> str:
+    """Return the hash that the loaded reward model carries, without reading its weights.
+
+    Raises:
+        ModelError: The model is missing, or its config or tokenizer cannot be used.
+    """
+    from equipoise.encoding.encode import Encoder
+
+    files = files_hash(config, fitted_root=fitted_root)
+    if config.oracle is not None:
+        return files
+    place = resolve_model(config.model, fitted_root=fitted_root)
+    card = _card_of(place)
+    with clear_errors(config.model, " (its tokenizer)"):
+        encoder = Encoder(load_tokenizer(place))
+    return _settings_hash(files, config, _input_of(config, card, encoder, read_config(place)), card)
+
+
+def _card_of(place: str) -> RewardCard | None:
+    return read_card(Path(place)) if Path(place).is_dir() else None
+
+
+def _input_of(
+    config: RewardModelConfig, card: RewardCard | None, encoder: Encoder, model_config: Any
+) -> InputEncoder:
+    return InputEncoder.of(
+        encoder,
+        format=card.format if card is not None and config.format == "auto" else config.format,
+        max_length=longest_input(model_config, encoder.tokenizer, config.max_length),
+    )
+
+
+def _settings_hash(
+    files: str, config: RewardModelConfig, encode: InputEncoder, card: RewardCard | None
+) -> str:
+    """The hash of all that decides a score: the files, and how the recipe reads them."""
+    pooling: Pooling = "model" if card is None else card.pooling
+    settings = (files, encode.format, encode.max_length, config.sign, config.logit, pooling)
+    return hashlib.sha256("\n".join(map(str, settings)).encode()).hexdigest()
 
 
 def load_reward_model(
@@ -70,18 +114,13 @@ def load_reward_model(
             why=f"Its head has {model.config.num_labels} outputs, counted from 0.",
             fix=f"Correct reward_models.{attribute}.logit.",
         )
-    card = read_card(Path(place)) if Path(place).is_dir() else None
-    format = card.format if card is not None and config.format == "auto" else config.format
+    card = _card_of(place)
     with clear_errors(config.model, " (its tokenizer)"):
         encoder = Encoder(tokenizer)
         settle_padding(model, tokenizer, encoder.eos_ids)
         check_vocabulary(config.model, model, encoder)
     model.to(device or default_device())
-    encode = InputEncoder.of(
-        encoder,
-        format=format,
-        max_length=longest_input(model, tokenizer, config.max_length),
-    )
+    encode = _input_of(config, card, encoder, model.config)
     shared = None
     if card is not None and card.pooling == "answer_mean":
         source = f"{card.backbone_hash} {encode.format} {encode.max_length}"
@@ -92,7 +131,7 @@ def load_reward_model(
         model,
         encode,
         name=config.model,
-        model_hash=model_hash(place),
+        hash=_settings_hash(model_hash(place), config, encode, card),
         sign=config.sign,
         logit=config.logit,
         features=shared,
@@ -109,7 +148,7 @@ class ClassifierReward:
         encode: InputEncoder,
         *,
         name: str,
-        model_hash: str,
+        hash: str,
         sign: int = 1,
         logit: int = 0,
         features: FrozenFeatures | None = None,
@@ -117,10 +156,7 @@ class ClassifierReward:
     ) -> None:
         self.model = model.eval()
         self.encode = encode
-        self.name = name
-        pooling: Pooling = "model" if features is None else "answer_mean"
-        settings = f"{model_hash}\n{encode.format}\n{encode.max_length}\n{sign}\n{logit}\n{pooling}"
-        self.hash = hashlib.sha256(settings.encode()).hexdigest()
+        self.name, self.hash = name, hash
         self.n_truncated = 0
         """Rows so far of which a part did not fit into ``max_length``."""
         self._sign, self._logit, self._features = sign, logit, features

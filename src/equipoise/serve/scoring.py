@@ -158,7 +158,7 @@ def load_scorer(
         ModelError: A reward model cannot be loaded.
     """
     from equipoise.pool.calibrate import Calibration
-    from equipoise.rewards.load import load_reward_model, reward_hash
+    from equipoise.rewards.load import files_hash, load_reward_model, reward_hash
     from equipoise.store.rundir import stored_recipe
 
     if manifest.calibration is None or not manifest.reward_models:
@@ -174,9 +174,18 @@ def load_scorer(
         config = recipe.reward_models.get(attribute)
         wanted = manifest.reward_models.get(attribute)
         if config is None or wanted is None or reward_hash(config, fitted_root=fitted) != wanted:
+            # A dials.json of an earlier version: the files alone do not tell a flipped sign.
+            if config is not None and files_hash(config, fitted_root=fitted) == wanted:
+                raise _cannot_score(
+                    model_dir,
+                    f"its dials.json names the files of the reward model for {attribute}, but not "
+                    "the sign, logit, format and max_length that they were read with",
+                    f"write it anew: `equipoise tune {place} --fresh`",
+                )
             raise _cannot_score(
                 model_dir,
-                f"the reward model for {attribute} in {place} is not the one of its dials.json",
+                f"the reward model for {attribute} in {place} is not the one of its dials.json: "
+                "it has other files, or another sign, logit, format or max_length",
                 "name the run directory that this model was tuned in",
             )
         models[attribute] = load_reward_model(config, attribute=attribute, fitted_root=fitted)

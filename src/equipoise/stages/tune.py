@@ -41,6 +41,7 @@ def tune(job: Job) -> None:
         return
     from equipoise.dials.tokens import save_dial_model
     from equipoise.models.load import load_causal
+    from equipoise.rewards.load import reward_hash
     from equipoise.tune.trainer import tune as train
 
     checkpoints = stage.work / "checkpoints"
@@ -65,7 +66,10 @@ def tune(job: Job) -> None:
     manifest = tuned.manifest.model_copy(
         update={
             "calibration": json.loads(read_calibration(job.run).to_json()),
-            "reward_models": reward_hashes(recipe.reward_models, job),
+            "reward_models": {
+                attribute: reward_hash(config, fitted_root=job.fitted_root)
+                for attribute, config in recipe.reward_models.items()
+            },
         }
     )
 
