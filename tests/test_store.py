@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.store.fingerprint import diff, first_affected, with_new_defaults
+from equipoise.store.fingerprint import diff, first_affected, needed_by, with_new_defaults
 from equipoise.store.publish import publish_bytes, publish_directory
 from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.store.shards import (
@@ -275,7 +276,38 @@ def test_a_view_without_text_is_remembered(tmp_path: Path) -> None:
 
 def test_every_field_of_the_recipe_is_read_by_a_stage() -> None:
     for field in Recipe.model_fields:
-        assert first_affected([f"{field}: 1 -> 2"]) is not None, field
+        assert first_affected([f"{field}: 1 -> 2"], recipe()) is not None, field
+
+
+PROBED = {"evaluate": {"sampling": {"max_tokens": 9}}}
+TURNED = {"judges": {"helpfulness": {"model": "h"}, "safety": {"model": "s", "sign": -1}}}
+
+
+@pytest.mark.parametrize("objective", ["clm", "exmate", "rlhf"])
+@pytest.mark.parametrize("changed", [PROBED, TURNED, {"evaluate": {"bootstrap": 7}}])
+def test_only_rlhf_is_tuned_anew_when_what_its_probes_read_changes(
+    tmp_path: Path, objective: str, changed: dict[str, Any]
+) -> None:
+    tuning = {"tune": {"objective": objective}}
+    with RunDir.open(tmp_path / "run", recipe(**tuning)) as run:
+        for name in needed_by("tune", run.recipe):
+            run.begin(name).finish()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    read = objective == "rlhf" and changed in (PROBED, TURNED)
+    now = recipe(**tuning, **changed)
+    with RunDir.open(tmp_path / "run", now, fresh=True) as run:
+        assert run.is_done("distil")
+        assert run.is_done("tune") is not read
+    # Where the recipe does not tell, as in a copied run, the stage itself notices.
+    (tmp_path / "copy/recipe.json").write_text(now.model_dump_json())
+    with RunDir.open(tmp_path / "copy", now) as run:
+        if read:
+            field = "evaluate.sampling.max_tokens" if changed == PROBED else "judges.safety.sign"
+            with pytest.raises(RunError) as caught:
+                run.begin("tune")
+            assert f"config.{field}: " in caught.value.why
+        else:
+            assert run.begin("tune").complete
 
 
 def test_a_directory_with_other_files_is_not_taken_over(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from serve_kit import (
     served_model,
 )
 from test_serve_forging import job_of
+from test_store import recipe
 
 _SWITCH = (
     "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
@@ -81,7 +82,7 @@ def test_one_and_true_are_two_renderings() -> None:
 
 def test_a_recipe_that_sets_other_variables_encodes_again() -> None:
     change = ["chat_template_kwargs.enable_thinking: (absent) -> true"]
-    assert first_affected(change) == "sft"
+    assert first_affected(change, recipe()) == "sft"
     read = {name for name, spec in SPECS.items() if "model" in spec.reads}
     reading = {name for name, spec in SPECS.items() if "chat_template_kwargs" in spec.reads}
     assert reading == read | {"sft", "align"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,14 @@ class StageSpec:
     """What a stage depends on."""
 
     reads: tuple[str, ...]
-    """Top-level fields of the recipe; together with ``inputs`` they decide about reuse."""
+    """Fields of the recipe, see :func:`reads_of`; with ``inputs`` they decide about reuse."""
     inputs: tuple[str, ...]
     """Earlier stages."""
 
 
 _POLICY = ("model", "chat_template_kwargs")
+_RLHF_PROBES = ("judges", "evaluate.sampling")
+"""What ``tune`` reads besides, by RLHF: its curve holds looks at the judges."""
 
 SPECS: Mapping[str, StageSpec] = {
     "base": StageSpec(("seed", "data", "base"), ()),
@@ -76,6 +78,22 @@ OPTIONAL: Mapping[str, str] = {
 """Stages that a recipe may leave out, and the field that asks for them."""
 
 
+def reads_of(name: str, recipe: Recipe) -> tuple[str, ...]:
+    """Return the fields that a stage reads in a run of this recipe: FIELD, or FIELD.PART."""
+    probes = name == "tune" and recipe.tune.objective == "rlhf"
+    return SPECS[name].reads + (_RLHF_PROBES if probes else ())
+
+
+def read_fields(plain: Mapping[str, Any], reads: Sequence[str]) -> dict[str, Any]:
+    """Return what is read of a plain recipe, by top-level field."""
+    found: dict[str, Any] = {}
+    for path in reads:
+        field, _, part = path.partition(".")
+        value = plain.get(field)
+        found[field] = {part: (value or {}).get(part)} if part else value
+    return found
+
+
 def inputs_of(name: str, recipe: Recipe) -> list[str]:
     """Return the stages that a stage reads in a run of this recipe."""
     inputs = SPECS[name].inputs
@@ -91,10 +109,14 @@ def needed_by(name: str, recipe: Recipe) -> list[str]:
     return [stage for stage in ORDER if stage in found]
 
 
-def first_affected(changes: list[str]) -> str | None:
-    """Return the first stage that reads one of the changed fields."""
-    fields = {line.split(":")[0].split(".")[0].split("[")[0] for line in changes}
-    return next((name for name in ORDER if fields & set(SPECS[name].reads)), None)
+def first_affected(changes: Sequence[str], recipe: Recipe) -> str | None:
+    """Return the first stage that reads one of the changed fields, given as :func:`diff` does."""
+    paths = [f"{line.split(':')[0]}." for line in changes]
+
+    def affected(name: str) -> bool:
+        return any(path.startswith(f"{read}.") for read in reads_of(name, recipe) for path in paths)
+
+    return next(filter(affected, ORDER), None)
 
 
 def with_new_defaults(old: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

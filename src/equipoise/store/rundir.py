@@ -30,11 +30,12 @@ from equipoise.errors import RunError
 from equipoise.recipes.source import settled_paths
 from equipoise.store.fingerprint import (
     ORDER,
-    SPECS,
     diff,
     first_affected,
     inputs_of,
     needed_by,
+    read_fields,
+    reads_of,
     with_new_defaults,
 )
 from equipoise.store.lock import locked
@@ -206,9 +207,9 @@ class RunDir:
     def _fingerprint(self, name: str, models: Mapping[str, str]) -> dict[str, Any]:
         from equipoise import __version__
 
-        spec, plain = SPECS[name], self.recipe.model_dump(mode="json")
+        plain = self.recipe.model_dump(mode="json")
         return {
-            "config": {field: plain[field] for field in spec.reads},
+            "config": read_fields(plain, reads_of(name, self.recipe)),
             "inputs": {item: self.done(item).outputs_hash for item in inputs_of(name, self.recipe)},
             "models": dict(sorted(models.items())),
             "version": __version__,
@@ -229,7 +230,7 @@ class RunDir:
                 "and keeps the others; or name a new directory with --dir",
             )
         if fresh:
-            first = first_affected(changes) if changes else (only_from or ORDER[0])
+            first = first_affected(changes, self.recipe) if changes else (only_from or ORDER[0])
             if first is not None:
                 self.drop_from(first)
         if old != new:

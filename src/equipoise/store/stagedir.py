@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from equipoise.config import Recipe
-from equipoise.store.fingerprint import diff, with_new_defaults
+from equipoise.store.fingerprint import diff, read_fields, reads_of, with_new_defaults
 from equipoise.store.publish import (
     json_bytes,
     publish_bytes,
@@ -61,7 +61,7 @@ class Stage(StageFiles):
         if old is None:
             return []
         config = with_new_defaults(old["fingerprint"]["config"], self._run.recipe)
-        kept = {name: config.get(name) for name in self.fingerprint["config"]}
+        kept = read_fields(config, reads_of(self.path.name, self._run.recipe))
         return diff({**old["fingerprint"], "config": kept}, self.fingerprint)
 
     def prepare(self) -> None:
