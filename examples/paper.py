@@ -81,7 +81,8 @@ def main() -> None:
         for completion in group
     ]
     by_id = {prompt.id: prompt for prompt in train}
-    scored = [row for chunk in score(shortened(pool), by_id, reward_models) for row in chunk]
+    finished = shortened(pool)
+    scored = [row for chunk in score(finished, by_id, reward_models) for row in chunk]
     calibration = calibrate(scored, mode="pooled")
     units = unit_scores(scored, calibration)
     print(f"pool: {len(pool)} completions of {len(train)} prompts")
@@ -115,7 +116,7 @@ def main() -> None:
 
     # Step 4: every setting on prompts that nobody has seen, judged by the exact oracle, whose scale
     # is the same pool.
-    judged = [row for chunk in score(pool, by_id, judges) for row in chunk]
+    judged = [row for chunk in score(finished, by_id, judges) for row in chunk]
     scale = calibrate(judged, mode="pooled")
     methods: Sequence[Responder] = (
         Untouched(engine_of(start), start.encoder, sampling=SAMPLING),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from equipoise.config import TuneConfig
+from equipoise.denoise import shortened
 from equipoise.dials.manifest import read_manifest
+from equipoise.types import Completion, ScoredCompletion
 from equipoise.worlds.workshop.shipped import ASSETS, asset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -47,7 +51,17 @@ def test_the_paper_runs(
     }
     for name, value in small.items():
         monkeypatch.setattr(paper, name, value)
+    score, pools = paper.score, []
+
+    def noted(completions: list[Completion], *rest: Any) -> Iterator[list[ScoredCompletion]]:
+        pools.append(completions)
+        return score(completions, *rest)
+
+    monkeypatch.setattr(paper, "score", noted)
     paper.main()
+    by_reward_models, by_judges = pools
+    assert by_reward_models == by_judges
+    assert by_judges == shortened(by_judges), "cut texts, which a sweep never scores"
     out = capsys.readouterr().out
     assert "pool: 80 completions of 10 prompts" in out
     assert "start: MP helpfulness" in out
