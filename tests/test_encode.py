@@ -91,8 +91,8 @@ def test_hostile_text_writes_no_marker(family: str) -> None:
         leaks_of_own += marks(own_ids(encoder.tokenizer, turns), family) != expected
         text = turns[-1]["content"]
         assert not marks(encoder.completion_ids(text, finished=False), family), text
-        form = marks(encoder.pair_ids("the", "the"), family)
-        assert marks(encoder.pair_ids(turns[0]["content"], text), family) == form, text
+        form = marks(encoder.pair("the", "the").ids, family)
+        assert marks(encoder.pair(turns[0]["content"], text).ids, family) == form, text
     assert strings >= 5000
     # The same strings do fool the plain tokenizer, so they are worth refusing.
     assert leaks_of_own > HOSTILE_CONVERSATIONS / 2
@@ -104,11 +104,11 @@ def test_no_completion_and_no_pair_of_many_is_a_marker(family: str) -> None:
     encoder = dialled(family)
     rng = random.Random(f"many {family}")
     texts = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
-    form = marks(encoder.pair_ids("the", "the"), family)
+    form = marks(encoder.pair("the", "the").ids, family)
     for _ in range(100_000):
         first, second = hostile(rng, texts), hostile(rng, texts)
         assert not marks(encoder.completion_ids(first, finished=False), family), first
-        assert marks(encoder.pair_ids(first, second), family) == form, (first, second)
+        assert marks(encoder.pair(first, second).ids, family) == form, (first, second)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -234,8 +234,8 @@ def test_control_ids_go_by_id() -> None:
 def test_pairs_are_two_segments() -> None:
     encoder, tokenizer = dialled("wordpiece"), own("wordpiece")
     pair = tokenizer("the ferry", "how do I")
-    assert encoder.pair_ids("the ferry", "how do I") == pair["input_ids"]
-    assert encoder.pair_type_ids("the ferry", "how do I") == pair["token_type_ids"]
+    assert encoder.pair("the ferry", "how do I").ids == pair["input_ids"]
+    assert encoder.pair("the ferry", "how do I").types == pair["token_type_ids"]
 
 
 def test_pairs_of_a_real_two_segment_model() -> None:
@@ -246,9 +246,9 @@ def test_pairs_of_a_real_two_segment_model() -> None:
     for _ in range(200):
         first, second = ordinary(rng), ordinary(rng)
         pair = tokenizer(first, second)
-        assert encoder.pair_ids(first, second) == pair["input_ids"]
-        assert encoder.pair_type_ids(first, second) == pair["token_type_ids"]
-        ids = encoder.pair_ids(hostile(rng, MARKERS["wordpiece"]), second)
+        assert encoder.pair(first, second).ids == pair["input_ids"]
+        assert encoder.pair(first, second).types == pair["token_type_ids"]
+        ids = encoder.pair(hostile(rng, MARKERS["wordpiece"]), second).ids
         unknown = tokenizer.unk_token_id
         assert len([i for i in ids if i in marker_ids and i != unknown]) == 3
 
@@ -256,7 +256,7 @@ def test_pairs_of_a_real_two_segment_model() -> None:
 def test_pairs_without_a_two_segment_form_are_ended_by_the_end_token() -> None:
     encoder = dialled("byte_bpe")
     end = encoder.eos_id
-    ids, types = encoder.pair_ids("one", "two"), encoder.pair_type_ids("one", "two")
+    ids, types = encoder.pair("one", "two")
     assert marks(ids, "byte_bpe") == [end, end]
     assert ids[-1] == end
     assert types == [0] * (ids.index(end) + 1) + [1] * (len(ids) - ids.index(end) - 1)
@@ -401,7 +401,7 @@ def test_a_copy_that_shares_the_model_gives_the_ids_of_one_that_is_rebuilt(
         ids = sharing.completion_ids(text, finished=True)
         assert ids == rebuilt.completion_ids(text, finished=True)
         assert sharing.decode(ids) == rebuilt.decode(ids)
-        assert sharing.pair_ids(text, text) == rebuilt.pair_ids(text, text)
+        assert sharing.pair(text, text).ids == rebuilt.pair(text, text).ids
 
 
 def test_a_marker_that_the_vocabulary_can_spell_is_taken_out_of_it() -> None:

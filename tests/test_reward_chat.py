@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from bigram_kit import byte_tokenizer
+from equipoise.encoding import sealing
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ModelError
 from equipoise.rewards.input import InputEncoder
@@ -90,3 +94,42 @@ def test_a_template_that_does_not_end_with_the_answer_is_refused() -> None:
     )
     with pytest.raises(ModelError, match="does not end with the answer"):
         input_of(tokenizer)([Message("user", "hi")], "yes")
+
+
+class Counting:
+    """A tokenizer that notes every text it encodes."""
+
+    def __init__(self, tokenizer: Tokenizer, seen: list[str]) -> None:
+        self.tokenizer, self.seen = tokenizer, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def encode(self, *texts: str, **options: Any) -> Any:
+        self.seen += texts
+        return self.tokenizer.encode(*texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "format"), [("byte_bpe", "chat"), ("byte_bpe", "pair"), ("wordpiece", "pair")]
+)
+def test_a_prompt_is_encoded_once_for_all_its_answers_and_each_answer_once(
+    monkeypatch: pytest.MonkeyPatch, family: str, format: Literal["chat", "pair"]
+) -> None:
+    seen: list[str] = []
+    seal = sealing.seal
+
+    def counted(*given: Any) -> sealing.SealedTokenizer:
+        found = seal(*given)
+        return replace(found, tokenizer=Counting(found.tokenizer, seen))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sealing, "seal", counted)
+    encode = InputEncoder.of(Encoder(_ALL[family]()), format=format, max_length=512)
+    seen.clear()
+    for prompt in ("ferry", "kettle"):
+        for answer in ("noon", "one", "two"):
+            encode([Message("user", f"when does the {prompt} leave")], f"{prompt} at {answer}")
+    for prompt in ("ferry", "kettle"):
+        assert sum(f"the {prompt} leave" in text for text in seen) == 1
+        for answer in ("noon", "one", "two"):
+            assert sum(f"{prompt} at {answer}" in text for text in seen) == 1

@@ -21,6 +21,7 @@ from equipoise.errors import DataError, EncodingError, ModelError
 from equipoise.types import PLAIN, DialSetting, Message, Rendering, Sampling
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
     from equipoise.dials.manifest import DialManifest
@@ -36,6 +37,14 @@ class AnsweredIds(NamedTuple):
     """Where the answer begins."""
     stop: int
     """Where what stands behind it begins."""
+
+
+class PairIds(NamedTuple):
+    """The ids of two texts."""
+
+    ids: list[int]
+    types: list[int]
+    """Segment (0 or 1) of each id."""
 
 
 class Encoder:
@@ -82,6 +91,8 @@ class Encoder:
             self._template, self._backend, self._sealed, self.forbidden, controls, thought_end
         )
         self._others: dict[str, Encoder] = {}
+        self._latest: tuple[str, Encoding] | None = None
+        self._pair_form = self._sealed.own_ids(self._sealed.tokenizer.encode("", "").ids)
         self._given_ends = tuple(eos_ids or ())
         own = [self._skeletons.turn_end(), tokenizer.eos_token_id]
         ends = [i for i in (*own, *self._given_ends) if i is not None and i not in controls]
@@ -164,12 +175,20 @@ class Encoder:
                 fix="set format: pair, or use another chat template",
             )
         head, said, tail = prepared.skeleton.around_last([*contents, self._untrusted(answer)])
-        encoding = self._sealed.tokenizer.encode(head + said + tail, add_special_tokens=False)
-        ids = self._checked(self._sealed.own_ids(encoding.ids), prepared.markers)
+        # What stands before and behind a marker is segmented apart, so the ids before the last
+        # marker of the prompt are the same for every answer to it.
+        cut = max(head.rfind(self._sealed.nonce), 0)
+        before, first = self._until(head[: cut + len(self._sealed.guard)]) if cut else ([], None)
+        encoding = self._sealed.tokenizer.encode(head[cut:] + said + tail, add_special_tokens=False)
+        # A normaliser may write a blank before a text, here before the marker.
+        skipped = encoding.ids.index(first) if first is not None else 0
+        offsets = encoding.offsets[skipped:]
+        whole = self._sealed.own_ids([*before, *encoding.ids[skipped:]])
+        ids, n_before = self._checked(whole, prepared.markers), len(before)
         # A token that reaches over the border belongs to the answer.
-        start = sum(end <= len(head) for _, end in encoding.offsets)
-        stop = sum(begin < len(head) + len(said) for begin, _ in encoding.offsets)
-        return AnsweredIds(ids, start, max(start, stop))
+        start = sum(end <= len(head) - cut for _, end in offsets)
+        stop = sum(begin < len(head) - cut + len(said) for begin, _ in offsets)
+        return AnsweredIds(ids, n_before + start, n_before + max(start, stop))
 
     def control_ids(self, setting: DialSetting) -> tuple[int, ...]:
         """Return one control id per attribute; they follow the prompt's ids."""
@@ -191,16 +210,21 @@ class Encoder:
         ids = self._sealed.encode(self._sealed.guard + self._untrusted(text))[1:]
         return self._checked(ids, ()) + ([self.eos_id] if finished else [])
 
-    def pair_ids(self, first: str, second: str) -> list[int]:
+    def pair(self, first: str, second: str) -> PairIds:
         """Return the ids of two texts as two segments, e.g. ``[CLS] a [SEP] b [SEP]``.
 
         A tokenizer without such a form gets ``a <end> b <end>``.
         """
-        return self._pair(first, second)[0]
-
-    def pair_type_ids(self, first: str, second: str) -> list[int]:
-        """Return the segment (0 or 1) of each id of :meth:`pair_ids`."""
-        return self._pair(first, second)[1]
+        own, tokenizer = self._sealed.own_ids, self._sealed.tokenizer
+        one = self._once(self._untrusted(first))
+        two = tokenizer.encode(self._untrusted(second), add_special_tokens=False)
+        if self._pair_form:
+            expected = tuple(i for i in self._pair_form if i in self.forbidden)
+            both = tokenizer.post_process(one, two, True)
+            return PairIds(self._checked(own(both.ids), expected), list(both.type_ids))
+        a, b = (self._checked(own(encoding.ids), ()) for encoding in (one, two))
+        ids = [*a, self.eos_id, *b, self.eos_id]
+        return PairIds(ids, [0] * (len(a) + 1) + [1] * (len(b) + 1))
 
     def most_tokens(self, sampling: Sampling) -> int:
         """Return the most tokens of one completion, its thoughts included, in any rendering."""
@@ -243,18 +267,19 @@ class Encoder:
         roles = [message.role for message in messages]
         return contents, tuple(zip(roles, [c == "" for c in contents], strict=True))
 
-    def _pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        tokenizer = self._sealed.tokenizer
-        form = self._sealed.own_ids(tokenizer.encode("", "", add_special_tokens=True).ids)
-        pair = (self._untrusted(first), self._untrusted(second))
-        if form:
-            encoding = tokenizer.encode(*pair, add_special_tokens=True)
-            expected = tuple(token_id for token_id in form if token_id in self.forbidden)
-            ids = self._sealed.own_ids(encoding.ids)
-            return self._checked(ids, expected), list(encoding.type_ids)
-        a, b = (self._checked(self._sealed.encode(text), ()) for text in pair)
-        end = self.eos_id
-        return [*a, end, *b, end], [0] * (len(a) + 1) + [1] * (len(b) + 1)
+    def _until(self, text: str) -> tuple[list[int], int]:
+        """Return the sealed ids before the seal that ends a text, and the seal's."""
+        seal = self._sealed.tokenizer.token_to_id(text[-len(self._sealed.guard) :])
+        assert seal is not None
+        ids = self._once(text).ids
+        return ids[: len(ids) - 1 - ids[::-1].index(seal)], seal
+
+    def _once(self, text: str) -> Encoding:
+        """Encode a prompt, or give what it was encoded to: its completions come in a row."""
+        if self._latest is None or self._latest[0] != text:
+            encoding = self._sealed.tokenizer.encode(text, add_special_tokens=False)
+            self._latest = (text, encoding)
+        return self._latest[1]
 
     def _untrusted(self, text: str) -> str:
         try:

@@ -41,7 +41,7 @@ def check_vocabulary(place: str, model: Any, encoder: Encoder) -> None:
         if encoder.has_chat_template:
             written.update(encoder.prompt_ids(asked))
         else:
-            written.update(encoder.pair_ids("a", "b"))
+            written.update(encoder.pair("a", "b").ids)
     except DataError:  # a template that wants other turns; those are checked as they come
         pass
     for text, token_id in beyond.items():

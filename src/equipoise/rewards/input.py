@@ -79,8 +79,7 @@ class InputEncoder:
         return RewardInput(ids, (0,) * len(ids), (keep_prompt, end), truncated)
 
     def _pair(self, prompt: str, completion: str) -> RewardInput:
-        ids = self.encoder.pair_ids(prompt, completion)
-        types = self.encoder.pair_type_ids(prompt, completion)
+        ids, types = self.encoder.pair(prompt, completion)
         first, second = self._segments(ids)
         room = self.max_length - (len(ids) - len(first) - len(second))
         keep_first, keep_second = self._shares(len(first), len(second), room)
