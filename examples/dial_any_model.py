@@ -37,7 +37,7 @@ from equipoise.config import (
     TuneConfig,
 )
 from equipoise.data.prompts import load_prompts
-from equipoise.denoise import shortened
+from equipoise.pool.score import shortened
 from equipoise.tune.trainer import tune
 
 ATTRIBUTES = ("helpfulness", "safety")

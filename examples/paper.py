@@ -47,7 +47,7 @@ from equipoise.config import (
     SamplingConfig,
     TuneConfig,
 )
-from equipoise.denoise import shortened
+from equipoise.pool.score import shortened
 from equipoise.tune.trainer import tune
 from equipoise.worlds import workshop
 

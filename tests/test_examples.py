@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from equipoise.config import TuneConfig
-from equipoise.denoise import shortened
 from equipoise.dials.manifest import read_manifest
+from equipoise.pool.score import shortened
 from equipoise.types import Completion, ScoredCompletion
 from equipoise.worlds.workshop.shipped import ASSETS, asset
 

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.config import DistilConfig
-from equipoise.denoise import shorten
 from equipoise.errors import DataError
 from equipoise.pool.backdoor import back_door
 from equipoise.pool.moec import distil
@@ -17,6 +16,7 @@ from equipoise.types import (
     DialSetting,
     Message,
     Prompt,
+    Sampled,
     ScoredCompletion,
 )
 
@@ -110,10 +110,10 @@ def test_duplicates_and_degenerate_texts_are_dropped() -> None:
 
 def test_cut_completions_are_shortened_and_get_no_end_token() -> None:
     cut = Completion("a", 0, "Turn the key. Then lift the", "length", 9, "h")
-    assert shorten(cut.text, cut.finish) == "Turn the key."
-    assert shorten("1. Turn\n2. Lift the lid", "length") is None
-    assert shorten("It costs 3.50 for the", "length") is None
-    assert shorten("As it is", "stop") == "As it is"
+    assert cut.sentences == "Turn the key."
+    assert Sampled((), "1. Turn\n2. Lift the lid", "length").sentences is None
+    assert Sampled((), "It costs 3.50 for the", "length").sentences is None
+    assert Sampled((), "As it is", "stop").sentences == "As it is"
     rows = [
         *GOOD[:3],
         (scored("a", 3, "Turn the big key now. Then lift", "length"), unit(0.9, 0.1)),

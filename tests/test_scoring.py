@@ -19,8 +19,8 @@ from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, ServingError
 from equipoise.models.hashing import model_hash
 from equipoise.rewards.load import reward_hash
-from equipoise.serve.scoring import Answer, LiveScorer, ScorerUnavailableError, load_scorer
-from equipoise.types import DialSetting, Message, Prompt
+from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError, load_scorer
+from equipoise.types import DialSetting, Finish, Message, Prompt, Sampled
 from eval_kit import Identity
 from pipeline_kit import ATTRIBUTES, save_reward_model, tiny_recipe
 
@@ -46,8 +46,8 @@ def scorer(**models: Any) -> LiveScorer:
     return LiveScorer(found, Identity(), levels=5, timeout=5.0)
 
 
-def run(live: LiveScorer, answers: Sequence[Answer]) -> list[dict[str, float]]:
-    return asyncio.run(live.score(ASKED, answers))
+def run(live: LiveScorer, answers: Sequence[tuple[str, Finish]]) -> list[dict[str, float]]:
+    return asyncio.run(live.score(ASKED, [Sampled((), *answer) for answer in answers]))
 
 
 def test_scores_come_in_order_and_once_per_text() -> None:
@@ -137,7 +137,7 @@ def test_a_scorer_that_hangs_is_given_up_and_holds_nobody_up() -> None:
     live = LiveScorer({"safety": Hanging(0)}, Identity(), levels=5, timeout=0.05)
     try:
         with pytest.raises(ScorerUnavailableError):
-            asyncio.run(live.score(ASKED, [("0.5", "stop")]))
+            asyncio.run(live.score(ASKED, [Sampled((), "0.5", "stop")]))
     finally:
         free.set()
         live.close()

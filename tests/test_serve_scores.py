@@ -235,6 +235,7 @@ _HANGS = """
 import asyncio, threading
 from eval_kit import Identity
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
+from equipoise.types import Sampled
 
 class Hanging:
     name = hash = "hanging"
@@ -244,7 +245,7 @@ class Hanging:
 
 scorer = LiveScorer({"safety": Hanging()}, Identity(), levels=5, timeout=0.05)
 try:
-    asyncio.run(scorer.score((), [("text", "stop")]))
+    asyncio.run(scorer.score((), [Sampled((), "text", "stop")]))
 except ScorerUnavailableError:
     scorer.close()
     print("given up", flush=True)

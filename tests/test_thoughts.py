@@ -15,7 +15,6 @@ import pytest
 
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer, sample
 from equipoise.config import Recipe, TuneConfig
-from equipoise.denoise import judged_text, shortened
 from equipoise.encoding.encode import Encoder
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.engine.decode import LiveRows
@@ -26,6 +25,7 @@ from equipoise.errors import ConfigError
 from equipoise.models.load import LoadedPolicy, load_causal
 from equipoise.pipeline.runner import run_all, run_stage
 from equipoise.policy.decide import DialPolicy
+from equipoise.pool.score import shortened
 from equipoise.serve.chat import ServedModel
 from equipoise.serve.runner import check_policy
 from equipoise.store.rundir import RunDir
@@ -228,7 +228,7 @@ def test_an_end_within_a_thought_is_no_answer(tmp_path: Path) -> None:
     assert rows_say(policy, budget(9))[:2] == ("", "thought")
     completion = found.as_completion("p", 0, model_hash="")
     assert shortened([completion]) == []
-    assert judged_text(completion.text, completion.finish) == ""
+    assert completion.judged == ""
 
 
 def test_a_thought_that_the_prompt_has_begun_counts(tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-
-from equipoise.types import Completion, Finish
+from collections.abc import Callable
 
 # Scripts written without blanks count one token per character, or a whole answer would be one.
 _UNSPACED = "\\u3040-\\u30ff\\u3400-\\u9fff\\uac00-\\ud7af\\u0e00-\\u0e7f"
@@ -29,31 +26,9 @@ def is_degenerate(text: str, *, parses: Callable[[str], bool] | None = None) -> 
     return parses is not None and not parses(text)
 
 
-def shorten(text: str, finish: Finish) -> str | None:
-    """Return the text to learn from, or None if there is none.
-
-    A completion cut by the token limit keeps its finished sentences and gets no end token; with no
-    finished sentence it is dropped from the pool. So is one whose thought did not end.
-    """
-    if finish == "stop":
-        return text
-    if finish == "thought":
-        return None
+def finished_sentences(text: str) -> str | None:
+    """Return a cut text up to the end of its last finished sentence, or None if it has none."""
     ends = [match.end() for match in re.finditer(r"[.!?。！？](?=[\s\"')\]]|$)", text)]
     # A number at the head of a list item ("2.") ends no sentence.
     ends = [end for end in ends if not re.search(r"(^|\n)\s*\d+\.$", text[:end])]
     return text[: ends[-1]] if ends else None
-
-
-def shortened(completions: Iterable[Completion]) -> list[Completion]:
-    """Return the completions that hold a finished sentence, each with the text to learn from."""
-    texts = [(one, shorten(one.text, one.finish)) for one in completions]
-    return [replace(one, text=text) for one, text in texts if text]
-
-
-def judged_text(text: str, finish: Finish) -> str:
-    """Return the text that a score is of, which is never none.
-
-    The pool that gave the unit scores their meaning was cut to finished sentences too.
-    """
-    return shorten(text, finish) or text

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from equipoise.denoise import finished_sentences
+
 NOT_STORED: Mapping[str, bool] = {"stored": False}
 """Metadata of a field that lives in memory only; it is in no file of a run."""
 
@@ -90,8 +92,34 @@ class DialSetting:
         return all(level is not None for level in self.levels)
 
 
+class Judged:
+    """A sampled text, and the part of it that is learnt from and judged."""
+
+    text: str
+    finish: Finish
+
+    @property
+    def sentences(self) -> str | None:
+        """The text to learn from, or None if there is none.
+
+        A text cut by the token limit keeps its finished sentences and gets no end token; with no
+        finished sentence it is dropped from the pool. So is one whose thought did not end.
+        """
+        if self.finish == "stop":
+            return self.text
+        return None if self.finish == "thought" else finished_sentences(self.text)
+
+    @property
+    def judged(self) -> str:
+        """The text that a score is of, which is never none.
+
+        The pool that gave the unit scores their meaning was cut to finished sentences too.
+        """
+        return self.sentences or self.text
+
+
 @dataclass(frozen=True)
-class Completion:
+class Completion(Judged):
     """The assistant's answer: the ``y`` of the paper."""
 
     prompt_id: str
@@ -144,7 +172,7 @@ class ControlledExample:
 
 
 @dataclass(frozen=True)
-class Delivery:
+class Delivery(Judged):
     """What one completion delivered for one requested setting, by one kind of judge."""
 
     prompt_id: str
@@ -218,7 +246,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(Judged):
     """One sampled continuation."""
 
     token_ids: tuple[int, ...]

@@ -13,7 +13,6 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from equipoise.alignment.sft import drive
 from equipoise.config import AlignConfig
-from equipoise.denoise import judged_text
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import DataError, named
 from equipoise.models.context import check_prompts, positions
@@ -234,7 +233,5 @@ def _own_answers(
     engine = TransformersEngine(before.model, before.encoder, model_hash=before.hash)
     sampled = engine.generate(requests, sampling)
     return [
-        (prompt, judged_text(item.text, item.finish))
-        for prompt, row in zip(asked, sampled, strict=True)
-        for item in row
+        (prompt, item.judged) for prompt, row in zip(asked, sampled, strict=True) for item in row
     ]

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from equipoise.denoise import judged_text
 from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
 from equipoise.rewards.scorer import unit_scores_of
@@ -229,7 +228,7 @@ def _answers(
     *what: str | int,
 ) -> list[str]:
     rows = responder.respond(forged, [setting], seed=derive_seed(seed, "forge", *what))
-    return [judged_text(row[0].text, row[0].finish) for row in rows]
+    return [row[0].judged for row in rows]
 
 
 def _judged(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from equipoise.denoise import judged_text
 from equipoise.dials.attributes import cells
 from equipoise.rewards.scorer import unit_scores_of
 from equipoise.seeds import derive_seed
@@ -64,25 +63,25 @@ def sweep(
         part = prompts[start : start + chunk]
         by_id = {prompt.id: prompt for prompt in part}
         completions = [
-            (repeat, completion, judged_text(completion.text, completion.finish))
+            (repeat, completion)
             for repeat in range(repeats)
             for row in responder.respond(part, settings, seed=derive_seed(seed, "repeat", repeat))
             for completion in row
         ]
-        pairs = [(by_id[completion.prompt_id], text) for _, completion, text in completions]
+        pairs = [(by_id[one.prompt_id], one.judged) for _, one in completions]
         units = {
             kind: unit_scores_of(pairs, models, calibrations[kind])
             for kind, models in judges.items()
         }
         yield [
             Delivery(
-                prompt_id=completion.prompt_id,
-                setting=completion.setting or DialSetting(()),
+                prompt_id=one.prompt_id,
+                setting=one.setting or DialSetting(()),
                 repeat=repeat,
-                text=completion.text,
-                finish=completion.finish,
-                n_tokens=completion.n_tokens,
-                unit={kind: units[kind][completion.prompt_id, text] for kind in judges},
+                text=one.text,
+                finish=one.finish,
+                n_tokens=one.n_tokens,
+                unit={kind: units[kind][one.prompt_id, one.judged] for kind in judges},
             )
-            for repeat, completion, text in completions
+            for repeat, one in completions
         ]

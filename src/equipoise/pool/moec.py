@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from equipoise.config import DistilConfig
-from equipoise.denoise import is_degenerate, shorten
+from equipoise.denoise import is_degenerate
 from equipoise.dials.attributes import cell_of, target
 from equipoise.errors import DataError
 from equipoise.types import ControlledExample, DialSetting, Prompt, ScoredCompletion
@@ -77,7 +77,7 @@ def distil(
     most = config.max_fluency_drop
     for one, unit, drop in zip(scored, units, drops, strict=True):
         completion, prompt = one.completion, prompts[one.completion.prompt_id]
-        text = shorten(completion.text, completion.finish)
+        text = completion.sentences
         reason = None
         if text is None or not text.strip():
             reason = "empty or no finished sentence"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 
 from equipoise.errors import DataError
@@ -61,6 +62,11 @@ def score(
             ScoredCompletion(completion, known[key], hashes)
             for key, completion in zip(keys, chunk, strict=True)
         ]
+
+
+def shortened(completions: Iterable[Completion]) -> list[Completion]:
+    """Return the completions that hold a finished sentence, each with the text to learn from."""
+    return [replace(one, text=text) for one in completions if (text := one.sentences)]
 
 
 def content_key(completion: Completion) -> str:

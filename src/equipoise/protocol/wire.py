@@ -18,7 +18,7 @@ from equipoise.policy.file import validation_fault
 from equipoise.protocol.compat import NOT_HERE, NeutralFields, NullIsDefault, Only, Wire, Zero
 from equipoise.protocol.failures import RefusedError, as_name, bad_request
 from equipoise.protocol.turns import MAX_MESSAGES, ChatMessage
-from equipoise.types import DialSetting, Finish
+from equipoise.types import DialSetting, Finish, Judged
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 64
@@ -137,7 +137,7 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Judged):
     """One finished completion."""
 
     text: str

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from equipoise.denoise import is_degenerate, judged_text
+from equipoise.denoise import is_degenerate
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
 from equipoise.seeds import derive_seed
@@ -91,7 +91,7 @@ class Rollouts:
         pairs = []
         for ask, group in zip(asks, sampled, strict=True):
             for item in group:
-                pairs.append((ask, judged_text(item.text, item.finish)))
+                pairs.append((ask, item.judged))
         earned = self.reward(pairs)
         spread = torch.tensor(earned).view(len(asks), -1).std(dim=1)
         flat = [item for group in sampled for item in group]

@@ -167,9 +167,8 @@ async def scored(
     Raises:
         RefusedError: 503 ``scorer_unavailable``: an answer without scores is not given.
     """
-    answers = [(choice.text, choice.finish) for choice in choices]
     try:
-        units = await scorer.score(messages, answers)
+        units = await scorer.score(messages, choices)
     except ServingError as error:
         raise not_scored() from error
     return [replace(c, measured=unit) for c, unit in zip(choices, units, strict=True)]

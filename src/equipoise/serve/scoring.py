@@ -15,24 +15,21 @@ from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
 
-from equipoise.denoise import judged_text
 from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, RewardError, ServingError
 from equipoise.rewards.scorer import unit_scores_of
 from equipoise.steer.reranking import nearest_first
 from equipoise.types import (
     DialSetting,
-    Finish,
+    Judged,
     Message,
     Prompt,
     RewardModel,
     UnitScale,
 )
 
-Answer = tuple[str, Finish]
-"""Text and how it ended."""
 _Units = list[dict[str, float]]
-_Work = tuple["Future[_Units]", tuple[Message, ...], tuple[Answer, ...]]
+_Work = tuple["Future[_Units]", tuple[Message, ...], tuple[Judged, ...]]
 
 
 class ScorerUnavailableError(ServingError):
@@ -77,7 +74,7 @@ class LiveScorer:
         """Whether a batch is under way; after :meth:`close` nobody waits for it."""
         return self._began is not None
 
-    async def score(self, messages: Sequence[Message], answers: Sequence[Answer]) -> _Units:
+    async def score(self, messages: Sequence[Message], answers: Sequence[Judged]) -> _Units:
         """Return unit scores in [0, 1] per answer: attribute to score, in order.
 
         An answer that was cut is scored up to its last finished sentence, as in evaluation.
@@ -118,16 +115,16 @@ class LiveScorer:
             except BaseException as error:  # whatever a reward model of the user raises
                 result.set_exception(error)
 
-    def _scored(self, messages: tuple[Message, ...], answers: tuple[Answer, ...]) -> _Units:
+    def _scored(self, messages: tuple[Message, ...], answers: tuple[Judged, ...]) -> _Units:
         self._began = time.monotonic()
         try:
             return self._units(messages, answers)
         finally:
             self._began = None
 
-    def _units(self, messages: tuple[Message, ...], answers: tuple[Answer, ...]) -> _Units:
+    def _units(self, messages: tuple[Message, ...], answers: tuple[Judged, ...]) -> _Units:
         prompt = Prompt("live", messages, "test")
-        texts = [judged_text(text, finish) for text, finish in answers]
+        texts = [answer.judged for answer in answers]
         units = unit_scores_of([(prompt, text) for text in texts], self._models, self._calibration)
         found = [units[prompt.id, text] for text in texts]
         if any(not 0.0 <= value <= 1.0 for unit in found for value in unit.values()):

@@ -193,9 +193,9 @@ def score(job: Job) -> None:
     stage = job.begin("score", reward_hashes(recipe.reward_models, job))
     if stage is None:
         return
-    from equipoise.denoise import shortened
     from equipoise.pool.calibrate import calibrate, own_pool
     from equipoise.pool.score import score as score_rows
+    from equipoise.pool.score import shortened
 
     by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
     source = job.run.done("generate")

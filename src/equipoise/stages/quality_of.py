@@ -127,15 +127,14 @@ def _references(job: Job, stage: Stage) -> list[tuple[Prompt, str, bool]]:
 def _own_answers(
     job: Job, own: Sequence[Delivery], prompts: Mapping[str, Prompt]
 ) -> list[tuple[Prompt, str, bool]]:
-    from equipoise.denoise import shorten
-
     first: dict[str, Delivery] = {}
     for delivery in own:
         first.setdefault(delivery.prompt_id, delivery)
     chosen = spread(list(first.values()), job.recipe.evaluate.fluency_prompts)
     # An answer that the token limit cut stands for its finished sentences; without any for none.
-    found = [(d, shorten(d.text, d.finish)) for d in chosen]
-    return [(prompts[d.prompt_id], text, d.finish == "stop") for d, text in found if text]
+    return [
+        (prompts[d.prompt_id], text, d.finish == "stop") for d in chosen if (text := d.sentences)
+    ]
 
 
 def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str, Any]:

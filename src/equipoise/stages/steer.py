@@ -19,7 +19,7 @@ from equipoise.pipeline.job import (
     reward_hashes,
 )
 from equipoise.store.stagedir import Stage
-from equipoise.types import Completion, Prompt, Sampling, SteeredCompletion
+from equipoise.types import Prompt, Sampling, SteeredCompletion
 
 if TYPE_CHECKING:
     from equipoise.engine.sample import TransformersEngine
@@ -114,7 +114,11 @@ def regenerate(job: Job) -> None:
     held = sum(len(batches[number]) for number in done)
     with job.progress.task("regenerate", len(prompts), done=held) as advance:
         for number, rows in sampled:
-            kept = _shortened(rows)
+            kept = [
+                (replace(one, text=text), strengths)
+                for one, strengths in rows
+                if (text := one.sentences)
+            ]
             answers = [Answer(one.prompt_id, one.text, one.finish == "stop") for one, _ in kept]
             read = read_answers(policy.model, policy.encoder, answers, by_id)
             fluency = [reading.mean for reading in read]
@@ -217,15 +221,6 @@ def _steered_prompts(job: Job) -> list[Prompt]:
     """Return the training prompts that have own completions: the others have no usual fluency."""
     usual = job.run.done("steer").read_json(FLUENCY)
     return [prompt for prompt in read_prompts(job.run) if prompt.id in usual]
-
-
-def _shortened(
-    rows: list[tuple[Completion, tuple[float, ...]]],
-) -> list[tuple[Completion, tuple[float, ...]]]:
-    from equipoise.denoise import shorten
-
-    texts = [(shorten(one.text, one.finish), one, strengths) for one, strengths in rows]
-    return [(replace(one, text=text), strengths) for text, one, strengths in texts if text]
 
 
 def _shard(number: int) -> str:

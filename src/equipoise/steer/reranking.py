@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from equipoise.denoise import judged_text
 from equipoise.dials.attributes import target
 from equipoise.encoding.encode import Encoder
 from equipoise.rewards.scorer import unit_scores_of
@@ -101,7 +100,7 @@ class Candidates:
         ]
         units = unit_scores_of(
             (
-                (prompt, judged_text(item.text, item.finish))
+                (prompt, item.judged)
                 for prompt, items in zip(prompts, sampled, strict=True)
                 for item in items.values()
             ),
@@ -113,10 +112,7 @@ class Candidates:
                 chosen = [items[one] for one in seeds]
                 self._kept[seed, prompt.id, key] = (
                     chosen,
-                    [
-                        tuple(units[prompt.id, judged_text(item.text, item.finish)].values())
-                        for item in chosen
-                    ],
+                    [tuple(units[prompt.id, item.judged].values()) for item in chosen],
                 )
 
     def _places(

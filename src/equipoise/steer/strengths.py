@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equipoise.denoise import judged_text
 from equipoise.dials.attributes import target
 from equipoise.encoding.encode import Encoder
 from equipoise.models.likelihood import read_completions
@@ -95,7 +94,7 @@ def try_strength(
         for ids, prompt in zip(encoded, prompts, strict=True)
     ]
     sampled = [items[0] for items in engine.generate(requests, sampling)]
-    texts = [judged_text(item.text, item.finish) for item in sampled]
+    texts = [item.judged for item in sampled]
     pairs = list(zip(prompts, texts, strict=True))
     chosen = {attribute: reward_models[attribute]}
     units = unit_scores_of(pairs, chosen, calibration)
