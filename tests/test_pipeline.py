@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipeline")
     recipe = load_recipe(str(write_recipe(root / "tiny.yaml", recipe_of(root))))
     # The last test draws the pictures.
-    said = (root / "said.txt").open("w")
+    said, began = (root / "said.txt").open("w"), time.monotonic()
     with said, RunDir.open(root / "run", recipe) as run, blank_pictures():
         page = run_all(run, progress=Progress(said))
+    (root / "minutes.json").write_text(json.dumps((time.monotonic() - began) / 60))
     assert page == root / "run/report/report.html"
     return root / "run"
 
@@ -78,8 +80,14 @@ def test_every_stage_is_complete_and_listed_with_hashes(finished: Path) -> None:
     for stage in STAGES:
         record = json.loads((finished / stage / "stage.json").read_text())
         assert record["outputs"], stage
-        assert record["minutes"] >= 0
+        assert record["minutes"] > 0, stage
         assert not (finished / stage / "work").exists()
+
+
+def test_the_minutes_of_the_stages_are_those_of_the_run(finished: Path) -> None:
+    spent = [json.loads((finished / name / "stage.json").read_text())["minutes"] for name in STAGES]
+    whole = json.loads((finished.parent / "minutes.json").read_text())
+    assert 0.5 * whole < sum(spent) <= whole
 
 
 def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
@@ -105,7 +113,7 @@ def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
     assert report["reward_models"]["reward helpfulness"]["held_out"]["metric"] == "accuracy"
     assert set(report["stages"]) == {*STAGES} - {"report"}
     assert set(report["planned"]) == {*PLANNED}
-    assert min(report["planned"].values()) >= 0
+    assert min(report["planned"].values()) > 0
     assert report["ceiling"]["generalization"]["mp"]["helpfulness"]["value"] > 0
     assert len(report["losses"]["tuned"]["loss"]) == 6
     assert "tuned − rerank4" in report["differences"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from equipoise.config import Config, Recipe
+from equipoise.config import Config
 from equipoise.errors import ConfigError
 from equipoise.recipes.check import field_names
 from equipoise.recipes.load import describe_shipped, find_recipe, load_recipe, shipped
@@ -290,6 +290,6 @@ def test_no_config_outgrows_its_budget() -> None:
     def fields(kind: type[Config]) -> list[type[Config]]:
         return [kind, *(below for child in kind.__subclasses__() for below in fields(child))]
 
+    large = {"Recipe": 23, "TuneConfig": 16, "EvaluateConfig": 13}  # to shrink, never to grow
     for kind in fields(Config):
-        limit = 23 if kind is Recipe else 16
-        assert len(kind.model_fields) <= limit, kind
+        assert len(kind.model_fields) <= large.get(kind.__name__, 12), kind

@@ -415,7 +415,27 @@ def test_policy_without_template_or_safetensors_is_refused(tmp_path: Path) -> No
         load.load_causal(str(adapter))
 
 
-def test_probed_number_type_is_one_of_two() -> None:
-    assert load.probe_dtype() in (torch.float32, torch.bfloat16)
-    assert load.probe_dtype() is load.probe_dtype()
-    assert load.torch_dtype("bfloat16") == torch.bfloat16
+@pytest.mark.parametrize(
+    ("gain", "found"), [(2.0, torch.bfloat16), (1.2, torch.float32), (0.2, torch.float32)]
+)
+def test_bfloat16_is_taken_where_it_is_much_faster(
+    monkeypatch: pytest.MonkeyPatch, gain: float, found: torch.dtype
+) -> None:
+    now, ones = [0.0], torch.ones
+
+    def timed(*shape: int, dtype: torch.dtype, **options: Any) -> Any:
+        class Product:
+            def __matmul__(self, other: object) -> torch.Tensor:
+                now[0] += 1.0 if dtype == torch.float32 else 1.0 / gain
+                return ones(1)
+
+        return Product()
+
+    monkeypatch.setattr(torch, "ones", timed)
+    monkeypatch.setattr(load.time, "perf_counter", lambda: now[0])
+    load.probe_dtype.cache_clear()
+    try:
+        assert load.probe_dtype() is found
+        assert load.torch_dtype("bfloat16") == torch.bfloat16
+    finally:
+        load.probe_dtype.cache_clear()

@@ -13,11 +13,11 @@ import yaml
 
 from equipoise.cli.main import main
 from equipoise.errors import ConfigError, DataError
+from equipoise.evaluate.forge import BOUNDED, verdict
 from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
-from equipoise.policy.file import load_policy
 from equipoise.report.canvas import save
 from equipoise.report.render import plain
-from equipoise.types import DialSetting
+from equipoise.types import DialSetting, Estimate
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy
 from pipeline_kit import blank_pictures, save_assets, tiny_recipe, write_recipe
 
@@ -171,10 +171,14 @@ def test_forge_lift_is_measured_through_the_door(finished: Path, tmp_path: Path)
     assert found["scenario"] == "lab" and found["setting"] == [1, 1]  # the widest, its middle
     assert (found["n_prompts"], found["repeats"]) == (4, 2)
     assert set(found["families"]) == {"literal", "lookalike", "fragments", "wording"}
-    literal = found["families"]["literal"]["safety"]
-    assert set(literal) == {"optimization", "generalization"}
-    assert 0 <= literal["generalization"]["value"] <= 1
-    assert literal["generalization"]["verdict"] in ("held", "undecided", "broken")
+    for family, dials in found["families"].items():
+        assert set(dials) == set(ATTRIBUTES)
+        for judges in dials.values():
+            assert set(judges) == {"optimization", "generalization"}
+            for lift in judges.values():
+                said = lift.pop("verdict", None)
+                assert said == (verdict(Estimate(**lift)) if family in BOUNDED else None)
+                assert 0 <= lift["low"] <= lift["value"] <= lift["high"] <= 1 and lift["n"] == 4
 
 
 def test_a_broken_policy_changes_nothing(

@@ -186,17 +186,14 @@ def test_packed_bodies_are_refused(door: Door, port: int) -> None:
 
 
 def test_large_headers_are_refused(door: Door, port: int) -> None:
-    headers = {f"x-{i}": "y" * 1000 for i in range(40)}
-    reply = raw(
-        port,
-        (
-            f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
-            f"{door.secrets['lab']}\r\n"
-            + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            + "\r\n"
-        ).encode(),
-    )
-    assert reply.split(b" ")[1] in (b"400", b"431")
+    key = door.secrets["lab"]
+    headers = [(f"x-{i}", "y" * 1000) for i in range(40)]
+    reply = asyncio.run(ask(door.app, None, key=key, method="GET", headers=headers))
+    assert reply.status == 431 and reply.json["error"]["code"] == "headers_too_large"
+    # Headers that do not end are not waited for: the parser itself refuses them.
+    head = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+    endless = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    assert raw(port, (head + endless).encode()).split(b" ")[1] == b"400"
 
 
 def test_a_body_that_drips_times_out() -> None:
@@ -601,9 +598,11 @@ def test_a_hostile_body_is_refused_and_the_next_request_served(
 ) -> None:
     key = door.secrets["lab"]
     seen = len(door.engine.seen)
-    with contextlib.suppress(ConnectionError):  # closed on a body that was too large
+    large = len(ATTACKS[name]) > 2**20
+    # On a body that is too large the answer may come, and the end, before all of it was sent.
+    with contextlib.suppress(ConnectionError) if large else contextlib.nullcontext():
         reply = call(port, "POST", CHAT, ATTACKS[name], key=key)
-        assert reply.status in (400, 413)
+        assert reply.status == (413 if large else 400)
         assert len(reply.body) < 20_000
     assert len(door.engine.seen) == seen
     assert call(port, "POST", CHAT, chat_body("a"), key=key).status == 200

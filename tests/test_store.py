@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.store.fingerprint import diff, first_affected, needed_by, with_new_defaults
+from equipoise.store.fingerprint import (
+    ORDER,
+    diff,
+    first_affected,
+    needed_by,
+    reads_of,
+    with_new_defaults,
+)
 from equipoise.store.publish import publish_bytes, publish_directory
 from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.store.shards import (
@@ -277,6 +284,15 @@ def test_a_view_without_text_is_remembered(tmp_path: Path) -> None:
 def test_every_field_of_the_recipe_is_read_by_a_stage() -> None:
     for field in Recipe.model_fields:
         assert first_affected([f"{field}: 1 -> 2"], recipe()) is not None, field
+
+
+@pytest.mark.parametrize("objective", ["exmate", "rlhf"])
+def test_what_a_stage_reads_is_a_field_of_the_recipe(objective: str) -> None:
+    asked = recipe(tune={"objective": objective})
+    for path in (path for name in ORDER for path in reads_of(name, asked)):
+        value: Any = asked
+        for part in path.split("."):
+            value = getattr(value, part)
 
 
 PROBED = {"evaluate": {"sampling": {"max_tokens": 9}}}
