@@ -118,59 +118,6 @@ def test_nothing_is_left_to_fill_in(page: Path) -> None:
     assert not re.search(r"\bTODO\b|\bFIXME\b|\bTBD\b|lorem", text)
 
 
-KNOWN_UPWARDS = [
-    "evaluate.scenarios imports report.canvas",
-    "pipeline.runner imports serve.forge",
-    "pipeline.runner imports stages",
-    "pipeline.runner imports stages.scenarios",
-    "pipeline.runner imports stages.unseen",
-    "worlds.workshop.stats imports dials.attributes",
-    "worlds.workshop.stats imports engine.sample",
-    "worlds.workshop.stats imports evaluate.measure",
-    "worlds.workshop.stats imports evaluate.metrics",
-    "worlds.workshop.stats imports models.load",
-    "worlds.workshop.stats imports pool.calibrate",
-    "worlds.workshop.stats imports pool.generate",
-]
-"""May only shrink."""
-
-
-def layers() -> dict[str, int]:
-    """Module (or its first part) to layer, as CONTRIBUTING lists them."""
-    listed = re.findall(r"^(\d+)\. (`.+)$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M)
-    return {
-        name.replace("/", "."): int(number)
-        for number, names in listed
-        for name in re.findall(r"`([\w/]+)`", names)
-    }
-
-
-def test_imports_go_down_as_contributing_says() -> None:
-    known = layers()
-    assert known["types"] == 1 and known["cli"] == 15
-    package = ROOT / "src/equipoise"
-
-    def layer(module: str) -> int | None:
-        parts = module.split(".")
-        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        return next((known[prefix] for prefix in prefixes if prefix in known), None)
-
-    wrong = []
-    for file in package.rglob("*.py"):
-        module = ".".join(file.relative_to(package).with_suffix("").parts)
-        own = layer(module)
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            if own is None or not isinstance(node, ast.ImportFrom) or node.module is None:
-                continue
-            if not node.module.startswith("equipoise."):
-                continue
-            name = node.module.removeprefix("equipoise.")
-            other = layer(name)
-            if other is not None and other >= own and name.split(".")[0] != module.split(".")[0]:
-                wrong.append(f"{module} imports {name}")
-    assert sorted(set(wrong)) == KNOWN_UPWARDS
-
-
 def test_the_four_corners_score_as_printed() -> None:
     from equipoise.types import Message
     from equipoise.worlds.workshop.oracle import judge, read_request
