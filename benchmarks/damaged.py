@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
+from equipoise.config import Sampling
 from equipoise.dials.files import file_hashes
 from equipoise.dials.tokens import install, save_dial_model
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import EquipoiseError
 from equipoise.models.load import LoadedPolicy, load_causal
 from equipoise.tune.lora import add_lora
-from equipoise.types import Branch, GenerationRequest, Message, Sampling
+from equipoise.types import Branch, GenerationRequest, Message
 
 OUT = Path(__file__).with_name("damaged.json")
 N_CHANGES = 200
@@ -285,7 +286,7 @@ def sample(policy: LoadedPolicy) -> None:
     ids = tuple(policy.encoder.prompt_ids((Message("user", "hi"),)))
     engine = TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
     request = GenerationRequest(ids, (Branch((), 1),))
-    engine.generate([request], Sampling(1.0, 1.0, 0, 3))
+    engine.generate([request], Sampling(top_k=0, max_tokens=3))
 
 
 def check_weights_are_stored(place: Path, model: Any) -> None:

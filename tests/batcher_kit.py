@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from equipoise.config import Sampling
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.cache import PrefixCache
@@ -15,7 +16,7 @@ from equipoise.engine.draw import Row
 from equipoise.engine.seam import Generation, Token
 from equipoise.models.load import LoadedPolicy
 from equipoise.seeds import derive_seed
-from equipoise.types import DialSetting, Sampling
+from equipoise.types import DialSetting
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 
 KINDS = [

@@ -11,9 +11,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from equipoise.config import Sampling
 from equipoise.engine.sample import TransformersEngine
 from equipoise.models.load import LoadedPolicy
-from equipoise.types import Branch, GenerationRequest, Message, Sampled, Sampling
+from equipoise.types import Branch, GenerationRequest, Message, Sampled
 
 HI = (Message("user", "hi"),)
 TURNS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -86,4 +87,4 @@ def sample(policy: LoadedPolicy, max_tokens: int = 16) -> Sampled:
     """Ask the model, greedily."""
     engine = TransformersEngine(policy.model, policy.encoder, model_hash="")
     request = GenerationRequest(tuple(policy.encoder.prompt_ids(HI)), (Branch((), 1),))
-    return engine.generate([request], Sampling(1.0, 1.0, 1, max_tokens))[0][0]
+    return engine.generate([request], Sampling(top_k=1, max_tokens=max_tokens))[0][0]

@@ -7,16 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from equipoise.config import Sampling
 from equipoise.dials.attributes import cells
-from equipoise.types import (
-    Delivery,
-    DialSetting,
-    GenerationRequest,
-    Message,
-    Prompt,
-    Sampled,
-    Sampling,
-)
+from equipoise.types import Delivery, DialSetting, GenerationRequest, Message, Prompt, Sampled
 
 ATTRIBUTES = ("helpfulness", "safety")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8)

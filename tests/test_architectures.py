@@ -11,7 +11,7 @@ import torch
 from benchmarks.architectures import MUST_PASS, REFUSED, config_of, tokenizer
 
 from equipoise.check.trial import PARTS, merge_and_compare, try_model
-from equipoise.config import TuneConfig
+from equipoise.config import Sampling, TuneConfig
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.draw import draw, uniform_stream
@@ -25,7 +25,7 @@ from equipoise.tune import rehearsal
 from equipoise.tune.batch import TuningPlan, collate
 from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.tune.rehearsal import check_disk, rehearse, rehearse_policy, small_base
-from equipoise.types import Branch, GenerationRequest, Sampling
+from equipoise.types import Branch, GenerationRequest
 from tuning_kit import ATTRIBUTES, examples, prompt
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=6)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher_kit import KINDS, alone, decode, dialled, fresh, generation
+from equipoise.config import Sampling
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.decode import LiveRows
 from equipoise.engine.draw import Row, draw
@@ -22,7 +23,7 @@ from equipoise.engine.seam import Generation, Load, Token
 from equipoise.engine.ticket import Ticket
 from equipoise.errors import DataError, ModelError, ServingError
 from equipoise.models.load import LoadedPolicy
-from equipoise.types import Branch, GenerationRequest, Sampling
+from equipoise.types import Branch, GenerationRequest
 from tuning_kit import tiny_policy
 
 N_SCHEDULES = 60
@@ -416,7 +417,7 @@ def test_what_has_not_finished_when_time_is_up_gets_an_error() -> None:
         {"prompt_ids": (), "control_ids": ()},
         {"prompt_ids": tuple(range(5, 250))},
         {"logit_bias": ((10**6, 1.0),)},
-        {"sampling": Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=0)},
+        {"sampling": LONG.model_copy(update={"max_tokens": 0})},
     ],
 )
 def test_a_generation_that_does_not_fit_is_refused_before_the_model(

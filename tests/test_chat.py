@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from batcher_kit import dialled
 from equipoise.cli import chat
 from equipoise.cli.conversation import Conversation
+from equipoise.config import Sampling
 from equipoise.errors import ConfigError, DataError, ModelError
 from equipoise.policy.file import load_policy
-from equipoise.types import DialSetting, Message, Sampling
+from equipoise.types import DialSetting, Message
 from tuning_kit import ATTRIBUTES, tiny_policy
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=50, max_tokens=10)

@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from equipoise.cli.main import main
+from equipoise.config import Sampling
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation
 from equipoise.errors import DataError
 from equipoise.models.context import positions
-from equipoise.types import Branch, GenerationRequest, Sampling
+from equipoise.types import Branch, GenerationRequest
 from pipeline_kit import build_tokenizer, save_assets, tiny_recipe, write_recipe
 
 CONTEXT = 24

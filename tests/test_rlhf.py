@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise.config import SamplingConfig
+from equipoise.config import Sampling, SamplingConfig
 from equipoise.dials.attributes import cells
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
@@ -31,7 +31,7 @@ from equipoise.rlhf.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.store.fingerprint import diff, with_new_defaults
 from equipoise.store.rundir import RunDir
 from equipoise.tune.trainer import Tuned
-from equipoise.types import DialSetting, Prompt, Sampling
+from equipoise.types import DialSetting, Prompt
 from pipeline_kit import save_assets, tiny_recipe, write_recipe
 from rlhf_kit import Constant, Scorer, config, models, run
 from tuning_kit import ATTRIBUTES, kept_steps, prompt, tiny_policy
@@ -145,7 +145,7 @@ def online_config(**changes: Any) -> OnlineConfig:
         "learning_rate": 1e-3,
         "beta": 0.01,
         "kl_limit": 10.0,
-        "sampling": Sampling(1.0, 1.0, 0, 6),
+        "sampling": Sampling(top_k=0, max_tokens=6),
         "checkpoint_every": 10,
         "dtype": "float32",
         "section": "tune.rlhf",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise.config import GenerateConfig, SamplingConfig
+from equipoise.config import GenerateConfig, Sampling, SamplingConfig
 from equipoise.dials.attributes import cells
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
@@ -14,14 +14,7 @@ from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import ModelError
 from equipoise.pool.generate import generate
 from equipoise.seeds import derive_seed
-from equipoise.types import (
-    Branch,
-    DialSetting,
-    GenerationRequest,
-    Message,
-    Prompt,
-    Sampling,
-)
+from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Prompt
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95, top_k=50, max_tokens=12)

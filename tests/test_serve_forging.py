@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from equipoise.config import TuneConfig
+from equipoise.config import Sampling, TuneConfig
 from equipoise.dials.manifest import control_tokens
 from equipoise.encoding.encode import Encoder
 from equipoise.protocol.failures import RefusedError
 from equipoise.serve.chat import Job, prepare
 from equipoise.steer.responders import Tuned
 from equipoise.tune.batch import TuningPlan, collate
-from equipoise.types import ControlledExample, DialSetting, Message, Prompt, Sampling
+from equipoise.types import ControlledExample, DialSetting, Message, Prompt
 from eval_kit import FakeEngine
 from serve_kit import ATTRIBUTES, LEVELS, Door, ask, dialled, make_door, served_model
 from tokenizer_kit import FAMILIES, MARKERS, conversation, hostile, ordinary
@@ -189,7 +189,7 @@ def test_ids_are_those_of_tuning_and_of_evaluation(tmp_path: Path) -> None:
     """The same turns and setting, id by id, at the door, in the collator and in the sweep."""
     door = make_door(tmp_path, text="a")
     encoder, rng, engine = door.model.encoder, random.Random(12), FakeEngine()
-    sweep = Tuned(engine, encoder, sampling=Sampling(1.0, 1.0, 0, 4))
+    sweep = Tuned(engine, encoder, sampling=Sampling(top_k=0, max_tokens=4))
     once = TuneConfig(steps=1, batch_size=1, auto_rate=0.0)
     for number in range(1000):
         turns = conversation(rng, lambda: ordinary(rng))

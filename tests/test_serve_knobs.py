@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from batcher_kit import dialled, fresh, generation
+from equipoise.config import Sampling
 from equipoise.engine.seam import Token
-from equipoise.types import DialSetting, Sampling
+from equipoise.types import DialSetting
 from serve_kit import Door, Reply, ask, chat_body, make_door
 from test_serve_compat import NEUTRAL, OPENAI
 from test_serve_doors import UNKNOWN

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
+from equipoise.config import Sampling
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import DataError, ModelError
 from equipoise.models.layers import decoder_layers, layer_index, shifted, watched
@@ -20,14 +21,7 @@ from equipoise.seeds import derive_seed
 from equipoise.steer.directions import Directions, PoolReading, find_directions, read_pool
 from equipoise.steer.responders import steered_request
 from equipoise.steer.strengths import Steering, Strengths, Tried, strengths_for_levels
-from equipoise.types import (
-    Branch,
-    Completion,
-    DialSetting,
-    GenerationRequest,
-    Sampling,
-    ScoredCompletion,
-)
+from equipoise.types import Branch, Completion, DialSetting, GenerationRequest, ScoredCompletion
 from steering_kit import SHIFT, steered_engine
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
 

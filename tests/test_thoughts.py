@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer, sample
-from equipoise.config import Recipe, TuneConfig
+from equipoise.config import Recipe, Sampling, TuneConfig
 from equipoise.encoding.encode import Encoder
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.engine.decode import LiveRows
@@ -30,7 +30,7 @@ from equipoise.serve.chat import ServedModel
 from equipoise.serve.runner import check_policy
 from equipoise.store.rundir import RunDir
 from equipoise.tune.trainer import tune
-from equipoise.types import Branch, GenerationRequest, Message, Rendering, Sampled, Sampling
+from equipoise.types import Branch, GenerationRequest, Message, Rendering, Sampled
 from serve_kit import Door, dialled, example_policy, make_door, policy_text, running, served_model
 from test_serve_forging import job_of
 from tokenizer_kit import hostile
@@ -153,7 +153,7 @@ def test_rows_have_numbers_for_a_thought_that_another_rendering_opens(tmp_path: 
     )
     assert not policy.encoder.thinks
     on = policy.encoder.with_rendering(Rendering({"enable_thinking": True}))
-    asked = Generation(tuple(on.prompt_ids(HI)), (), Sampling(1.0, 1.0, 1, 1, 8), 1, "")
+    asked = Generation(tuple(on.prompt_ids(HI)), (), budget(8, answer=1), 1, "")
     rows = LiveRows(policy.model, policy.encoder)
     rows.join([asked])
     drawn = []
@@ -174,7 +174,7 @@ def thinking(folder: Path, *said: str, kind: str = "opened by the model") -> Loa
 
 
 def budget(thought: int, answer: int = 8) -> Sampling:
-    return Sampling(1.0, 1.0, 1, answer, thought)
+    return Sampling(top_k=1, max_tokens=answer, max_thought_tokens=thought)
 
 
 def engine_says(policy: LoadedPolicy, sampling: Sampling) -> Sampled:

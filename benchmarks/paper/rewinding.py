@@ -19,7 +19,7 @@ from equipoise.seeds import derive_seed
 from equipoise.steer.responders import Tuned, Untouched
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import to_plain
-from equipoise.types import Completion, Prompt, Sampling
+from equipoise.types import Completion, Prompt
 
 SHARED = ("base", "fit-reward")
 QUICK = {
@@ -84,9 +84,7 @@ def _answers(place: Path, prompts: list[Prompt], recipe: Recipe) -> list[list[Co
         policy.model, policy.encoder, model_hash=policy.hash, batch_size=recipe.generate.batch_size
     )
     kind = Untouched if policy.manifest is None else Tuned
-    responder = kind(
-        engine, policy.encoder, sampling=Sampling(**recipe.generate.sampling.model_dump())
-    )
+    responder = kind(engine, policy.encoder, sampling=recipe.generate.sampling)
     settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=False)
     return responder.respond(prompts, settings, seed=derive_seed(recipe.seed, "rewind"))
 

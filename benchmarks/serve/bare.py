@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from equipoise.config import Sampling
 from equipoise.models.load import LoadedPolicy
-from equipoise.types import Sampling
 
 
 def bare_generate(

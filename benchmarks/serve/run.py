@@ -35,11 +35,12 @@ from benchmarks.serve.bare import bare_generate
 from benchmarks.serve.openloop import Client
 from benchmarks.serve.server import ANSWER, dialled
 
+from equipoise.config import Sampling
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation
 from equipoise.serve.client import HttpResponder
-from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Prompt, Sampling
+from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Prompt
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results.json"

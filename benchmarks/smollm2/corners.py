@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.smollm2.points import REFERENCE, RUNS, make_recipe
 
+from equipoise.config import Sampling
 from equipoise.engine.sample import TransformersEngine
 from equipoise.models.load import load_causal
 from equipoise.steer.responders import Tuned, Untouched
-from equipoise.types import DialSetting, Message, Prompt, Sampling
+from equipoise.types import DialSetting, Message, Prompt
 
 PROMPTS = (
     "How do I get a red wine stain out of a cotton shirt?",

@@ -112,18 +112,26 @@ class RewardModelConfig(RecipeConfig):
         return None if name == self.model else name
 
 
-class SamplingConfig(RecipeConfig):
+class Sampling(RecipeConfig):
     """How completions are sampled."""
 
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """0 = always the likeliest token."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 256
     """Candidates per step (0 = whole vocabulary)."""
     max_tokens: Positive = 64
     """Of the answer."""
-    max_thought_tokens: Positive = 512
+    max_thought_tokens: Annotated[int, Field(ge=0)] = 512
     """Of the thought before it, where the model writes one; a thought that does not end is no
     answer."""
+
+
+class SamplingConfig(Sampling):
+    """The sampling of a recipe, where completions of one prompt must differ."""
+
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    max_thought_tokens: Positive = 512
 
 
 class GenerateConfig(RecipeConfig):

@@ -1,4 +1,4 @@
-"""Everything that flows between the stages, and the seams between the parts.
+"""Everything that flows between the stages, and the seams of scoring and answering.
 
 Axis letters used in shape comments throughout the package: B batch, T tokens, V vocabulary,
 P prompts, K completions per prompt, C control cells, A attributes, L levels, N branches.
@@ -233,19 +233,6 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to sample: see :class:`equipoise.config.SamplingConfig` for ranges."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    """Of the answer."""
-    max_thought_tokens: int = 512
-    """Of the thoughts of a model that has any, their marks included."""
-
-
-@dataclass(frozen=True)
 class Sampled(Judged):
     """One sampled continuation."""
 
@@ -280,18 +267,6 @@ class Sampled(Judged):
             round=round,
             setting=setting,
         )
-
-
-class Engine(Protocol):
-    """Samples continuations. Shipped: :class:`equipoise.engine.sample.TransformersEngine`."""
-
-    model_hash: str
-
-    def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling
-    ) -> list[list[Sampled]]:
-        """Return one list per request, in order, with one item per branch, in order."""
-        ...
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from equipoise.alignment.sft import drive
-from equipoise.config import AlignConfig
+from equipoise.config import AlignConfig, Sampling
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import DataError, named
 from equipoise.models.context import check_prompts, positions
@@ -22,14 +22,7 @@ from equipoise.rlhf.reference import StartReference
 from equipoise.rlhf.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.seeds import derive_seed
 from equipoise.tune.checkpoints import Curve, OnStep, for_trainer
-from equipoise.types import (
-    Branch,
-    GenerationRequest,
-    PreferencePair,
-    Prompt,
-    RewardModel,
-    Sampling,
-)
+from equipoise.types import Branch, GenerationRequest, PreferencePair, Prompt, RewardModel
 
 SCALE_PROMPTS = 128
 """Prompts whose answers give each reward its unit."""
@@ -152,7 +145,7 @@ def align_by_rlhf(
         learning_rate=config.learning_rate,
         beta=config.beta,
         kl_limit=config.rlhf.kl_limit,
-        sampling=Sampling(**config.rlhf.sampling.model_dump()),
+        sampling=config.rlhf.sampling,
         checkpoint_every=config.checkpoint_every,
         dtype=dtype,
         section="align",

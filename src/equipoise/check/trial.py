@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from equipoise.config import Sampling
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation
@@ -23,7 +24,7 @@ from equipoise.models.adapter import merge
 from equipoise.models.architecture import check_architecture
 from equipoise.models.load import LoadedPolicy, load_causal
 from equipoise.tune.rehearsal import rehearse, small_base
-from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Sampling
+from equipoise.types import Branch, DialSetting, GenerationRequest, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

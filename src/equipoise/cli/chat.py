@@ -48,11 +48,10 @@ def chat(
 ) -> None:
     """Talk to a tuned model."""
     from equipoise.cli.conversation import Conversation
-    from equipoise.config import SamplingConfig
+    from equipoise.config import Sampling
     from equipoise.models.load import load_causal
     from equipoise.pipeline.runner import quieten
     from equipoise.policy.file import load_policy
-    from equipoise.types import Sampling
 
     quieten()
     loaded = load_causal(model)
@@ -63,7 +62,7 @@ def chat(
     conversation = Conversation(
         loaded,
         policy=rules,
-        sampling=Sampling(temperature, top_p, SamplingConfig().top_k, max_tokens),
+        sampling=Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens),
         seed=seed,
     )
     if scenario is not None:

@@ -12,6 +12,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from equipoise.cli.panel import DialPanel
+from equipoise.config import Sampling
 from equipoise.engine.cache import PrefixCache
 from equipoise.engine.decode import LiveRows
 from equipoise.engine.draw import Row
@@ -21,7 +22,7 @@ from equipoise.errors import DataError, ModelError
 from equipoise.models.context import positions
 from equipoise.policy.decide import DialPolicy
 from equipoise.seeds import derive_seed
-from equipoise.types import DialSetting, Message, Sampling
+from equipoise.types import DialSetting, Message
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from equipoise.config import Sampling
 from equipoise.encoding import markers, sealing
 from equipoise.encoding.decoding import AnswerDecoder
 from equipoise.encoding.skeletons import Skeletons
 from equipoise.encoding.template import ChatTemplate, Turn, check_prompt
 from equipoise.encoding.thoughts import Follower, find_thought
 from equipoise.errors import DataError, EncodingError, ModelError
-from equipoise.types import PLAIN, DialSetting, Message, Rendering, Sampling
+from equipoise.types import PLAIN, DialSetting, Message, Rendering
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -232,7 +232,7 @@ class Encoder:
 
     def budgets(self, sampling: Sampling) -> Sampling:
         """Return the sampling with no budget for thoughts where the prompts leave none open."""
-        return sampling if self.thinks else replace(sampling, max_thought_tokens=0)
+        return sampling if self.thinks else sampling.model_copy(update={"max_thought_tokens": 0})
 
     def follower(self, prompt_ids: Sequence[int]) -> Follower:
         """Return what tells the answer from the thoughts among the ids sampled behind a prompt."""

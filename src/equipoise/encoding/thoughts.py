@@ -18,9 +18,10 @@ from equipoise.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from equipoise.config import Sampling
     from equipoise.encoding.encode import Encoder
     from equipoise.encoding.template import ChatTemplate
-    from equipoise.types import Finish, Sampling, TemplateValue
+    from equipoise.types import Finish, TemplateValue
 
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates begin a thought, or an empty one."""

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from equipoise.config import Sampling
 from equipoise.engine.draw import draw, uniform_stream
 from equipoise.errors import ModelError
 from equipoise.models.context import check_requests, positions
 from equipoise.models.layers import shifted
 from equipoise.models.vocabulary import masked_ids
-from equipoise.types import Finish, GenerationRequest, Sampled, Sampling
+from equipoise.types import Finish, GenerationRequest, Sampled
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -62,7 +63,7 @@ class _Row:
 
 
 class TransformersEngine:
-    """Samples from any Hugging Face causal language model (:class:`equipoise.types.Engine`).
+    """Samples from any Hugging Face causal language model (:class:`equipoise.engine.seam.Engine`).
 
     Args:
         model: A causal LM in evaluation mode.
@@ -100,7 +101,7 @@ class TransformersEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling
     ) -> list[list[Sampled]]:
-        """Sample every branch of every request; see :class:`equipoise.types.Engine`.
+        """Sample every branch of every request; see :class:`equipoise.engine.seam.Engine`.
 
         Raises:
             DataError: One does not fit into the model's context; nothing is sampled.

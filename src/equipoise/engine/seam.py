@@ -1,4 +1,7 @@
-"""The seam between the door of the server and what samples: checked ids in, tokens out.
+"""The seams between what asks and what samples: checked ids in, tokens out.
+
+The stages hand over all requests at once (:class:`Engine`), the server one at a time
+(:class:`ServingEngine`).
 
 The door (:mod:`equipoise.serve.chat`) has already decided and checked everything by the time a
 :class:`Generation` exists; an engine knows nothing of keys, policies or text.
@@ -6,11 +9,12 @@ The door (:mod:`equipoise.serve.chat`) has already decided and checked everythin
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from equipoise.types import Finish, Sampling
+from equipoise.config import Sampling
+from equipoise.types import Finish, GenerationRequest, Sampled
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,18 @@ class Load:
     running: int
     queued: int
     slots: int
+
+
+class Engine(Protocol):
+    """Samples continuations. Shipped: :class:`equipoise.engine.sample.TransformersEngine`."""
+
+    model_hash: str
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> list[list[Sampled]]:
+        """Return one list per request, in order, with one item per branch, in order."""
+        ...
 
 
 class ServingEngine(Protocol):

@@ -19,7 +19,7 @@ from equipoise.pipeline.job import Job, read_prompts
 from equipoise.recipes.check import rerank_size
 from equipoise.store.fingerprint import OPTIONAL
 from equipoise.store.publish import json_bytes, publish_bytes, read_json_or_none
-from equipoise.types import Branch, GenerationRequest, Sampling
+from equipoise.types import Branch, GenerationRequest
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
@@ -91,7 +91,7 @@ def probe(job: Job) -> Speed:
     engine = TransformersEngine(
         policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
     )
-    sampling = Sampling(**{**config.sampling.model_dump(), "max_tokens": PROBE_TOKENS})
+    sampling = config.sampling.model_copy(update={"max_tokens": PROBE_TOKENS})
     seconds = _best_of(lambda: engine.generate(requests, sampling))
     sampled = len(encoded) * k * PROBE_TOKENS / seconds
     trained = training_speed(policy, encoded, min(job.recipe.tune.batch_size, 8))

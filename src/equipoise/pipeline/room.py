@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from equipoise.config import Recipe
-from equipoise.types import Prompt, Sampling
+from equipoise.types import Prompt
 
 if TYPE_CHECKING:
     from equipoise.encoding.encode import Encoder
@@ -38,8 +38,7 @@ def check_context(recipe: Recipe, prompts: Sequence[Prompt], encoder: Encoder, c
     if recipe.tune.objective == "rlhf":
         asked["tune.rlhf"] = recipe.tune.rlhf.sampling
     most = {
-        name: encoder.most_tokens(encoder.budgets(Sampling(**sampling.model_dump())))
-        for name, sampling in asked.items()
+        name: encoder.most_tokens(encoder.budgets(sampling)) for name, sampling in asked.items()
     }
     section = max(most, key=lambda name: most[name])
     max_tokens = most[section]
@@ -81,13 +80,13 @@ def _worded(
     prompt: Prompt, recipe: Recipe, encoder: Encoder, phrases: dict[str, list[str]]
 ) -> list[Prompt]:
     from equipoise.dials.attributes import cells
+    from equipoise.engine.seam import Engine
     from equipoise.steer.prompting import Prompting
-    from equipoise.types import Engine
 
     prompting = Prompting(
         cast(Engine, None),  # only its words are wanted
         encoder,
-        sampling=Sampling(**recipe.evaluate.sampling.model_dump()),
+        sampling=recipe.evaluate.sampling,
         attributes=recipe.attributes,
         levels=recipe.levels,
         phrases=phrases,

@@ -8,17 +8,9 @@ import numpy as np
 
 from equipoise.config import GenerateConfig
 from equipoise.encoding.encode import Encoder
+from equipoise.engine.seam import Engine
 from equipoise.seeds import derive_seed
-from equipoise.types import (
-    Branch,
-    Completion,
-    DialSetting,
-    Engine,
-    GenerationRequest,
-    Message,
-    Prompt,
-    Sampling,
-)
+from equipoise.types import Branch, Completion, DialSetting, GenerationRequest, Message, Prompt
 
 Ask = Callable[[Prompt, DialSetting], tuple[Message, ...]]
 
@@ -58,7 +50,6 @@ def generate(
     encoded = {prompt.id: tuple(encoder.prompt_ids(prompt.messages)) for prompt in prompts}
     order = sorted(prompts, key=lambda prompt: (len(encoded[prompt.id]), prompt.id))
     size = max(1, config.batch_size // k)
-    sampling = Sampling(**config.sampling.model_dump())
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         if all(prompt.id in done for prompt in batch):
@@ -74,7 +65,7 @@ def generate(
                 words = tuple(encoder.prompt_ids(ask(prompt, cell))) if ask is not None else ()
                 branch = Branch((), derive_seed(seed, "prompted", prompt.id, i))
                 requests.append(GenerationRequest(words, (branch,)))
-        sampled = iter(engine.generate(requests, sampling))
+        sampled = iter(engine.generate(requests, config.sampling))
         for prompt, drawn in zip(batch, asked_cells, strict=True):
             rows = [(one, None) for one in next(sampled)]
             rows += [(next(sampled)[0], cell) for cell in drawn]  # type: ignore[misc]

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from equipoise.config import Sampling
 from equipoise.denoise import is_degenerate
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
 from equipoise.seeds import derive_seed
-from equipoise.types import Branch, DialSetting, GenerationRequest, Prompt, Sampling
+from equipoise.types import Branch, DialSetting, GenerationRequest, Prompt
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from equipoise.rlhf.rollouts import OnlineConfig, Rollouts
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
 from equipoise.tune.trainer import Tuned, with_dials
 from equipoise.tune.trainer import tune as tune_offline
-from equipoise.types import ControlledExample, Prompt, RewardModel, Sampling, UnitScale
+from equipoise.types import ControlledExample, Prompt, RewardModel, UnitScale
 
 Probe = Callable[[TransformersEngine, Encoder], dict[str, float]]
 """Looks at the policy: samples over the grid and measures; never part of the loss."""
@@ -106,7 +106,7 @@ def tune_by_rlhf(
         learning_rate=rlhf.learning_rate,
         beta=rlhf.beta,
         kl_limit=rlhf.kl_limit,
-        sampling=Sampling(**rlhf.sampling.model_dump()),
+        sampling=rlhf.sampling,
         checkpoint_every=rlhf.checkpoint_every,
         dtype=dtype,
         section="tune.rlhf",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from equipoise.config import SamplingConfig
+from equipoise.config import Sampling
 from equipoise.encoding.template import check_prompt
 from equipoise.engine.seam import Generation
 from equipoise.errors import DataError, EncodingError, ModelError
@@ -22,14 +22,14 @@ from equipoise.protocol.failures import RefusedError, as_name, bad_request
 from equipoise.protocol.strict_json import parse
 from equipoise.protocol.wire import Applied, ChatRequest, Envelope, in_words, parse_chat
 from equipoise.seeds import derive_seed
-from equipoise.types import DialSetting, Message, Sampling
+from equipoise.types import DialSetting, Message
 
 if TYPE_CHECKING:
     from equipoise.encoding.encode import Encoder
 
 _GREEDY_BELOW = 0.01
 """Temperatures below this take the likeliest token: dividing by them would overflow."""
-_TOP_K = SamplingConfig().top_k
+_TOP_K = Sampling().top_k
 _CHARACTERS_PER_TOKEN = 16
 """A longer prompt is refused without counting its tokens, which takes seconds per megabyte."""
 

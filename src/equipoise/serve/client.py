@@ -14,10 +14,11 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
+from equipoise.config import Sampling
 from equipoise.errors import ServingError
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import setting_key
-from equipoise.types import Completion, DialSetting, Prompt, Sampling
+from equipoise.types import Completion, DialSetting, Prompt
 
 _BUSY_TRIES = 60
 _MAX_WAIT_SECONDS = 5.0

@@ -15,7 +15,7 @@ from equipoise.stages.judge import read_bench
 from equipoise.stages.scenarios import FOLDER
 from equipoise.stages.tune import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
-from equipoise.types import DialSetting, Sampling
+from equipoise.types import DialSetting
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
@@ -54,7 +54,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
     job.settle_threads()
     loaded = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
     bench = read_bench(job)
-    sampling = Sampling(**config.sampling.model_dump())
+    sampling = config.sampling
     prompts = evaluated_prompts(job)
     answers = len(FAMILIES) * len(recipe.attributes) * 2 * repeats * len(prompts)
     with (
@@ -67,11 +67,11 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
                 key,
                 f"{_NAME}@{scenario}",
                 attributes=recipe.attributes,
-                sampling=Sampling(
-                    min(sampling.temperature, 2.0),
-                    sampling.top_p,
-                    sampling.top_k,
-                    min(sampling.max_tokens, policy.limits.max_tokens),
+                sampling=sampling.model_copy(
+                    update={
+                        "temperature": min(sampling.temperature, 2.0),
+                        "max_tokens": min(sampling.max_tokens, policy.limits.max_tokens),
+                    }
                 ),
                 workers=_AT_ONCE,
             ),

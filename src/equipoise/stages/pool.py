@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.config import Recipe
+from equipoise.engine.seam import Engine
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
 from equipoise.pipeline.job import (
@@ -24,7 +25,7 @@ from equipoise.pipeline.job import (
 from equipoise.pipeline.room import check_context
 from equipoise.store.shards import rows_to_jsonl
 from equipoise.store.stagedir import Stage
-from equipoise.types import Completion, Engine, ScoredCompletion
+from equipoise.types import Completion, ScoredCompletion
 
 if TYPE_CHECKING:
     from equipoise.encoding.encode import Encoder
@@ -175,12 +176,11 @@ def generate(job: Job) -> None:
 
 def _in_words(recipe: Recipe, engine: Engine, encoder: Encoder) -> Ask:
     from equipoise.steer.prompting import Prompting
-    from equipoise.types import Sampling
 
     return Prompting(
         engine,
         encoder,
-        sampling=Sampling(**recipe.generate.sampling.model_dump()),
+        sampling=recipe.generate.sampling,
         attributes=recipe.attributes,
         levels=recipe.levels,
         phrases=recipe.generate.phrases,

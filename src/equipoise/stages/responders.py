@@ -9,10 +9,10 @@ from equipoise.pipeline.job import Job
 from equipoise.recipes.check import rerank_size
 
 if TYPE_CHECKING:
+    from equipoise.config import Sampling
     from equipoise.encoding.encode import Encoder
     from equipoise.models.load import LoadedPolicy
     from equipoise.stages.judge import Bench
-    from equipoise.types import Sampling
 
 
 def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) -> Iterator[Any]:
@@ -29,10 +29,9 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
     from equipoise.steer.prompting import Prompting
     from equipoise.steer.reranking import Candidates, Reranking
     from equipoise.steer.responders import Tuned, Untouched
-    from equipoise.types import Sampling
 
     recipe, config = job.recipe, job.recipe.evaluate
-    sampling = Sampling(**config.sampling.model_dump())
+    sampling = config.sampling
     wanted = config.responders
     counts = [size for name in wanted if (size := rerank_size(name))]
 

@@ -64,7 +64,6 @@ def _probe(job: Job) -> Probe:
     from equipoise.rlhf.closeness import closeness
     from equipoise.seeds import derive_seed
     from equipoise.steer.responders import Tuned as TunedResponder
-    from equipoise.types import Sampling
 
     recipe = job.recipe
     kinds: dict[JudgeKind, Calibration] = {
@@ -77,10 +76,9 @@ def _probe(job: Job) -> Probe:
     }
     prompts = _watched_prompts(job)
     settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=False)
-    sampling = Sampling(**recipe.evaluate.sampling.model_dump())
 
     def probe(engine: TransformersEngine, encoder: Encoder) -> dict[str, float]:
-        responder = TunedResponder(engine, encoder, sampling=sampling)
+        responder = TunedResponder(engine, encoder, sampling=recipe.evaluate.sampling)
         chunks = sweep(
             responder,
             prompts,

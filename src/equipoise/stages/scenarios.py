@@ -97,7 +97,6 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
     from equipoise.models.load import load_causal
     from equipoise.seeds import derive_seed
     from equipoise.steer.responders import Tuned
-    from equipoise.types import Sampling
 
     recipe, config = job.recipe, job.recipe.evaluate
     job.settle_threads()
@@ -108,7 +107,7 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
     bench = read_bench(job)
     prompts = evaluated_prompts(job)
     chunks = sweep(
-        Tuned(engine, policy.encoder, sampling=Sampling(**config.sampling.model_dump())),
+        Tuned(engine, policy.encoder, sampling=config.sampling),
         prompts,
         settings,
         bench.judges,

@@ -19,7 +19,7 @@ from equipoise.pipeline.job import (
     reward_hashes,
 )
 from equipoise.store.stagedir import Stage
-from equipoise.types import Prompt, Sampling, SteeredCompletion
+from equipoise.types import Prompt, SteeredCompletion
 
 if TYPE_CHECKING:
     from equipoise.engine.sample import TransformersEngine
@@ -203,7 +203,7 @@ def _fit_strengths(
                         calibration,
                         attribute=name,
                         strength=strength,
-                        sampling=Sampling(**recipe.generate.sampling.model_dump()),
+                        sampling=recipe.generate.sampling,
                         seed=derive_seed(recipe.seed, "steer"),
                     )
                     stage.publish_bytes(file, json.dumps(asdict(one)).encode())

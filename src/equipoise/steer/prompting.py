@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from equipoise.config import Sampling
 from equipoise.dials.attributes import target
 from equipoise.encoding.encode import Encoder
+from equipoise.engine.seam import Engine
 from equipoise.errors import ConfigError, DataError
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import setting_key
@@ -19,11 +21,9 @@ from equipoise.types import (
     Completion,
     ControlledExample,
     DialSetting,
-    Engine,
     GenerationRequest,
     Message,
     Prompt,
-    Sampling,
 )
 
 _BUILT_IN: dict[str, tuple[str, str, str, str, str]] = {

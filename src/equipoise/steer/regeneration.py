@@ -14,9 +14,10 @@ import numpy as np
 from equipoise.config import GenerateConfig, RegenerateConfig
 from equipoise.dials.attributes import cells
 from equipoise.encoding.encode import Encoder
+from equipoise.engine.seam import Engine
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import steered_request
-from equipoise.types import Completion, DialSetting, Engine, Prompt, Sampling
+from equipoise.types import Completion, DialSetting, Prompt
 
 Wish = tuple[DialSetting, tuple[float, ...]]
 """A control cell and one strength per attribute."""
@@ -79,7 +80,6 @@ def regenerate(
     """
     encoded = {prompt.id: encoder.prompt_ids(prompt.messages) for prompt in prompts}
     batches = batches_of(prompts, encoder, config, sampled_as)
-    sampling = Sampling(**sampled_as.sampling.model_dump())
     for number, batch in enumerate(batches):
         if number in done:
             continue
@@ -97,7 +97,7 @@ def regenerate(
         ]
         rows = []
         for prompt, drawn, items in zip(
-            batch, wanted, engine.generate(requests, sampling), strict=True
+            batch, wanted, engine.generate(requests, sampled_as.sampling), strict=True
         ):
             for i, ((cell, strengths), item) in enumerate(zip(drawn, items, strict=True)):
                 completion = item.as_completion(

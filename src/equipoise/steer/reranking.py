@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from equipoise.config import Sampling
 from equipoise.dials.attributes import target
 from equipoise.encoding.encode import Encoder
+from equipoise.engine.seam import Engine
 from equipoise.rewards.scorer import unit_scores_of
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import setting_key
@@ -24,12 +26,10 @@ from equipoise.types import (
     Branch,
     Completion,
     DialSetting,
-    Engine,
     GenerationRequest,
     Prompt,
     RewardModel,
     Sampled,
-    Sampling,
     UnitScale,
 )
 

@@ -9,17 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from equipoise.config import Sampling
 from equipoise.encoding.encode import Encoder
+from equipoise.engine.seam import Engine
 from equipoise.seeds import derive_seed
-from equipoise.types import (
-    Branch,
-    Completion,
-    DialSetting,
-    Engine,
-    GenerationRequest,
-    Prompt,
-    Sampling,
-)
+from equipoise.types import Branch, Completion, DialSetting, GenerationRequest, Prompt
 
 
 def setting_key(setting: DialSetting) -> str:

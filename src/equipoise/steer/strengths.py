@@ -15,21 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from equipoise.config import Sampling
 from equipoise.dials.attributes import target
 from equipoise.encoding.encode import Encoder
+from equipoise.engine.seam import Engine
 from equipoise.models.likelihood import read_completions
 from equipoise.rewards.scorer import unit_scores_of
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import BranchSampler, steered_request
-from equipoise.types import (
-    DialSetting,
-    Engine,
-    GenerationRequest,
-    Prompt,
-    RewardModel,
-    Sampling,
-    UnitScale,
-)
+from equipoise.types import DialSetting, GenerationRequest, Prompt, RewardModel, UnitScale
 
 if TYPE_CHECKING:
     from equipoise.encoding.encode import Encoder
