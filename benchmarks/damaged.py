@@ -284,7 +284,7 @@ def use_reward(place: Path) -> None:
 def sample(policy: LoadedPolicy) -> None:
     """Sample three tokens."""
     ids = tuple(policy.encoder.prompt_ids((Message("user", "hi"),)))
-    engine = TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
+    engine = TransformersEngine.of(policy)
     request = GenerationRequest(ids, (Branch((), 1),))
     engine.generate([request], Sampling(top_k=0, max_tokens=3))
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     by_id = {prompt.id: prompt for prompt in prompts}
 
     policy = load_causal(options.model)
-    engine = TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
+    engine = TransformersEngine.of(policy)
     sampling = SamplingConfig(temperature=options.temperature, max_tokens=options.max_tokens)
     asked = GenerateConfig(completions_per_prompt=options.completions, sampling=sampling)
     pool = []

@@ -18,8 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 from equipoise import (
     Delivery,
     DialSetting,
-    Encoder,
-    LoadedPolicy,
     Prompt,
     Responder,
     RewardModel,
@@ -77,7 +75,7 @@ def main() -> None:
     )
     pool = [
         completion
-        for group in generate(train, engine_of(start), start.encoder, config, seed=SEED)
+        for group in generate(train, TransformersEngine.of(start), start.encoder, config, seed=SEED)
         for completion in group
     ]
     by_id = {prompt.id: prompt for prompt in train}
@@ -119,8 +117,8 @@ def main() -> None:
     judged = [row for chunk in score(finished, by_id, judges) for row in chunk]
     scale = calibrate(judged, mode="pooled")
     methods: Sequence[Responder] = (
-        Untouched(engine_of(start), start.encoder, sampling=SAMPLING),
-        Tuned(engine_of(dialled), dialled.encoder, sampling=SAMPLING),
+        Untouched(TransformersEngine.of(start), start.encoder, sampling=SAMPLING),
+        Tuned(TransformersEngine.of(dialled), dialled.encoder, sampling=SAMPLING),
     )
     for method in methods:
         chunks = sweep(
@@ -146,12 +144,6 @@ def load_all(names: dict[str, str]) -> dict[str, RewardModel]:
         attribute: load_reward_model(RewardModelConfig(model=name), attribute=attribute)
         for attribute, name in names.items()
     }
-
-
-def engine_of(policy: LoadedPolicy) -> TransformersEngine:
-    """Return an engine that samples from a policy."""
-    encoder: Encoder = policy.encoder
-    return TransformersEngine(policy.model, encoder, model_hash=policy.hash)
 
 
 def show(prompt: Prompt, deliveries: Sequence[Delivery]) -> None:

@@ -80,9 +80,7 @@ def _answers(place: Path, prompts: list[Prompt], recipe: Recipe) -> list[list[Co
     from equipoise.evaluate.sweep import sweep_settings
 
     policy = load_causal(str(place))
-    engine = TransformersEngine(
-        policy.model, policy.encoder, model_hash=policy.hash, batch_size=recipe.generate.batch_size
-    )
+    engine = TransformersEngine.of(policy, batch_size=recipe.generate.batch_size)
     kind = Untouched if policy.manifest is None else Tuned
     responder = kind(engine, policy.encoder, sampling=recipe.generate.sampling)
     settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=False)

@@ -80,7 +80,7 @@ def answers(
 ) -> list[list[str]]:
     """Return what a model says to each prompt under each setting."""
     policy = load_causal(model)
-    engine = TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
+    engine = TransformersEngine.of(policy)
     responder = kind(engine, policy.encoder, sampling=SAMPLING)
     rows = responder.respond(prompts, list(settings), seed=SEED)
     return [[answer.text for answer in row] for row in rows]

@@ -223,7 +223,7 @@ def _own_answers(
         )
         for prompt in asked
     ]
-    engine = TransformersEngine(before.model, before.encoder, model_hash=before.hash)
+    engine = TransformersEngine.of(before)
     sampled = engine.generate(requests, sampling)
     return [
         (prompt, item.judged) for prompt, row in zip(asked, sampled, strict=True) for item in row

@@ -124,12 +124,8 @@ def _sampled(
     policy = load_causal(str(base), device="cpu")
     ids = tuple(policy.encoder.prompt_ids((Message("user", "How do I do this?"),)))
     request = GenerationRequest(ids, (Branch((), 1), Branch((), 2)))
-    _engine(policy).generate([request], _SAMPLING)
+    TransformersEngine.of(policy).generate([request], _SAMPLING)
     return base
-
-
-def _engine(policy: LoadedPolicy) -> TransformersEngine:
-    return TransformersEngine(policy.model, policy.encoder, model_hash=policy.hash)
 
 
 def _served(directory: Path) -> Path:
@@ -140,7 +136,8 @@ def _served(directory: Path) -> Path:
         Branch(policy.encoder.control_ids(setting), seed=seed)
         for seed, setting in enumerate(_corners(policy))
     )
-    expected = _engine(policy).generate([GenerationRequest(ids, branches)], _SAMPLING)[0]
+    request = GenerationRequest(ids, branches)
+    expected = TransformersEngine.of(policy).generate([request], _SAMPLING)[0]
     generations = [
         Generation(ids, branch.control_ids, _SAMPLING, branch.seed, prefix_salt="check")
         for branch in branches

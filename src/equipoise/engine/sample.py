@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from equipoise.encoding.encode import Encoder
     from equipoise.encoding.thoughts import Follower
+    from equipoise.models.load import LoadedPolicy
 
 _LEAVE_SHARE = 0.1
 """Rows leave once this share of the live batch is done: each leaving copies the cache."""
@@ -96,6 +97,23 @@ class TransformersEngine:
         self.branch_positions = 0
         self._masked = masked_ids(encoder, model)
         self._end_ids = frozenset(encoder.eos_ids)
+
+    @classmethod
+    def of(
+        cls,
+        policy: LoadedPolicy,
+        *,
+        batch_size: int = 128,
+        steering: tuple[torch.Tensor, int] | None = None,
+    ) -> TransformersEngine:
+        """Return the engine of a loaded policy: its model, its encoder and its hash."""
+        return cls(
+            policy.model,
+            policy.encoder,
+            model_hash=policy.hash,
+            batch_size=batch_size,
+            steering=steering,
+        )
 
     @torch.inference_mode()
     def generate(

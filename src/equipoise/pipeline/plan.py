@@ -88,9 +88,7 @@ def probe(job: Job) -> Speed:
     requests = [
         GenerationRequest(ids, tuple(Branch((), seed) for seed in range(k))) for ids in encoded
     ]
-    engine = TransformersEngine(
-        policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
-    )
+    engine = TransformersEngine.of(policy, batch_size=config.batch_size)
     sampling = config.sampling.model_copy(update={"max_tokens": PROBE_TOKENS})
     seconds = _best_of(lambda: engine.generate(requests, sampling))
     sampled = len(encoded) * k * PROBE_TOKENS / seconds

@@ -150,9 +150,7 @@ def generate(job: Job) -> None:
     names = [_shard(index) for index in range(-(-len(train) // per_shard))]
     done = _published_prompts(stage)
     policy = load_causal(recipe.model, rendering=job.rendering)
-    engine = TransformersEngine(
-        policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
-    )
+    engine = TransformersEngine.of(policy, batch_size=config.batch_size)
     rows = sample(
         train,
         engine,

@@ -36,9 +36,7 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
     counts = [size for name in wanted if (size := rerank_size(name))]
 
     def engine_of(policy: LoadedPolicy) -> tuple[TransformersEngine, Encoder]:
-        engine = TransformersEngine(
-            policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
-        )
+        engine = TransformersEngine.of(policy, batch_size=config.batch_size)
         return engine, policy.encoder
 
     if set(wanted) - {"tuned", "steering"}:

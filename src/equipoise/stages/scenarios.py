@@ -101,9 +101,7 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
     recipe, config = job.recipe, job.recipe.evaluate
     job.settle_threads()
     policy = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
-    engine = TransformersEngine(
-        policy.model, policy.encoder, model_hash=policy.hash, batch_size=config.batch_size
-    )
+    engine = TransformersEngine.of(policy, batch_size=config.batch_size)
     bench = read_bench(job)
     prompts = evaluated_prompts(job)
     chunks = sweep(

@@ -67,12 +67,8 @@ def steered_engine(
     """Return an engine that can steer."""
     from equipoise.engine.sample import TransformersEngine
 
-    return TransformersEngine(
-        policy.model,
-        policy.encoder,
-        model_hash=policy.hash,
-        batch_size=batch_size,
-        steering=(directions.vectors, directions.layer),
+    return TransformersEngine.of(
+        policy, batch_size=batch_size, steering=(directions.vectors, directions.layer)
     )
 
 

@@ -207,9 +207,7 @@ def print_stats() -> None:
 
     train, test = prompts("train", limit=240), prompts("test", limit=60)
     policy = load_causal("workshop://start")
-    engine = TransformersEngine(
-        policy.model, policy.encoder, model_hash=policy.hash, batch_size=256
-    )
+    engine = TransformersEngine.of(policy, batch_size=256)
     config = GenerateConfig(sampling=SamplingConfig(temperature=1.0, max_tokens=96), batch_size=256)
     pool = [c for row in generate(train, engine, policy.encoder, config, seed=0) for c in row]
     print(json.dumps(dataclasses.asdict(measure_world(pool, train, test)), indent=1))
