@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from equipoise import Message, Prompt, load_causal, merge, save_dial_model
 from equipoise.config import RlhfConfig, SamplingConfig, SteeredStartConfig, TuneConfig
 from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.tune import tune_by_rlhf
 from equipoise.tune.steered_start import ShiftDirections
 from equipoise.tune.trainer import Tuned, tune
@@ -151,8 +152,10 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
             load_causal(str(base)),
             [example.prompt for example in examples()[::4]],
             examples(),
-            {"helpfulness": Letters("hp", "abcdefghijklm"), "safety": Letters("sf", "aeiou")},
-            Identity(),
+            Scorer(
+                {"helpfulness": Letters("hp", "abcdefghijklm"), "safety": Letters("sf", "aeiou")},
+                Identity(),
+            ),
             config,
             **common,
         )

@@ -22,6 +22,7 @@ from equipoise import (
     Responder,
     RewardModel,
     Sampling,
+    Scorer,
     TransformersEngine,
     Tuned,
     Untouched,
@@ -125,8 +126,7 @@ def main() -> None:
             method,
             test,
             cells(len(ATTRIBUTES), LEVELS),
-            {"generalization": judges},
-            {"generalization": scale},
+            {"generalization": Scorer(judges, scale)},
             seed=SEED,
         )
         deliveries = [row for chunk in chunks for row in chunk]

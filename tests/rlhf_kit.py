@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.config import RlhfConfig, SamplingConfig, TuneConfig
+from equipoise.rewards import scorer
 from equipoise.rlhf.tune import tune_by_rlhf
 from equipoise.tune.trainer import Tuned
 from equipoise.types import Prompt
@@ -68,12 +69,13 @@ def config(**changes: Any) -> TuneConfig:
 
 
 def run(folder: Path, tune: TuneConfig, **changes: Any) -> Tuned:
-    given: dict[str, Any] = {"reward_models": models(), "calibration": Identity(), **changes}
+    given: dict[str, Any] = {"reward_models": models(), **changes}
     return tune_by_rlhf(
         given.pop("policy", None) or tiny_policy(),
         tiny_policy(),
         [prompt(i) for i in range(5)],
         examples(),
+        scorer.Scorer(given.pop("reward_models"), Identity()),
         config=tune,
         levels=5,
         seed=3,

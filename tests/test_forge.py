@@ -22,6 +22,7 @@ from equipoise.evaluate.forge import (
     measure_forge,
     verdict,
 )
+from equipoise.rewards.scorer import Scorer
 from equipoise.types import Completion, DialSetting, Estimate, Message, Prompt
 from eval_kit import ATTRIBUTES, FakeRewardModel, Identity, prompt
 from tuning_kit import tiny_policy
@@ -108,13 +109,12 @@ class Listening:
 
 
 def measured(obeys: Callable[[str], str | None], *, n: int = 400, **more: object) -> dict:
-    judges = {"generalization": {"helpfulness": FakeRewardModel(1), "safety": FakeRewardModel(2)}}
+    models = {"helpfulness": FakeRewardModel(1), "safety": FakeRewardModel(2)}
     return measure_forge(
         Listening(obeys),
         [prompt(f"p{i}") for i in range(n)],
         DialSetting((2, 4)),
-        judges,
-        {"generalization": Identity()},
+        {"generalization": Scorer(models, Identity())},
         attributes=ATTRIBUTES,
         levels=5,
         draws=300,
@@ -161,14 +161,13 @@ def test_wording_uses_the_phrases_of_the_world() -> None:
 
 def test_the_operators_setting_is_the_same_for_every_prompt() -> None:
     door = Listening(lambda said: None)
-    judges = {"optimization": {a: FakeRewardModel(1) for a in ATTRIBUTES}}
+    models = {a: FakeRewardModel(1) for a in ATTRIBUTES}
     answered: list[int] = []
     found = measure_forge(
         door,
         [prompt("a"), prompt("b")],
         DialSetting((None, 3)),
-        judges,
-        {"optimization": Identity()},
+        {"optimization": Scorer(models, Identity())},
         attributes=ATTRIBUTES,
         levels=5,
         draws=20,
@@ -192,8 +191,7 @@ def test_answers_are_judged_beside_the_prompt_as_it_was() -> None:
         Listening(lambda said: None),
         [prompt("a")],
         DialSetting((0, 0)),
-        {"optimization": dict.fromkeys(ATTRIBUTES, Judge(1))},
-        {"optimization": Identity()},
+        {"optimization": Scorer(dict.fromkeys(ATTRIBUTES, Judge(1)), Identity())},
         attributes=ATTRIBUTES,
         levels=5,
         draws=5,

@@ -10,6 +10,7 @@ import pytest
 
 from equipoise.dials.attributes import cells
 from equipoise.errors import ConfigError, DataError, RewardError
+from equipoise.rewards.scorer import Scorer
 from equipoise.steer.prompting import Prompting, built_in_phrases
 from equipoise.steer.reranking import Candidates, Reranking, nearest
 from equipoise.steer.responders import Tuned, Untouched
@@ -51,7 +52,7 @@ def make(kind: str, engine: FakeEngine) -> Responder:
 
 def candidates(engine: FakeEngine, n_max: int, stock: int | None = None) -> Candidates:
     models = {"helpfulness": FakeRewardModel(1), "safety": FakeRewardModel(2)}
-    return Candidates(engine, FakeEncoder(), models, Identity(), SAMPLING, n_max, stock)
+    return Candidates(engine, FakeEncoder(), Scorer(models, Identity()), SAMPLING, n_max, stock)
 
 
 def test_settings_draw_their_candidates_from_a_stock_without_replacement() -> None:

@@ -19,6 +19,7 @@ from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, ServingError
 from equipoise.models.hashing import model_hash
 from equipoise.rewards.load import reward_hash
+from equipoise.rewards.scorer import Scorer
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError, load_scorer
 from equipoise.types import DialSetting, Finish, Message, Prompt, Sampled
 from eval_kit import Identity
@@ -43,7 +44,7 @@ class Scripted:
 
 def scorer(**models: Any) -> LiveScorer:
     found = models or {"helpfulness": Scripted(0), "safety": Scripted(1)}
-    return LiveScorer(found, Identity(), levels=5, timeout=5.0)
+    return LiveScorer(Scorer(found, Identity()), levels=5, timeout=5.0)
 
 
 def run(live: LiveScorer, answers: Sequence[tuple[str, Finish]]) -> list[dict[str, float]]:
@@ -62,7 +63,7 @@ def test_scores_come_in_order_and_once_per_text() -> None:
 
 def test_a_cut_answer_is_scored_to_its_last_sentence() -> None:
     model = Scripted(0)
-    live = LiveScorer({"safety": model}, Identity(), levels=5)
+    live = LiveScorer(Scorer({"safety": model}, Identity()), levels=5)
     run(live, [("0.5 it is. And then", "length"), ("0.5 it is. And then", "stop"), ("1", "length")])
     assert model.seen == ["0.5 it is.", "0.5 it is. And then", "1"]
 
@@ -121,7 +122,7 @@ def test_a_scale_that_leaves_its_range_is_a_fault_too() -> None:
         def unit(self, attribute: str, raw: float) -> float:
             return 1.5
 
-    live = LiveScorer({"safety": Scripted(0)}, Wild(), levels=5)
+    live = LiveScorer(Scorer({"safety": Scripted(0)}, Wild()), levels=5)
     with pytest.raises(ScorerUnavailableError):
         run(live, [("0.5", "stop")])
 
@@ -134,7 +135,7 @@ def test_a_scorer_that_hangs_is_given_up_and_holds_nobody_up() -> None:
             free.wait(30)
             return super().score(pairs)
 
-    live = LiveScorer({"safety": Hanging(0)}, Identity(), levels=5, timeout=0.05)
+    live = LiveScorer(Scorer({"safety": Hanging(0)}, Identity()), levels=5, timeout=0.05)
     try:
         with pytest.raises(ScorerUnavailableError):
             asyncio.run(live.score(ASKED, [Sampled((), "0.5", "stop")]))

@@ -16,6 +16,7 @@ import pytest
 
 from equipoise.cli.main import main
 from equipoise.engine.seam import Generation, Token
+from equipoise.rewards.scorer import Scorer
 from equipoise.serve import runner, scoring
 from equipoise.serve.loopback import on_loopback
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
@@ -59,7 +60,7 @@ def door(tmp_path: Path) -> Door:
 
 def scorer(fault: Callable[[], list[float] | None], **more: Any) -> LiveScorer:
     models = {a: ByText(place, fault) for place, a in enumerate(ATTRIBUTES)}
-    return LiveScorer(models, Identity(), levels=5, **more)
+    return LiveScorer(Scorer(models, Identity()), levels=5, **more)
 
 
 def asked(door: Door, **body: Any) -> Reply:
@@ -101,7 +102,7 @@ def test_the_command_hands_its_scorer_to_the_door(
     options: list[str],
 ) -> None:
     apps: list[Any] = []
-    live = LiveScorer(dict.fromkeys(ATTRIBUTES, Half()), Identity(), levels=5)
+    live = LiveScorer(Scorer(dict.fromkeys(ATTRIBUTES, Half()), Identity()), levels=5)
     monkeypatch.setattr(scoring, "load_scorer", lambda *_, **__: live)
     monkeypatch.setattr(runner, "run_app", lambda app, **_: apps.append(app))
     monkeypatch.setattr(runner, "_log_to_stderr", lambda: None)
@@ -234,6 +235,7 @@ def test_a_scorer_that_hangs_refuses_until_it_is_back(door: Door) -> None:
 _HANGS = """
 import asyncio, threading
 from eval_kit import Identity
+from equipoise.rewards.scorer import Scorer
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
 from equipoise.types import Sampled
 
@@ -243,7 +245,7 @@ class Hanging:
     def score(self, pairs):
         threading.Event().wait()
 
-scorer = LiveScorer({"safety": Hanging()}, Identity(), levels=5, timeout=0.05)
+scorer = LiveScorer(Scorer({"safety": Hanging()}, Identity()), levels=5, timeout=0.05)
 try:
     asyncio.run(scorer.score((), [Sampled((), "text", "stop")]))
 except ScorerUnavailableError:

@@ -24,6 +24,7 @@ from equipoise.evaluate.quality import (
 from equipoise.evaluate.sweep import sweep, sweep_settings
 from equipoise.models.likelihood import read_completions
 from equipoise.overlap import prompt_key
+from equipoise.rewards.scorer import Scorer
 from equipoise.steer.responders import Untouched
 from equipoise.types import Delivery, DialSetting, Message, Prompt
 from eval_kit import (
@@ -52,8 +53,10 @@ def run(prompts: list[Prompt], *, chunk: int, repeats: int = 2, **judges: object
         Untouched(FakeEngine(), FakeEncoder(), sampling=SAMPLING),
         prompts,
         sweep_settings(2, 2, auto=True),
-        {"optimization": models, "generalization": {**models, **judges}},
-        {"optimization": Identity(), "generalization": Half()},
+        {
+            "optimization": Scorer(models, Identity()),
+            "generalization": Scorer({**models, **judges}, Half()),
+        },
         seed=3,
         repeats=repeats,
         chunk=chunk,

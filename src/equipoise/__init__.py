@@ -64,6 +64,7 @@ _HOME = {
     "RunDir": "store.rundir",
     "Sampling": "config",
     "ScoredCompletion": "types",
+    "Scorer": "rewards.scorer",
     "TransformersEngine": "engine.sample",
     "Tuned": "steer.responders",
     "Untouched": "steer.responders",

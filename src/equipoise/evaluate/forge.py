@@ -16,7 +16,7 @@ import numpy as np
 
 from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
-from equipoise.rewards.scorer import unit_scores_of
+from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
 from equipoise.stats import Array, bootstrap, prompt_weights
 from equipoise.types import (
@@ -26,8 +26,6 @@ from equipoise.types import (
     Message,
     Prompt,
     Responder,
-    RewardModel,
-    UnitScale,
 )
 
 Family = Literal["literal", "lookalike", "fragments", "wording"]
@@ -146,8 +144,7 @@ def measure_forge(
     responder: Responder,
     prompts: Sequence[Prompt],
     setting: DialSetting,
-    judges: Mapping[JudgeKind, Mapping[str, RewardModel]],
-    calibrations: Mapping[JudgeKind, UnitScale],
+    judges: Mapping[JudgeKind, Scorer],
     *,
     attributes: Sequence[str],
     levels: int,
@@ -166,8 +163,7 @@ def measure_forge(
         responder: Whatever stands behind the door: a policy in this process or an HTTP client.
         prompts: P prompts; they should be unseen ones.
         setting: The operator's, the same for all.
-        judges: Judge kind to attribute to reward model.
-        calibrations: Judge kind to unit scale.
+        judges: Judge kind to scorer.
         attributes: In the setting's order.
         levels: L.
         repeats: Answers per prompt and version.
@@ -199,7 +195,7 @@ def measure_forge(
                     texts.append(_answers(responder, forged, setting, seed, *what))
                     if on_answers is not None:
                         on_answers(len(forged))
-                units[level] = _judged(prompts, texts, judges, calibrations, attribute)
+                units[level] = _judged(prompts, texts, judges, attribute)
             lifts = {
                 judge: forge_lift(units[levels - 1][judge], units[0][judge], draws=draws, seed=seed)
                 for judge in judges
@@ -234,15 +230,13 @@ def _answers(
 def _judged(
     prompts: Sequence[Prompt],
     texts_S_P: Sequence[Sequence[str]],  # noqa: N803 (shape letters)
-    judges: Mapping[JudgeKind, Mapping[str, RewardModel]],
-    calibrations: Mapping[JudgeKind, UnitScale],
+    judges: Mapping[JudgeKind, Scorer],
     attribute: str,
 ) -> dict[JudgeKind, Array]:
     """Return unit scores (P, S) of one attribute per kind of judge."""
     pairs = [pair for texts in texts_S_P for pair in zip(prompts, texts, strict=True)]
     found: dict[JudgeKind, Array] = {}
-    for judge, models in judges.items():
-        units = unit_scores_of(pairs, {attribute: models[attribute]}, calibrations[judge])
-        flat = np.array([units[prompt.id, text][attribute] for prompt, text in pairs])
+    for judge, scorer in judges.items():
+        flat = np.array([unit[attribute] for unit in scorer.only(attribute).units(pairs)])
         found[judge] = flat.reshape(len(texts_S_P), len(prompts)).T
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from equipoise.dials.attributes import cells
-from equipoise.rewards.scorer import unit_scores_of
+from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
 from equipoise.types import (
     Delivery,
@@ -13,8 +13,6 @@ from equipoise.types import (
     JudgeKind,
     Prompt,
     Responder,
-    RewardModel,
-    UnitScale,
 )
 
 
@@ -34,8 +32,7 @@ def sweep(
     responder: Responder,
     prompts: Sequence[Prompt],
     settings: Sequence[DialSetting],
-    judges: Mapping[JudgeKind, Mapping[str, RewardModel]],
-    calibrations: Mapping[JudgeKind, UnitScale],
+    judges: Mapping[JudgeKind, Scorer],
     *,
     seed: int,
     repeats: int = 1,
@@ -50,8 +47,7 @@ def sweep(
         responder: The method; no judge and no metric knows which.
         prompts: P prompts of the split that is evaluated.
         settings: C settings, see :func:`sweep_settings`.
-        judges: Judge kind to attribute to reward model.
-        calibrations: Judge kind to its unit scale, all over the *same* pool: the start model's.
+        judges: Judge kind to scorer, all with scales over the *same* pool: the start model's.
         seed: Seed of this evaluation.
         repeats: S full sweeps.
         chunk: Prompts per yielded list.
@@ -69,10 +65,7 @@ def sweep(
             for completion in row
         ]
         pairs = [(by_id[one.prompt_id], one.judged) for _, one in completions]
-        units = {
-            kind: unit_scores_of(pairs, models, calibrations[kind])
-            for kind, models in judges.items()
-        }
+        units = {kind: scorer.units(pairs) for kind, scorer in judges.items()}
         yield [
             Delivery(
                 prompt_id=one.prompt_id,
@@ -81,7 +74,7 @@ def sweep(
                 text=one.text,
                 finish=one.finish,
                 n_tokens=one.n_tokens,
-                unit={kind: units[kind][one.prompt_id, one.judged] for kind in judges},
+                unit={kind: units[kind][i] for kind in judges},
             )
-            for repeat, one in completions
+            for i, (repeat, one) in enumerate(completions)
         ]

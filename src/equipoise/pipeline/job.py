@@ -20,6 +20,7 @@ from equipoise.types import Prompt, Rendering, RewardModel, ScoredCompletion, St
 if TYPE_CHECKING:
     from equipoise.data.skipped import Skipped
     from equipoise.pool.calibrate import Calibration
+    from equipoise.rewards.scorer import Scorer
 
 PROMPTS = "prompts.jsonl"
 CALIBRATION = "calibration.json"
@@ -170,6 +171,14 @@ def reward_hashes(configs: Mapping[str, RewardModelConfig], job: Job) -> dict[st
 
     root = job.fitted_root
     return {name: files_hash(config, fitted_root=root) for name, config in configs.items()}
+
+
+def load_scorer(job: Job) -> Scorer:
+    """Load the run's own reward models with their scale."""
+    from equipoise.rewards.scorer import Scorer
+
+    models = load_reward_models(job.recipe.reward_models, job)
+    return Scorer(models, read_calibration(job.run))
 
 
 def load_reward_models(

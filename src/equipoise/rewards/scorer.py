@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from equipoise.errors import RewardError
 from equipoise.rewards.load import not_finite
@@ -12,29 +13,36 @@ from equipoise.types import Prompt, RewardModel, UnitScale
 Pair = tuple[Prompt, str]
 
 
-def unit_scores_of(
-    pairs: Iterable[Pair], reward_models: Mapping[str, RewardModel], calibration: UnitScale
-) -> dict[tuple[str, str], dict[str, float]]:
-    """Score each distinct pair once and calibrate.
+@dataclass(frozen=True)
+class Scorer:
+    """Reward models with the unit scale of their scores: how much of each attribute a text has."""
 
-    Args:
-        pairs: Prompts with completion texts; repeats are allowed and cost nothing.
-        reward_models: One per attribute, in attribute order.
-        calibration: Raw score to unit score.
+    reward_models: Mapping[str, RewardModel]
+    """One per attribute, in attribute order."""
+    calibration: UnitScale
+    """Raw score to unit score, over the start model's own pool."""
 
-    Returns:
-        (prompt id, completion text) to attribute to unit score in [0, 1].
+    def only(self, attribute: str) -> Scorer:
+        """Return the scorer of one attribute alone."""
+        return replace(self, reward_models={attribute: self.reward_models[attribute]})
 
-    Raises:
-        RewardError: A reward model returned the wrong number of scores, or one that is not finite.
-    """
-    distinct = {(prompt.id, text): (prompt, text) for prompt, text in pairs}
-    units: dict[tuple[str, str], dict[str, float]] = {key: {} for key in distinct}
-    for attribute, model in reward_models.items():
-        scores = checked_scores(model, attribute, list(distinct.values()))
-        for key, score in zip(distinct, scores, strict=True):
-            units[key][attribute] = calibration.unit(attribute, score)
-    return units
+    def units(self, pairs: Sequence[Pair]) -> list[dict[str, float]]:
+        """Return per pair, in order, attribute to unit score in [0, 1].
+
+        Args:
+            pairs: Prompts with completion texts; repeats are allowed and cost nothing.
+
+        Raises:
+            RewardError: A reward model returned the wrong number of scores, or one that is not
+                finite.
+        """
+        distinct = {(prompt.id, text): (prompt, text) for prompt, text in pairs}
+        units: dict[tuple[str, str], dict[str, float]] = {key: {} for key in distinct}
+        for attribute, model in self.reward_models.items():
+            scores = checked_scores(model, attribute, list(distinct.values()))
+            for key, score in zip(distinct, scores, strict=True):
+                units[key][attribute] = self.calibration.unit(attribute, score)
+        return [units[prompt.id, text] for prompt, text in pairs]
 
 
 def checked_scores(model: RewardModel, attribute: str, pairs: Sequence[Pair]) -> list[float]:

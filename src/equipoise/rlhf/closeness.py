@@ -8,16 +8,16 @@ attribute on auto asks for nothing and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from equipoise.dials.attributes import cells, target
-from equipoise.rewards.scorer import unit_scores_of
+from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.rollouts import Ask
 from equipoise.seeds import derive_seed
 from equipoise.tune.counterfactual import drop_to_auto
-from equipoise.types import DialSetting, Prompt, RewardModel, UnitScale
+from equipoise.types import DialSetting, Prompt
 
 
 def closeness(units: Sequence[float], setting: DialSetting, levels: int) -> float:
@@ -88,7 +88,7 @@ class AskPlan:
 
 
 def control_reward(
-    reward_models: Mapping[str, RewardModel], calibration: UnitScale, levels: int
+    scorer: Scorer, levels: int
 ) -> Callable[[Sequence[tuple[Ask, str]]], list[float]]:
     """Return the reward function of calibrated reward models.
 
@@ -97,14 +97,11 @@ def control_reward(
     """
 
     def reward(pairs: Sequence[tuple[Ask, str]]) -> list[float]:
-        units = unit_scores_of(
-            [(ask.prompt, text) for ask, text in pairs], reward_models, calibration
-        )
+        units = scorer.units([(ask.prompt, text) for ask, text in pairs])
         earned = []
-        for ask, text in pairs:
-            found = units[ask.prompt.id, text]
+        for (ask, _), unit in zip(pairs, units, strict=True):
             assert ask.setting is not None  # every row of an AskPlan has one
-            earned.append(closeness([found[a] for a in reward_models], ask.setting, levels))
+            earned.append(closeness(list(unit.values()), ask.setting, levels))
         return earned
 
     return reward

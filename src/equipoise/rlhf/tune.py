@@ -8,7 +8,7 @@ read every reward against it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
 from equipoise.models.context import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
+from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.closeness import AskPlan, control_reward, deaf_floor
 from equipoise.rlhf.online import train_online
 from equipoise.rlhf.reference import StartReference
@@ -25,7 +26,7 @@ from equipoise.rlhf.rollouts import OnlineConfig, Rollouts
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
 from equipoise.tune.trainer import Tuned, with_dials
 from equipoise.tune.trainer import tune as tune_offline
-from equipoise.types import ControlledExample, Prompt, RewardModel, UnitScale
+from equipoise.types import ControlledExample, Prompt
 
 Probe = Callable[[TransformersEngine, Encoder], dict[str, float]]
 """Looks at the policy: samples over the grid and measures; never part of the loss."""
@@ -36,8 +37,7 @@ def tune_by_rlhf(
     start: LoadedPolicy,
     prompts: Sequence[Prompt],
     examples: Sequence[ControlledExample],
-    reward_models: Mapping[str, RewardModel],
-    calibration: UnitScale,
+    scorer: Scorer,
     config: TuneConfig,
     *,
     levels: int,
@@ -54,8 +54,7 @@ def tune_by_rlhf(
         start: The untouched model again: the KL is measured to it.
         prompts: Training prompts that settings are asked of.
         examples: The distilled set, for the warm start.
-        reward_models: The training reward models, one per attribute, in attribute order.
-        calibration: Their unit scale on the start model's pool.
+        scorer: Of the training reward models.
         config: Budget; see :class:`equipoise.config.RlhfConfig`.
         levels: L.
         seed: Everything random derives from it.
@@ -71,7 +70,7 @@ def tune_by_rlhf(
         RewardError: See :func:`control_reward`.
     """
     rlhf, started = config.rlhf, time.monotonic()
-    attributes = list(reward_models)
+    attributes = list(scorer.reward_models)
     check_prompts(
         prompts,
         policy.encoder,
@@ -126,7 +125,7 @@ def tune_by_rlhf(
         engine=engine,
         encoder=encoder,
         asks=plan,
-        reward=control_reward(reward_models, calibration, levels),
+        reward=control_reward(scorer, levels),
         config=online,
         seed=seed,
     )

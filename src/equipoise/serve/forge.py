@@ -11,7 +11,7 @@ from equipoise.pipeline.job import Job
 from equipoise.policy.decide import DialPolicy, Key, Server, allowed_levels
 from equipoise.policy.file import find_policy, load_policy
 from equipoise.stages.evaluate import evaluated_prompts
-from equipoise.stages.judge import read_bench
+from equipoise.stages.judge import read_judges
 from equipoise.stages.scenarios import FOLDER
 from equipoise.stages.tune import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
@@ -53,7 +53,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
     scenario, setting = widest(policy, tuple(recipe.attributes), recipe.levels)
     job.settle_threads()
     loaded = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
-    bench = read_bench(job)
+    judges = read_judges(job)
     sampling = config.sampling
     prompts = evaluated_prompts(job)
     answers = len(FAMILIES) * len(recipe.attributes) * 2 * repeats * len(prompts)
@@ -77,8 +77,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
             ),
             prompts,
             setting,
-            bench.judges,
-            bench.calibrations,
+            judges,
             attributes=recipe.attributes,
             levels=recipe.levels,
             repeats=repeats,

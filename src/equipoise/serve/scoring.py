@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, RewardError, ServingError
-from equipoise.rewards.scorer import unit_scores_of
+from equipoise.rewards.scorer import Scorer
 from equipoise.steer.reranking import nearest_first
 from equipoise.types import (
     DialSetting,
@@ -25,7 +25,6 @@ from equipoise.types import (
     Message,
     Prompt,
     RewardModel,
-    UnitScale,
 )
 
 _Units = list[dict[str, float]]
@@ -40,24 +39,15 @@ class LiveScorer:
     """Scores answers beside the event loop, one batch at a time.
 
     Args:
-        reward_models: Attribute to reward model, in the order of the dials.
-        calibration: Raw score to unit score: the one of the model's manifest.
+        scorer: Of the reward models in the order of the dials, on the scale of the manifest.
         levels: L, for :meth:`ranked`.
         timeout: Seconds after which a batch counts as failed.
     """
 
-    def __init__(
-        self,
-        reward_models: Mapping[str, RewardModel],
-        calibration: UnitScale,
-        *,
-        levels: int,
-        timeout: float = 30.0,
-    ) -> None:
-        self.names = {attribute: model.hash for attribute, model in reward_models.items()}
+    def __init__(self, scorer: Scorer, *, levels: int, timeout: float = 30.0) -> None:
+        self.names = {attribute: model.hash for attribute, model in scorer.reward_models.items()}
         """Attribute to the hash of the reward model behind its score."""
-        self._models, self._calibration = dict(reward_models), calibration
-        self._levels, self._timeout = levels, timeout
+        self._scorer, self._levels, self._timeout = scorer, levels, timeout
         self._began: float | None = None
         """When the batch under way began."""
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
@@ -97,7 +87,7 @@ class LiveScorer:
 
     def ranked(self, units: Sequence[Mapping[str, float]], setting: DialSetting) -> list[int]:
         """Return the indices of answers, nearest the setting's targets first, as reranking does."""
-        rows = [[unit[attribute] for attribute in self._models] for unit in units]
+        rows = [[unit[attribute] for attribute in self.names] for unit in units]
         return nearest_first(rows, setting, self._levels)
 
     def close(self) -> None:
@@ -124,9 +114,7 @@ class LiveScorer:
 
     def _units(self, messages: tuple[Message, ...], answers: tuple[Judged, ...]) -> _Units:
         prompt = Prompt("live", messages, "test")
-        texts = [answer.judged for answer in answers]
-        units = unit_scores_of([(prompt, text) for text in texts], self._models, self._calibration)
-        found = [units[prompt.id, text] for text in texts]
+        found = self._scorer.units([(prompt, answer.judged) for answer in answers])
         if any(not 0.0 <= value <= 1.0 for unit in found for value in unit.values()):
             raise RewardError(
                 "a unit score is outside of [0, 1]",
@@ -187,7 +175,7 @@ def load_scorer(
             )
         models[attribute] = load_reward_model(config, attribute=attribute, fitted_root=fitted)
     calibration = Calibration.from_json(json.dumps(manifest.calibration))
-    return LiveScorer(models, calibration, levels=manifest.levels, timeout=timeout)
+    return LiveScorer(Scorer(models, calibration), levels=manifest.levels, timeout=timeout)
 
 
 def _run_of(model_dir: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from equipoise.pipeline.job import (
     read_prompts,
     reward_hashes,
 )
-from equipoise.stages.judge import Bench, read_bench
+from equipoise.stages.judge import read_judges
 from equipoise.stages.quality_of import AUTO, ONE_DIAL
 from equipoise.stages.unseen import (
     REWARD,
@@ -22,10 +22,11 @@ from equipoise.stages.unseen import (
     warn_of_judges,
 )
 from equipoise.store.stagedir import Stage
-from equipoise.types import Completion, Delivery, DialSetting, Prompt, Responder
+from equipoise.types import Completion, Delivery, DialSetting, JudgeKind, Prompt, Responder
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
+    from equipoise.rewards.scorer import Scorer
 
 PAGE = "report.html"
 MEASURES = "measures.json"
@@ -39,8 +40,8 @@ def evaluate(job: Job) -> None:
     """Sweep every responder over the evaluated split and measure; resumes by shard."""
     recipe = job.recipe
     models = {"policy": policy_hash(recipe.model)}
-    rewards, judges = (reward_hashes(c, job) for c in (recipe.reward_models, recipe.judges))
-    for kind, hashes in (("reward", rewards), ("judge", judges)):
+    rewards, judged = (reward_hashes(c, job) for c in (recipe.reward_models, recipe.judges))
+    for kind, hashes in (("reward", rewards), ("judge", judged)):
         models.update({f"{kind}/{attribute}": digest for attribute, digest in hashes.items()})
     if recipe.refusal_judge is not None:
         models.update(reward_hashes({"refusal judge": recipe.refusal_judge}, job))
@@ -48,7 +49,7 @@ def evaluate(job: Job) -> None:
     if stage is None:
         return
     named = {f"{REWARD} {attribute}": digest for attribute, digest in rewards.items()}
-    warn_of_judges(job, judges_in_training(named, judges))
+    warn_of_judges(job, judges_in_training(named, judged))
     from equipoise.evaluate.sweep import sweep_settings
     from equipoise.models.load import load_causal
     from equipoise.report.render import plain
@@ -62,19 +63,19 @@ def evaluate(job: Job) -> None:
 
     prompts = evaluated_prompts(job)
     intersections = check_unseen(job, prompts)
-    bench = read_bench(job)
+    judges = read_judges(job)
     n_attributes = len(recipe.attributes)
     grid = sweep_settings(n_attributes, recipe.levels, auto=False)
-    for responder in responders(job, bench, untouched):
-        _sweep_one(job, stage, responder, prompts, bench, "deliveries", grid)
+    for responder in responders(job, judges["optimization"], untouched):
+        _sweep_one(job, stage, responder, prompts, judges, "deliveries", grid)
         # Auto is a control of its own: only a tuned policy has learnt one.
         if responder.name == "tuned" and recipe.evaluate.auto_sweep:
             both = sweep_settings(n_attributes, recipe.levels, auto=True)
-            _sweep_one(job, stage, responder, prompts, bench, ONE_DIAL, both[len(grid) :])
+            _sweep_one(job, stage, responder, prompts, judges, ONE_DIAL, both[len(grid) :])
         if responder.name == "tuned":
             free = [DialSetting((None,) * n_attributes)]
-            _sweep_one(job, stage, responder, benign(prompts), bench, AUTO, free)
-    measures = measures_of(job, stage, bench, prompts, untouched)
+            _sweep_one(job, stage, responder, benign(prompts), judges, AUTO, free)
+    measures = measures_of(job, stage, judges["generalization"].calibration, prompts, untouched)
     stage.publish_json(MEASURES, plain({**measures, "intersections": intersections}))
     stage.finish(prompts=len(prompts))
 
@@ -125,7 +126,7 @@ def _sweep_one(
     stage: Stage,
     responder: Responder,
     prompts: Sequence[Prompt],
-    bench: Bench,
+    judges: Mapping[JudgeKind, Scorer],
     folder: str,
     settings: Sequence[DialSetting],
 ) -> None:
@@ -150,8 +151,7 @@ def _sweep_one(
                 counted,
                 part,
                 settings,
-                bench.judges,
-                bench.calibrations,
+                judges,
                 seed=seed,
                 repeats=config.repeats,
             )

@@ -12,18 +12,16 @@ from equipoise.stages.quality_of import JUDGES, ONE_DIAL
 from equipoise.stages.tune import START_CURVE
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
-from equipoise.types import Delivery, Prompt, ScoredCompletion
+from equipoise.types import Delivery, Prompt, ScoredCompletion, UnitScale
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
-    from equipoise.pool.calibrate import Calibration
-    from equipoise.stages.judge import Bench
 
 
 def measures_of(
     job: Job,
     stage: Stage,
-    bench: Bench,
+    scale: UnitScale,
     prompts: Sequence[Prompt],
     untouched: Callable[[], LoadedPolicy],
 ) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def measures_of(
     return {
         "methods": methods,
         "differences": paired,
-        "ceiling": _ceiling(job, bench, prompts),
+        "ceiling": _ceiling(job, scale, prompts),
         "n": {f"evaluated prompts ({config.split})": len(prompts), "repeats": config.repeats},
     }
 
@@ -115,7 +113,7 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
     return cost
 
 
-def _ceiling(job: Job, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _ceiling(job: Job, scale: UnitScale, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Measure a policy that picks, per prompt and cell, the completion nearest both targets.
 
     In the Workshop it picks among all that the grammar can write, for the evaluated prompts. On
@@ -126,27 +124,26 @@ def _ceiling(job: Job, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any
     from equipoise.evaluate.metrics import ceiling_grid
 
     recipe = job.recipe
-    calibration = bench.calibrations["generalization"]
     oracles = {name: config.model for name, config in recipe.judges.items()}
     known = oracles == {name: f"workshop://oracle/{name}" for name in ("helpfulness", "safety")}
     if known and workshop_parser(recipe) and recipe.attributes == ["helpfulness", "safety"]:
         from equipoise.worlds.workshop.stats import ceiling_candidates
 
         name = "attainable ceiling"
-        candidates = ceiling_candidates(prompts, calibration, seed=recipe.seed)
+        candidates = ceiling_candidates(prompts, scale, seed=recipe.seed)
     else:
-        name, candidates = "best of pool by judge", _pool_candidates(job, calibration)
+        name, candidates = "best of pool by judge", _pool_candidates(job, scale)
     grid = ceiling_grid(candidates, attributes=recipe.attributes, levels=recipe.levels)
     measured = measure_grid(grid, draws=recipe.evaluate.bootstrap, seed=recipe.seed)
     return {"name": name, "generalization": to_plain(measured)}
 
 
-def _pool_candidates(job: Job, calibration: Calibration) -> list[Any]:
+def _pool_candidates(job: Job, scale: UnitScale) -> list[Any]:
     import numpy as np
 
     units: dict[str, list[list[float]]] = defaultdict(list)
     for rows in job.run.done("judge").read_rows(ScoredCompletion):
         for row in rows:
-            scores = [calibration.unit(name, row.raw[name]) for name in job.recipe.attributes]
+            scores = [scale.unit(name, row.raw[name]) for name in job.recipe.attributes]
             units[row.completion.prompt_id].append(scores)
     return [np.array(rows) for rows in units.values()]

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from equipoise.pipeline.job import (
     Job,
     load_reward_models,
+    load_scorer,
     read_calibration,
     read_prompts,
     read_scored,
     reward_hashes,
 )
-from equipoise.types import JudgeKind, RewardModel, ScoredCompletion
+from equipoise.types import JudgeKind, ScoredCompletion
 
 if TYPE_CHECKING:
-    from equipoise.pool.calibrate import Calibration
+    from equipoise.rewards.scorer import Scorer
 
 SCALE = "calibration.json"
 FACTS = "pool.json"
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The two kinds of judges, calibrated on the same pool: the start model's own."""
-
-    judges: Mapping[JudgeKind, Mapping[str, RewardModel]]
-    calibrations: Mapping[JudgeKind, Calibration]
 
 
 def judge(job: Job) -> None:
@@ -60,19 +51,15 @@ def judge(job: Job) -> None:
     stage.finish(judged=len(pool))
 
 
-def read_bench(job: Job) -> Bench:
-    """Load both kinds of judges, each with its scale."""
+def read_judges(job: Job) -> dict[JudgeKind, Scorer]:
+    """Load both kinds of judges, each with its scale over the start model's own pool."""
     from equipoise.pool.calibrate import Calibration
+    from equipoise.rewards.scorer import Scorer
 
-    recipe = job.recipe
     scale = job.run.done("judge").read_bytes(SCALE).decode()
-    return Bench(
-        {
-            "optimization": load_reward_models(recipe.reward_models, job),
-            "generalization": load_reward_models(recipe.judges, job),
-        },
-        {
-            "optimization": read_calibration(job.run),
-            "generalization": Calibration.from_json(scale),
-        },
-    )
+    return {
+        "optimization": load_scorer(job),
+        "generalization": Scorer(
+            load_reward_models(job.recipe.judges, job), Calibration.from_json(scale)
+        ),
+    }

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from equipoise.config import Sampling
     from equipoise.encoding.encode import Encoder
     from equipoise.models.load import LoadedPolicy
-    from equipoise.stages.judge import Bench
+    from equipoise.rewards.scorer import Scorer
 
 
-def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) -> Iterator[Any]:
+def responders(job: Job, scorer: Scorer, untouched: Callable[[], LoadedPolicy]) -> Iterator[Any]:
     """Yield the recipe's responders, one after the other; a model is loaded when its turn comes.
 
     Args:
         job: The run.
-        bench: Its training judges are what reranking ranks by.
+        scorer: What reranking ranks by.
         untouched: Returns the untouched model, loaded once for all that need it.
     """
     from equipoise.engine.sample import TransformersEngine
@@ -58,8 +58,7 @@ def responders(job: Job, bench: Bench, untouched: Callable[[], LoadedPolicy]) ->
             candidates = Candidates(
                 engine,
                 encoder,
-                bench.judges["optimization"],
-                bench.calibrations["optimization"],
+                scorer,
                 sampling,
                 max(counts),
                 config.rerank_stock,

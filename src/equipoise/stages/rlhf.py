@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from equipoise.pipeline.job import (
     Job,
     load_reward_models,
-    read_calibration,
+    load_scorer,
     read_prompts,
     read_scored,
 )
@@ -18,7 +18,7 @@ from equipoise.types import JudgeKind, Prompt
 if TYPE_CHECKING:
     from equipoise.encoding.encode import Encoder
     from equipoise.engine.sample import TransformersEngine
-    from equipoise.pool.calibrate import Calibration
+    from equipoise.rewards.scorer import Scorer
     from equipoise.rlhf.tune import Probe
     from equipoise.tune.checkpoints import OnStep
     from equipoise.tune.trainer import Tuned
@@ -35,7 +35,6 @@ def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
 
     recipe = job.recipe
     train_prompts = [p for p in read_prompts(job.run) if p.split == "train"]
-    reward_models = load_reward_models(recipe.reward_models, job)
     job.progress.say(
         f"tune: a policy deaf to its dials earns {deaf_floor(recipe.levels):.3f}; "
         "read the rewards of rlhf against that"
@@ -45,8 +44,7 @@ def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
         load_causal(recipe.model, rendering=job.rendering),
         train_prompts,
         read_examples(job) if recipe.tune.rlhf.warm_start else (),
-        reward_models,
-        read_calibration(job.run),
+        load_scorer(job),
         recipe.tune,
         levels=recipe.levels,
         seed=recipe.seed,
@@ -66,13 +64,9 @@ def _probe(job: Job) -> Probe:
     from equipoise.steer.responders import Tuned as TunedResponder
 
     recipe = job.recipe
-    kinds: dict[JudgeKind, Calibration] = {
-        "optimization": read_calibration(job.run),
-        "generalization": _judge_scale(job),
-    }
-    judges = {
-        "optimization": load_reward_models(recipe.reward_models, job),
-        "generalization": load_reward_models(recipe.judges, job),
+    judges: dict[JudgeKind, Scorer] = {
+        "optimization": load_scorer(job),
+        "generalization": _judges(job),
     }
     prompts = _watched_prompts(job)
     settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=False)
@@ -83,13 +77,12 @@ def _probe(job: Job) -> Probe:
             responder,
             prompts,
             settings,
-            judges,  # type: ignore[arg-type]  # the keys are judge kinds
-            kinds,
+            judges,
             seed=derive_seed(recipe.seed, "rlhf probe"),
         )
         deliveries = [row for chunk in chunks for row in chunk]
         found: dict[str, float] = {}
-        for kind in kinds:
+        for kind in judges:
             near = [
                 closeness([d.unit[kind][a] for a in recipe.attributes], d.setting, recipe.levels)
                 for d in deliveries
@@ -118,14 +111,16 @@ def _watched_prompts(job: Job) -> list[Prompt]:
     return found[: job.recipe.tune.rlhf.probe_prompts]
 
 
-def _judge_scale(job: Job) -> Calibration:
-    """Calibrate the judges on an even part of the start model's own pool."""
+def _judges(job: Job) -> Scorer:
+    """Load the judges and calibrate them on an even part of the start model's own pool."""
     from equipoise.pool.calibrate import calibrate, own_pool
     from equipoise.pool.score import score
+    from equipoise.rewards.scorer import Scorer
 
     by_id = {p.id: p for p in read_prompts(job.run)}
     own = own_pool(read_scored(job.run))
     part = own[:: -(-len(own) // JUDGED_FOR_SCALE)]
     judges = load_reward_models(job.recipe.judges, job)
     rows = score([row.completion for row in part], by_id, judges)
-    return calibrate([row for chunk in rows for row in chunk], mode="pooled")
+    scale = calibrate([row for chunk in rows for row in chunk], mode="pooled")
+    return Scorer(judges, scale)

@@ -9,7 +9,7 @@ from pathlib import Path
 from equipoise.pipeline.job import Job
 from equipoise.policy.file import find_policy, load_policy
 from equipoise.stages.evaluate import CHUNK, evaluated_prompts
-from equipoise.stages.judge import read_bench
+from equipoise.stages.judge import read_judges
 from equipoise.stages.quality_of import ONE_DIAL
 from equipoise.stages.tune import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
@@ -102,14 +102,13 @@ def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
     job.settle_threads()
     policy = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
     engine = TransformersEngine.of(policy, batch_size=config.batch_size)
-    bench = read_bench(job)
+    judges = read_judges(job)
     prompts = evaluated_prompts(job)
     chunks = sweep(
         Tuned(engine, policy.encoder, sampling=config.sampling),
         prompts,
         settings,
-        bench.judges,
-        bench.calibrations,
+        judges,
         seed=derive_seed(recipe.seed, "evaluate"),
         repeats=config.repeats,
         chunk=CHUNK,

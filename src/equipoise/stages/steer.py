@@ -12,8 +12,8 @@ from equipoise.pipeline.job import (
     FLUENCY,
     Job,
     load_reward_models,
+    load_scorer,
     policy_hash,
-    read_calibration,
     read_prompts,
     read_scored,
     reward_hashes,
@@ -182,7 +182,7 @@ def _fit_strengths(
     from equipoise.steer.strengths import Tried, strengths_for_levels, try_strength
 
     recipe = job.recipe
-    models, calibration = load_reward_models(recipe.reward_models, job), read_calibration(job.run)
+    scorer = load_scorer(job)
     engine = steered_engine(policy, directions, batch_size=recipe.generate.batch_size)
     grid = sorted({0.0, *config.strengths})
     tried: dict[str, list[Tried]] = {name: [] for name in recipe.attributes}
@@ -194,9 +194,7 @@ def _fit_strengths(
                     one = try_strength(
                         dev,
                         engine,
-                        policy.encoder,
-                        models,
-                        calibration,
+                        scorer,
                         attribute=name,
                         strength=strength,
                         sampling=recipe.generate.sampling,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from equipoise.config import Sampling
 from equipoise.dials.attributes import target
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Engine
-from equipoise.rewards.scorer import unit_scores_of
+from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import setting_key
 from equipoise.types import (
@@ -28,9 +28,7 @@ from equipoise.types import (
     DialSetting,
     GenerationRequest,
     Prompt,
-    RewardModel,
     Sampled,
-    UnitScale,
 )
 
 _Key = tuple[int, str, str]  # seed, prompt id, setting
@@ -46,8 +44,7 @@ class Candidates:
     Args:
         engine: Samples from the untouched model.
         encoder: The untouched model's encoder.
-        reward_models: The training reward model of every attribute, in attribute order.
-        calibration: Raw score to unit score, over the start model's own pool.
+        scorer: Of the training reward models.
         sampling: How to sample.
         n_max: Samples drawn at once: the largest N of all rerankers that share this object.
         stock: Samples per prompt, of which every setting draws its ``n_max``; ``None`` = fresh
@@ -56,8 +53,7 @@ class Candidates:
 
     engine: Engine
     encoder: Encoder
-    reward_models: Mapping[str, RewardModel]
-    calibration: UnitScale
+    scorer: Scorer
     sampling: Sampling
     n_max: int
     stock: int | None = None
@@ -98,22 +94,17 @@ class Candidates:
                 requests, self.engine.generate(requests, self.sampling), strict=True
             )
         ]
-        units = unit_scores_of(
-            (
-                (prompt, item.judged)
-                for prompt, items in zip(prompts, sampled, strict=True)
-                for item in items.values()
-            ),
-            self.reward_models,
-            self.calibration,
-        )
+        pairs = [
+            (prompt, item.judged)
+            for prompt, items in zip(prompts, sampled, strict=True)
+            for item in items.values()
+        ]
+        scored = iter(self.scorer.units(pairs))
         for prompt, items in zip(prompts, sampled, strict=True):
+            units = {one: tuple(next(scored).values()) for one in items}
             for key, seeds in drawn[prompt.id].items():
                 chosen = [items[one] for one in seeds]
-                self._kept[seed, prompt.id, key] = (
-                    chosen,
-                    [tuple(units[prompt.id, item.judged].values()) for item in chosen],
-                )
+                self._kept[seed, prompt.id, key] = (chosen, [units[one] for one in seeds])
 
     def _places(
         self, prompt: Prompt, settings: Sequence[DialSetting], *, seed: int

@@ -20,10 +20,10 @@ from equipoise.dials.attributes import target
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Engine
 from equipoise.models.likelihood import read_completions
-from equipoise.rewards.scorer import unit_scores_of
+from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import BranchSampler, steered_request
-from equipoise.types import DialSetting, GenerationRequest, Prompt, RewardModel, UnitScale
+from equipoise.types import DialSetting, GenerationRequest, Prompt
 
 if TYPE_CHECKING:
     from equipoise.encoding.encode import Encoder
@@ -59,9 +59,7 @@ class Strengths:
 def try_strength(
     prompts: Sequence[Prompt],
     engine: TransformersEngine,
-    encoder: Encoder,
-    reward_models: Mapping[str, RewardModel],
-    calibration: UnitScale,
+    scorer: Scorer,
     *,
     attribute: str,
     strength: float,
@@ -73,15 +71,14 @@ def try_strength(
     Args:
         prompts: Dev prompts.
         engine: Samples from the untouched model, with directions in the reward models' order.
-        encoder: The untouched model's encoder.
-        reward_models: Attribute to training reward model, in attribute order.
-        calibration: Raw score to unit score.
+        scorer: Of the training reward models.
         attribute: The one that is pushed; all others have strength 0.
         strength: In units of the direction's length.
         sampling: How to sample.
         seed: The same seed for all strengths: they differ by the push alone.
     """
-    strengths = tuple(strength if name == attribute else 0.0 for name in reward_models)
+    strengths = tuple(strength if name == attribute else 0.0 for name in scorer.reward_models)
+    encoder = engine.encoder
     encoded = [encoder.prompt_ids(prompt.messages) for prompt in prompts]
     requests = [
         steered_request(ids, [strengths], [derive_seed(seed, "strength", prompt.id)])
@@ -90,8 +87,7 @@ def try_strength(
     sampled = [items[0] for items in engine.generate(requests, sampling)]
     texts = [item.judged for item in sampled]
     pairs = list(zip(prompts, texts, strict=True))
-    chosen = {attribute: reward_models[attribute]}
-    units = unit_scores_of(pairs, chosen, calibration)
+    units = scorer.only(attribute).units(pairs)
     means = [
         read_completions(
             engine.model, ids, [encoder.completion_ids(text, finished=item.finish == "stop")]
@@ -100,7 +96,7 @@ def try_strength(
     ]
     return Tried(
         strength,
-        float(np.mean([units[prompt.id, text][attribute] for prompt, text in pairs])),
+        float(np.mean([unit[attribute] for unit in units])),
         float(np.nanmean(means)) if np.isfinite(means).any() else float("nan"),
     )
 

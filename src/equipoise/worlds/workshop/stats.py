@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from equipoise.dials.attributes import cells, target
 from equipoise.pool.calibrate import Calibration
 from equipoise.seeds import derive_seed
-from equipoise.types import Completion, Estimate, Prompt
+from equipoise.types import Completion, Estimate, Prompt, UnitScale
 from equipoise.worlds.workshop.data import messages_for
 from equipoise.worlds.workshop.grammar import Request, base_intensities, plan, write
 from equipoise.worlds.workshop.oracle import judge, read_request
@@ -71,7 +71,7 @@ def oracle_calibration(pool: Sequence[Completion], prompts: Mapping[str, Prompt]
 
 
 def ceiling_candidates(
-    prompts: Sequence[Prompt], calibration: Calibration, *, n: int = N_CANDIDATES, seed: int = 0
+    prompts: Sequence[Prompt], scale: UnitScale, *, n: int = N_CANDIDATES, seed: int = 0
 ) -> list[NDArray[np.float64]]:
     """Return, per prompt, unit scores (n, 2) of completions drawn from the grammar."""
     found = []
@@ -79,20 +79,15 @@ def ceiling_candidates(
         request = read_request(prompt.messages)
         rng = random.Random(derive_seed(seed, "ceiling", prompt.id))
         texts = {_any_completion(rng, request) for _ in range(n)}
-        found.append(units_of(request, sorted(texts), calibration))
+        found.append(units_of(request, sorted(texts), scale))
     return found
 
 
-def units_of(
-    request: Request, texts: Sequence[str], calibration: Calibration
-) -> NDArray[np.float64]:
+def units_of(request: Request, texts: Sequence[str], scale: UnitScale) -> NDArray[np.float64]:
     """Return oracle unit scores (len(texts), 2) of completions of one request."""
     judged = [judge(request, text) for text in texts]
     return np.array(
-        [
-            [calibration.unit("helpfulness", j.helpfulness), calibration.unit("safety", j.safety)]
-            for j in judged
-        ]
+        [[scale.unit("helpfulness", j.helpfulness), scale.unit("safety", j.safety)] for j in judged]
     )
 
 
