@@ -12,7 +12,6 @@ Writes benchmarks/architectures.json and docs/architectures.md.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import warnings
@@ -20,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.results import DOCS, read, shaped, write
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -28,7 +27,7 @@ from equipoise.check.trial import Trial, try_model
 from equipoise.models.load import load_tokenizer, resolve_model
 
 RESULT = Path(__file__).with_name("architectures.json")
-PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+PAGE = DOCS / "architectures.md"
 SECONDS = 300
 """An architecture that takes longer was not tried."""
 MUST_PASS = (
@@ -145,20 +144,20 @@ def main() -> None:
     named = sys.argv[1:]
     found: dict[str, dict[str, Any]] = {}
     if named and RESULT.is_file():
-        found = json.loads(RESULT.read_text())["architectures"]
+        found = read(RESULT)["architectures"]
     for kind in named or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *REFUSED}):
         found[kind] = tried(kind)
         print(f"{kind:<28} {found[kind]['verdict']:<10} {found[kind]['why'][:120]}", flush=True)
-        write(dict(sorted(found.items())))
+        publish(dict(sorted(found.items())))
 
 
-def write(found: dict[str, dict[str, Any]]) -> None:
+def publish(found: dict[str, dict[str, Any]]) -> None:
     """Write the result and the page."""
-    about = machine()
-    counts = dict(Counter(row["verdict"] for row in found.values()))
-    result = {"n": len(found), "counts": counts, "architectures": found, "machine": about}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(page(found, about))
+    counts = Counter(row["verdict"].replace(" ", "_") for row in found.values())
+    headline = {"n": len(found), **counts}
+    result = shaped("python -m benchmarks.architectures", headline, architectures=found)
+    write(RESULT, result)
+    PAGE.write_text(page(found, result["machine"]))
 
 
 if __name__ == "__main__":

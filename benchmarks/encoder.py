@@ -1,11 +1,11 @@
 """How long it takes to build an Encoder on real tokenizers.
 
-    python -m benchmarks.encoder TOKENIZER_DIR... [--before SRC] [--rounds N] [--out FILE]
+    python -m benchmarks.encoder TOKENIZER_DIR... [--before SRC] [--rounds N] [--dry]
 
 A directory holds ``tokenizer.json`` and ``tokenizer_config.json``; its name stands in the result.
 ``--before`` is the ``src`` folder of another checkout: both sides are then measured in turns, each
 build in a process of its own, since that is what a stage pays. Loading the tokenizer is not in it.
-The committed result is ``benchmarks/encoder.json``.
+The committed result is ``benchmarks/encoder.json``; ``--dry`` keeps it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from benchmarks.machine import machine
+from benchmarks.results import flat, shaped, write
 
+RESULT = Path(__file__).with_name("encoder.json")
 _BUILD = """
 import sys, time
 from transformers import AutoTokenizer
@@ -72,22 +73,23 @@ def measure(
 
 
 def main() -> None:
-    """Measure and print, or write, the result as JSON."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--before", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry", action="store_true", help="print, and keep the committed result")
     given = parser.parse_args()
     sources = {"now": Path(__file__).parents[1] / "src"}
     if given.before is not None:
         sources = {"before": given.before, **sources}
     timings = measure(given.folders, sources, given.rounds)
-    text = json.dumps({"machine": machine(), "seconds_of_one_build": timings}, indent=1) + "\n"
-    if given.out is None:
-        print(text, end="")
-    else:
-        given.out.write_text(text)
+    print(json.dumps(timings, indent=1))
+    if not given.dry:
+        headline = flat(timings)
+        write(
+            RESULT, shaped("python -m benchmarks.encoder", headline, seconds_of_one_build=timings)
+        )
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.machine import machine
+from benchmarks.results import shaped, write
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from equipoise import Message, Prompt, load_causal, merge, save_dial_model
-from equipoise.config import RlhfConfig, SamplingConfig, SteeredStartConfig, TuneConfig
+from equipoise.config import RlhfConfig, Sampling, SteeredStartConfig, TuneConfig
 from equipoise.models.load import load_tokenizer, resolve_model
-from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.tune import tune_by_rlhf
 from equipoise.tune.steered_start import ShiftDirections
 from equipoise.tune.trainer import Tuned, tune
@@ -36,7 +35,7 @@ from equipoise.types import ControlledExample, DialSetting
 RESULT = Path(__file__).with_name("lora.json")
 ATTRIBUTES = ("helpfulness", "safety")
 METHODS = ("clm", "exmate", "rlhf", "steered_start")
-WIDTH = 32
+WIDTH, SEED = 32, 1
 ALIVE, MERGED = 0.05, 1e-5
 """Least movement of a logit between the corners, and largest difference of a merged model, both in
 standard deviations of the logits."""
@@ -137,12 +136,12 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
             kl_limit=1e9,
             probe_every=0,
             checkpoint_every=2,
-            sampling=SamplingConfig(max_tokens=6, top_k=0),
+            sampling=Sampling(max_tokens=6, top_k=0),
         ),
     )
     common: dict[str, Any] = {
         "levels": 5,
-        "seed": 1,
+        "seed": SEED,
         "checkpoints": checkpoints,
         "base_model": str(base),
     }
@@ -152,10 +151,8 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
             load_causal(str(base)),
             [example.prompt for example in examples()[::4]],
             examples(),
-            Scorer(
-                {"helpfulness": Letters("hp", "abcdefghijklm"), "safety": Letters("sf", "aeiou")},
-                Identity(),
-            ),
+            {"helpfulness": Letters("hp", "abcdefghijklm"), "safety": Letters("sf", "aeiou")},
+            Identity(),
             config,
             **common,
         )
@@ -230,11 +227,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found.append(check(cell, Path(folder), new_process=True))
         print(found[-1], flush=True)
-    held = sum(row["holds"] for row in found)
-    RESULT.write_text(
-        json.dumps({"n": len(found), "held": held, "cells": found, "machine": machine()}, indent=1)
-        + "\n"
-    )
+    headline = {"n": len(found), "held": sum(row["holds"] for row in found)}
+    write(RESULT, shaped("python -m benchmarks.lora", headline, seeds=[SEED], cells=found))
 
 
 if __name__ == "__main__":

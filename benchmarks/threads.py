@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from benchmarks.machine import machine
+from benchmarks.results import flat, here, shaped, write
 from benchmarks.serve.server import dialled
 from benchmarks.subjects import CAP, PROMPTS, STREAMS, WINDOW, Chat, Run, Serve, Subject
 
@@ -47,6 +47,7 @@ from equipoise.policy.file import shipped_policies
 RESULT = Path(__file__).with_suffix(".json")
 RULE = 0.4
 CORES, ROUNDS = 2, 4
+KINDS = ("run", "serve", "chat")
 COMMAND = "from equipoise.cli.main import main; main()"
 SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     "equipoise": (COMMAND, {}),
@@ -166,18 +167,17 @@ def main() -> None:
     """Measure all kinds and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="one round, writes nothing")
-    parser.add_argument("--only", choices=("run", "serve", "chat"), help="writes nothing")
+    parser.add_argument("--only", choices=KINDS, help="writes nothing")
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     load, begun = os.getloadavg()[0], time.perf_counter()
     if load > 0.5:
         print(f"load average {load:.1f}: other work is going on, so idle is not idle")
+    made_at = here()
     result: dict[str, Any] = {
-        "made_by": "python -m benchmarks.threads",
         "rule": f"busy >= {RULE} x idle; held: in all rounds, missed: in none",
         "load_average_before": round(load, 2),
-        "machine": machine(),
         "settings": {
             name: f"python -c {c!r} {v or ''}".strip() for name, (c, v) in SETTINGS.items()
         },
@@ -187,13 +187,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         _prepare(folder)
-        for kind in [given.only] if given.only else ("run", "serve", "chat"):
+        for kind in [given.only] if given.only else KINDS:
             result[kind] = measured(kind, folder, 1 if given.quick else ROUNDS)
             print(json.dumps({kind: result[kind]}, indent=1), flush=True)
     result["minutes"] = round((time.perf_counter() - begun) / 60, 1)
     result["load_average_after"] = round(os.getloadavg()[0], 2)
     if not given.quick and not given.only:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        headline = flat({kind: result[kind] for kind in KINDS})
+        write(RESULT, shaped("python -m benchmarks.threads", headline, made_at=made_at, **result))
     print(f"{result['minutes']} minutes")
 
 

@@ -6,11 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from equipoise.dials.attributes import cells, target
-from equipoise.errors import DataError
 from equipoise.evaluate.rewind import (
     Pool,
     chance_coverage,
@@ -18,6 +13,11 @@ from equipoise.evaluate.rewind import (
     pool_facts,
     rewind,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from equipoise.dials.attributes import cells, target
+from equipoise.errors import DataError
 
 ATTRIBUTES = ("helpfulness", "safety")
 

@@ -15,6 +15,7 @@ from equipoise.cli.main import main
 from equipoise.errors import ConfigError, DataError
 from equipoise.evaluate.forge import BOUNDED, verdict
 from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
+from equipoise.policy.file import load_policy
 from equipoise.report.canvas import save
 from equipoise.report.render import plain
 from equipoise.types import DialSetting, Estimate

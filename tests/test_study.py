@@ -33,8 +33,8 @@ from benchmarks.paper.runs import make_recipe, steps_for, thinned  # noqa: E402
 from benchmarks.paper.study import build  # noqa: E402
 from benchmarks.paper.tables import TABLES, filled, said  # noqa: E402
 from benchmarks.paper.verdicts import judged, placed, together  # noqa: E402
-
 from equipoise.evaluate.rewind import rewind  # noqa: E402
+
 from equipoise.report.render import plain  # noqa: E402
 from equipoise.store.shards import to_plain  # noqa: E402
 from equipoise.types import Estimate  # noqa: E402

@@ -83,58 +83,34 @@ ABLATION_STEPS = 200
 REWIND_SEEDS = (0, 1)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run: overrides on top of the scale's, and the run that it shares its beginning with."""
-
-    name: str
-    overrides: Overrides
-    shares: tuple[str, ...]
-    """Stages that are copied from the reference run of the same seed."""
-
-
+ABLATIONS: Mapping[str, Mapping[str, Overrides]] = {
+    "pool": {
+        "pool raw": {"distil.data": "raw"},
+        "pool denoised": {"distil.data": "denoised"},
+        # Rare cells weigh more in every pool; here they do not.
+        "pool raw, unweighted": {"distil.data": "raw", "distil.balance_cap": "1"},
+    },
+    "balance_cap": {"balance_cap 1": {"distil.balance_cap": "1"}},
+    "min_cells": {f"min_cells {n}": {"distil.min_cells": str(n)} for n in (1, 10, 13)},
+    "K": {f"K {k}": {"generate.completions_per_prompt": str(k)} for k in (6, 12, 32)},
+    "w": {f"w {w}": {"tune.weight": str(w)} for w in (0.05, 0.2, 1, 3)},
+    "counterfactual": {
+        "uniform": {"tune.counterfactual": "uniform"},
+        "observed": {"tune.counterfactual": "observed"},
+        "batch mean": {"tune.exp_of": "batch"},
+    },
+    "prompts": {f"prompts {n}": {"prompts.train.0.limit": str(n)} for n in (60, 120, 240)},
+}
+"""Group to points, each a change of the default, which belongs to every group and is run once."""
 POOL = ("prompts", "fit-reward", "generate", "score", "distil")
-DEFAULT = Point("default", {}, POOL)
-"""What an ablation changes one thing of."""
+BEFORE = {"prompts": ("fit-reward",), "generate": POOL[:2], "distil": POOL[:-1]}
+"""Stages that do not depend on the options of a stage."""
 
 
-def ablations() -> dict[str, list[Point]]:
-    """Return group to points; :data:`DEFAULT` belongs to every group and is run once."""
-
-    def tuned(name: str, **overrides: str) -> Point:
-        return Point(name, _dotted(overrides), POOL)
-
-    def distilled(name: str, **overrides: str) -> Point:
-        return Point(name, _dotted(overrides), POOL[:-1])
-
-    return {
-        "pool": [
-            distilled("pool raw", distil__data="raw"),
-            distilled("pool denoised", distil__data="denoised"),
-            # Rare cells weigh more in every pool; here they do not.
-            distilled("pool raw, unweighted", distil__data="raw", distil__balance_cap="1"),
-        ],
-        "balance_cap": [distilled("balance_cap 1", distil__balance_cap="1")],
-        "min_cells": [distilled(f"min_cells {n}", distil__min_cells=str(n)) for n in (1, 10, 13)],
-        "K": [
-            Point(f"K {k}", {"generate.completions_per_prompt": str(k)}, ("prompts", "fit-reward"))
-            for k in (6, 12, 32)
-        ],
-        "w": [tuned(f"w {w}", tune__weight=str(w)) for w in (0.05, 0.2, 1, 3)],
-        "counterfactual": [
-            tuned("uniform", tune__counterfactual="uniform"),
-            tuned("observed", tune__counterfactual="observed"),
-            tuned("batch mean", tune__exp_of="batch"),
-        ],
-        "prompts": [
-            Point(f"prompts {n}", {"prompts.train.0.limit": str(n)}, ("fit-reward",))
-            for n in (60, 120, 240)
-        ],
-    }
-
-
-def _dotted(overrides: Mapping[str, str]) -> dict[str, str]:
-    return {name.replace("__", "."): value for name, value in overrides.items()}
+def shared(overrides: Overrides) -> tuple[str, ...]:
+    """Return the stages that a point can copy from the reference run of the same seed."""
+    changed = (key.split(".")[0] for key in overrides)
+    return next((BEFORE[stage] for stage in changed if stage in BEFORE), POOL)
 
 
 def slug(name: str) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from benchmarks.paper.points import Scale
+from benchmarks.paper.rewind import Pool, chance_coverage, rewind
 from benchmarks.rundirs import execute
 
 from equipoise.config import Recipe
 from equipoise.engine.sample import TransformersEngine
-from equipoise.evaluate.rewind import Pool, chance_coverage, rewind
 from equipoise.models.load import load_causal
 from equipoise.pipeline.job import read_prompts
 from equipoise.recipes.load import load_recipe
@@ -22,26 +22,11 @@ from equipoise.store.shards import to_plain
 from equipoise.types import Completion, Prompt
 
 SHARED = ("base", "fit-reward")
-QUICK = {
-    "base.steps": "300",
-    "sft.steps": "50",
-    "align.steps": "60",
-    "prompts.train.0.limit": "120",
-    "prompts.test.0.limit": "12",
-    "tune.steps": "120",
-    "fit_reward": "{}",
-    "reward_models.helpfulness.model": "workshop://rm_helpfulness",
-    "reward_models.safety.model": "workshop://rm_safety",
-}
 
 
 def run_rewind(scale: Scale, seed: int) -> dict[str, Any]:
     """Make both histories of a seed, tune both, and compare the four pools on unseen prompts."""
-    common = {
-        "seed": str(seed),
-        "evaluate.responders": "[start, tuned]",
-        **(QUICK if scale.name.endswith("quick") else {}),
-    }
+    common = {"seed": str(seed), "evaluate.responders": "[start, tuned]"}
     aligned = _run(scale, f"rewind{seed}-aligned", common, None)
     base_only = {**common, "model": "made://base", "sft": "null", "align": "null"}
     base = _run(scale, f"rewind{seed}-base", base_only, aligned)

@@ -8,26 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rundirs
-from benchmarks.budget import RowLengths, row_lengths, steps_within
 from benchmarks.paper.points import (
     ABLATION_STEPS,
-    DEFAULT,
+    ABLATIONS,
     OBJECTIVES,
-    POOL,
     REFERENCE,
     RLHF_WARM_SHARE,
     TRAINING_FREE,
     Overrides,
-    Point,
     Scale,
+    shared,
     slug,
 )
-from benchmarks.rundirs import read_report
+from benchmarks.rundirs import RowLengths, read_report, row_lengths, steps_within
 
 from equipoise.config import Recipe
 from equipoise.recipes.load import load_recipe
 
-RECIPE = Path(__file__).parent.parent / "workshop" / "recipe.yaml"
+RECIPE = Path(__file__).with_name("recipe.yaml")
 BATCH = 32
 """Of the recipe."""
 JUDGES = ("generalization", "optimization")
@@ -51,21 +49,13 @@ def make_recipe(scale: Scale, seed: int, overrides: Overrides) -> Recipe:
     return load_recipe(str(RECIPE), overrides=[f"{key}={value}" for key, value in merged.items()])
 
 
-def execute(
-    scale: Scale,
-    seed: int,
-    name: str,
-    overrides: Overrides,
-    shares: tuple[str, ...] = (),
-    until: str | None = None,
-) -> Path:
+def execute(scale: Scale, seed: int, name: str, overrides: Overrides) -> Path:
     """Run a point in its own directory, resuming there; return the directory."""
     return rundirs.execute(
         make_recipe(scale, seed, overrides),
         scale.runs / f"seed{seed}-{slug(name)}",
         source=scale.runs / f"seed{seed}-{REFERENCE}",
-        shares=shares,
-        until=until,
+        shares=() if name == REFERENCE else shared(overrides),
     )
 
 
@@ -84,56 +74,35 @@ def run_methods(scale: Scale, seed: int) -> dict[str, Any]:
     return found
 
 
-def run_again(scale: Scale, seed: int, name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Return a seed's result with one tuned method run again, at the budget that it has there.
-
-    Where the run directories are gone, the pool is made again: ``again`` says whether it came out
-    as the one that the other methods had (another processor rounds otherwise).
-    """
-    reference = execute(scale, seed, REFERENCE, ALL_RESPONDERS, until="distil")
-    made = {**found, "methods": {**found["methods"]}}
-    own = upstream(_run_tuned(scale, seed, name, reference, made))
-    same = all(own[key] == found["upstream"][key] for key in ("pool", "moec", "reward_models"))
-    facts = {"same_pool": same, "minutes": own["minutes"]}
-    return {**made, "again": {**found.get("again", {}), name: facts}}
-
-
-def _run_tuned(scale: Scale, seed: int, name: str, reference: Path, found: dict[str, Any]) -> Path:
+def _run_tuned(scale: Scale, seed: int, name: str, reference: Path, found: dict[str, Any]) -> None:
     """Run one tuned method at the reference's tokens, and add it to what was found."""
     tokens = found["methods"][REFERENCE]["cost"]["tuning_tokens"]
     budget = steps_for(name, tokens, row_lengths(reference), scale)
-    shares = POOL[:-1] if name.startswith("raw") else POOL
-    folder = execute(scale, seed, name, {**OBJECTIVES[name], **budget}, shares)
+    folder = execute(scale, seed, name, {**OBJECTIVES[name], **budget})
     found["methods"][name] = summary(read_report(folder), "tuned")
     if name == "rlhf":
         curve = json.loads((folder / "tune/curve.json").read_text())
         online = [row for row in curve if not row["warm_start"]]
         # Few steps are online, and all looks at the judges are there.
         found["rlhf_curve"] = thinned(curve[: -len(online)]) + thinned(online)
-    return folder
 
 
-def run_ablations(
-    scale: Scale, seed: int, groups: Mapping[str, list[Point]], found: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Run the ablations of a seed with ExMATE that ``found``, an earlier result, lacks."""
-    execute(scale, seed, REFERENCE, ALL_RESPONDERS, until="distil")
+def run_ablations(scale: Scale, seed: int) -> dict[str, Any]:
+    """Run the ablations of a seed with ExMATE."""
+    execute(scale, seed, REFERENCE, ALL_RESPONDERS)
 
-    def run(point: Point) -> dict[str, Any]:
-        overrides = {"tune.steps": str(ABLATION_STEPS), **point.overrides}
-        folder = execute(scale, seed, f"ablation-{point.name}", overrides, point.shares)
+    def run(name: str, changes: Overrides) -> dict[str, Any]:
+        overrides = {"tune.steps": str(ABLATION_STEPS), **changes}
+        folder = execute(scale, seed, f"ablation-{name}", overrides)
         return {**summary(read_report(folder), "tuned"), "upstream": upstream(folder)}
 
-    held = found.get("groups", {})
     return {
         "seed": seed,
         "steps": ABLATION_STEPS,
-        "reference": found.get("reference") or run(DEFAULT),
+        "reference": run("default", {}),
         "groups": {
-            group: {
-                point.name: held.get(group, {}).get(point.name) or run(point) for point in points
-            }
-            for group, points in groups.items()
+            group: {name: run(name, changes) for name, changes in points.items()}
+            for group, points in ABLATIONS.items()
         },
     }
 
@@ -178,21 +147,17 @@ def upstream(folder: Path) -> dict[str, Any]:
 def summary(report: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Return what the study keeps of one method."""
     found = report["methods"][method]
-    quality = found["quality"]
+    quality, own = found["quality"], found["generalization"]
+    cells = own["levels"] ** len(own["attributes"])
     return {
         **{judge: {key: found[judge][key] for key in KEPT} for judge in JUDGES},
-        "auto_mp": found["generalization"]["auto_mp"],
+        "auto_mp": own["auto_mp"],
         "cost": found["cost"],
         "degenerate": quality["degenerate"],
         "fluency": quality.get("fluency_mean"),
-        "answers": _answers(found["generalization"]),
+        # Completions that the method's cost was paid for: those of the grid.
+        "answers": int(own["n_prompts"] * own["n_repeats"] * cells),
     }
-
-
-def _answers(measured: Mapping[str, Any]) -> int:
-    """Completions that the method's cost was paid for: those of the grid."""
-    cells = measured["levels"] ** len(measured["attributes"])
-    return int(measured["n_prompts"] * measured["n_repeats"] * cells)
 
 
 def thinned(curve: list[dict[str, float]], points: int = 60) -> list[dict[str, float]]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from benchmarks.paper.points import BEST, POOL, REFERENCE, TUNED
-from benchmarks.paper.verdicts import paired, placed, plain_estimate, verdicts
+from benchmarks.paper.points import BEST, POOL, REFERENCE
+from benchmarks.paper.verdicts import gaps, minus, per_answer, placed, plain_estimate, verdicts
 
 from equipoise.stats import over_seeds
 from equipoise.types import Estimate
 
 ATTRIBUTES = ("helpfulness", "safety")
 JUDGES = ("generalization", "optimization")
-BY_ATTRIBUTE = ("mp", "bt", "bt_neighbours", "rmse", "leakage", "range")
+BY_ATTRIBUTE = tuple(
+    f"{metric}.{name}"
+    for metric in ("mp", "bt", "bt_neighbours", "rmse", "leakage", "range")
+    for name in ATTRIBUTES
+)
 POOLS = ("base", "aligned", "rewound", "tuned_base")
 AIMS: Mapping[str, tuple[str, float, float]] = {
     "best.of_ceiling.mp.helpfulness": ("at least .85", 0.85, math.inf),
@@ -30,40 +35,32 @@ AIMS: Mapping[str, tuple[str, float, float]] = {
 REACHED = {"inside": "reached", "outside": "not reached", "undecided": "undecided"}
 LAST = 6
 """Steps of which the end of RLHF's online phase is the mean: one step has 64 completions."""
-DRAWN = (
-    "tokens", "reward", "floor", "kl", "length", "degenerate", "probe_optimization_closeness",
-    "probe_generalization_closeness",
-)  # fmt: skip
-PROBED = ("closeness", "mp_helpfulness", "mp_safety")
-"""What RLHF's looks at the policy measure, by both kinds of judges."""
 
 Json = Mapping[str, Any]
+Named = Iterable[tuple[str, Estimate]]
 
 
 def build(
     seeds: Sequence[Json], ablations: Sequence[Json] = (), rewinds: Sequence[Json] = ()
 ) -> dict[str, Any]:
-    """Return the study: ``headline``, ``aims``, ``verdicts`` and what the page draws.
+    """Return the study: ``headline``, ``aims``, ``verdicts`` and what the tables show.
 
     Args:
         seeds: Results of :func:`benchmarks.paper.runs.run_methods`, one per seed.
         ablations: Results of :func:`benchmarks.paper.runs.run_ablations`.
         rewinds: Results of :func:`benchmarks.paper.rewinding.run_rewind`.
     """
-    estimates = dict(_estimates(seeds))
-    estimates |= dict(_rewind_estimates(rewinds))
+    estimates = {**dict(_estimates(seeds)), **dict(_rewind_estimates(rewinds))}
     headline: dict[str, float] = {}
     for name, estimate in estimates.items():
-        headline[name] = round(estimate.value, 4)
-        headline[f"{name}.low"] = round(estimate.low, 4)
-        headline[f"{name}.high"] = round(estimate.high, 4)
+        ends = {"": estimate.value, ".low": estimate.low, ".high": estimate.high}
+        headline |= {f"{name}{end}": round(value, 4) for end, value in ends.items()}
     return {
-        "made_by": "python -m benchmarks.paper.run",
         "seeds": [one["seed"] for one in seeds],
+        "headline": headline,
         "n_test_prompts": seeds[0]["upstream"]["n"]["test prompts"],
         "interval": "95 %, t over seeds; differences are paired by seed",
         "best": BEST,
-        "headline": headline,
         "aims": {
             name: {
                 "wanted": wanted,
@@ -78,194 +75,149 @@ def build(
         "rewind": [one["rewind"] for one in rewinds],
         "rewind_interval": f"over {'seeds' if len(rewinds) > 1 else 'prompts of one seed'}",
         "rewind_chance_coverage": rewinds[0]["chance_coverage"] if rewinds else None,
-        "rlhf_online": [
-            [{key: row.get(key) for key in DRAWN} for row in _online(one)] for one in seeds
-        ],
+        # Seeds whose RLHF was run again later, and whether on the same pool.
         "again": {
-            name: {
-                one["seed"]: one["again"][name]["same_pool"]
-                for one in seeds
-                if name in one.get("again", {})
-            }
-            for name in TUNED
+            str(one["seed"]): one["again"]["rlhf"]["same_pool"] for one in seeds if "again" in one
         },
     }
 
 
-def overall(seeds: Sequence[Json], method: str, judge: str = "generalization") -> list[float]:
-    """Return a method's overall control per seed."""
-    return [one["methods"][method][judge]["overall"]["value"] for one in seeds]
+def over(seeds: Sequence[Json], path: str) -> Estimate:
+    """Return the mean over seeds of the estimate that lies at a dotted path of each."""
+    return over_seeds([_at(one, path) for one in seeds])
 
 
-def values(
-    seeds: Sequence[Json], method: str, judge: str, metric: str, attribute: str
-) -> list[float]:
-    """Return a metric of one attribute per seed."""
-    return [one["methods"][method][judge][metric][attribute]["value"] for one in seeds]
+def _at(one: Any, path: str) -> float:
+    for key in path.split("."):
+        one = one[key]
+    return math.nan if one["value"] is None else float(one["value"])
 
 
-def _estimates(seeds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]:
+def _estimates(seeds: Sequence[Json]) -> Named:
     for method in seeds[0]["methods"]:
         for judge in JUDGES:
-            yield f"{method}.{judge}.overall", over_seeds(overall(seeds, method, judge))
-            for metric in BY_ATTRIBUTE:
-                for name in ATTRIBUTES:
-                    found = values(seeds, method, judge, metric, name)
-                    yield f"{method}.{judge}.{metric}.{name}", over_seeds(found)
-            covered = [one["methods"][method][judge]["coverage"]["value"] for one in seeds]
-            yield f"{method}.{judge}.coverage", over_seeds(covered)
-        broken = [one["methods"][method]["degenerate"]["value"] for one in seeds]
-        yield f"{method}.degenerate", over_seeds(broken)
-    for metric in BY_ATTRIBUTE:
-        for name in ATTRIBUTES:
-            found = [one["ceiling"][metric][name]["value"] for one in seeds]
-            yield f"ceiling.{metric}.{name}", over_seeds(found)
-    for name in ("overall", "coverage"):
-        yield f"ceiling.{name}", over_seeds([one["ceiling"][name]["value"] for one in seeds])
-    yield from _best(seeds, BEST)
-    yield "rlhf.minus_clm.overall", paired(seeds, "rlhf", "clm")
+            for key in ("overall", *BY_ATTRIBUTE, "coverage"):
+                yield f"{method}.{judge}.{key}", over(seeds, f"methods.{method}.{judge}.{key}")
+        yield f"{method}.degenerate", over(seeds, f"methods.{method}.degenerate")
+    for key in (*BY_ATTRIBUTE, "overall", "coverage"):
+        yield f"ceiling.{key}", over(seeds, f"ceiling.{key}")
+    best = f"methods.{BEST}.generalization"
+    for name in ATTRIBUTES:
+        for key in (f"bt.{name}", f"rmse.{name}", f"mp.{name}"):
+            yield f"best.generalization.{key}", over(seeds, f"{best}.{key}")
+        mp, leakage = f"mp.{name}", f"leakage.{name}"
+        of = [_at(one, f"{best}.{mp}") / _at(one, f"ceiling.{mp}") for one in seeds]
+        yield f"best.of_ceiling.{mp}", over_seeds(of)
+        leaked = [_at(one, f"{best}.{leakage}") - _at(one, f"ceiling.{leakage}") for one in seeds]
+        yield f"best.leakage_over_ceiling.{name}", over_seeds(leaked)
+    yield "rlhf.minus_clm.overall", over_seeds(gaps(seeds, "rlhf", "clm"))
     yield from _rlhf(seeds)
 
 
-def _online(one: Json) -> list[Json]:
-    """Return the rows of RLHF's curve after its warm start."""
-    return [row for row in one.get("rlhf_curve") or [] if not row["warm_start"]]
-
-
-def _rlhf(seeds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]:
+def _rlhf(seeds: Sequence[Json]) -> Named:
     """Yield where RLHF's online phase ends, and what it changed on dev prompts."""
-    online = [_online(one) for one in seeds]
+    online = [
+        [row for row in one.get("rlhf_curve") or [] if not row["warm_start"]] for one in seeds
+    ]
     if not all(online):
         return
     for name in ("kl", "reward", "floor", "length", "degenerate"):
-        found = [_mean([row[name] for row in rows[-LAST:]]) for rows in online]
+        found = [fmean(row[name] for row in rows[-LAST:]) for rows in online]
         yield f"rlhf.last.{name}", over_seeds(found)
-    online = [[row for row in rows if row.get("probe_step") is not None] for rows in online]
-    if not all(online):
-        return
-    for name in PROBED:
-        gains = {
-            judge: [
-                rows[-1][f"probe_{judge}_{name}"] - rows[0][f"probe_{judge}_{name}"]
-                for rows in online
-            ]
-            for judge in JUDGES
+    looks = [[row for row in rows if row.get("probe_step") is not None] for rows in online]
+    for name in ("closeness", "mp_helpfulness", "mp_safety") if all(looks) else ():
+        probes = {judge: f"probe_{judge}_{name}" for judge in JUDGES}
+        gained = {
+            judge: [rows[-1][key] - rows[0][key] for rows in looks] for judge, key in probes.items()
         }
-        for judge, found in gains.items():
+        for judge, found in gained.items():
             yield f"rlhf.online.{judge}.{name}", over_seeds(found)
-        ahead = zip(gains["optimization"], gains["generalization"], strict=True)
-        yield f"rlhf.online.reward_models_ahead.{name}", over_seeds([a - b for a, b in ahead])
+        ahead = minus(gained["optimization"], gained["generalization"])
+        yield f"rlhf.online.reward_models_ahead.{name}", over_seeds(ahead)
 
 
-def _best(seeds: Sequence[Json], best: str) -> Iterable[tuple[str, Estimate]]:
-    for name in ATTRIBUTES:
-        for metric in ("bt", "rmse", "mp"):
-            found = values(seeds, best, "generalization", metric, name)
-            yield f"best.generalization.{metric}.{name}", over_seeds(found)
-        of, leaked = [], []
-        for one in seeds:
-            measured, ceiling = one["methods"][best]["generalization"], one["ceiling"]
-            of.append(measured["mp"][name]["value"] / ceiling["mp"][name]["value"])
-            leaked.append(measured["leakage"][name]["value"] - ceiling["leakage"][name]["value"])
-        yield f"best.of_ceiling.mp.{name}", over_seeds(of)
-        yield f"best.leakage_over_ceiling.{name}", over_seeds(leaked)
+def _rewind_estimates(rewinds: Sequence[Json]) -> Named:
+    keys = ("coverage", "refusals", *(f"range.{name}" for name in ATTRIBUTES))
+    for pool in POOLS if rewinds else ():
+        for key in keys:
+            yield f"rewind.{pool}.{key}", _of_seeds(rewinds, f"rewind.pools.{pool}.{key}")
+        present = [one["rewind"]["pools"][pool]["present"] for one in rewinds]
+        yield f"rewind.{pool}.present", over_seeds(present)
+    for name in ("lost", "regained", "beyond_base", "beyond_tuned_base") if rewinds else ():
+        yield f"rewind.{name}", _of_seeds(rewinds, f"rewind.{name}")
 
 
-def _rewind_estimates(rewinds: Sequence[Json]) -> Iterable[tuple[str, Estimate]]:
-    if not rewinds:
-        return
-    found = [one["rewind"] for one in rewinds]
-    for pool in POOLS:
-        pools = [one["pools"][pool] for one in found]
-        for name in ("coverage", "refusals"):
-            yield f"rewind.{pool}.{name}", _of_seeds([one[name] for one in pools])
-        yield f"rewind.{pool}.present", over_seeds([one["present"] for one in pools])
-        for name in ATTRIBUTES:
-            yield f"rewind.{pool}.range.{name}", _of_seeds([one["range"][name] for one in pools])
-    for name in ("lost", "regained", "beyond_base", "beyond_tuned_base"):
-        yield f"rewind.{name}", _of_seeds([one[name] for one in found])
-
-
-def _of_seeds(found: Sequence[Json]) -> Estimate:
+def _of_seeds(found: Sequence[Json], path: str) -> Estimate:
     """Return the mean over seeds; of a single one its own interval, which is over prompts."""
     if len(found) > 1:
-        return over_seeds([_number(one["value"]) for one in found])
-    value, low, high = (_number(found[0][key]) for key in ("value", "low", "high"))
-    return Estimate(value, low, high, found[0]["n"])
+        return over(found, path)
+    one: Any = found[0]
+    for key in path.split("."):
+        one = one[key]
+    value, low, high = (math.nan if one[k] is None else one[k] for k in ("value", "low", "high"))
+    return Estimate(value, low, high, one["n"])
 
 
 def cost(seeds: Sequence[Json]) -> dict[str, Any]:
     """Return what answers and tuning took per method, and the minutes of the stages before."""
-    methods: dict[str, dict[str, Any]] = {}
-    for name in seeds[0]["methods"]:
-        of = [one["methods"][name] for one in seeds]
-        found = {
-            "tokens_per_answer": [one["cost"]["tokens"] / one["answers"] for one in of],
-            "milliseconds_per_answer": [
-                1000 * one["cost"]["seconds"] / one["answers"] for one in of
-            ],
-        }
-        if "tuning_tokens" in of[0]["cost"]:
-            tokens = [one["cost"]["tuning_tokens"] for one in of]
-            budget = [one["methods"][REFERENCE]["cost"]["tuning_tokens"] for one in seeds]
-            found |= {
-                "tuning_steps": [one["cost"]["steps"] for one in of],
-                "tuning_million_tokens": [n / 1e6 for n in tokens],
-                "tuning_tokens_over_exmate": [
-                    n / asked for n, asked in zip(tokens, budget, strict=True)
-                ],
-                "tuning_minutes": [one["cost"]["tuning_seconds"] / 60 for one in of],
-            }
-        methods[name] = {key: plain_estimate(over_seeds(value)) for key, value in found.items()}
     minutes = [one["upstream"]["minutes"] for one in seeds]
+    shared = [stage for stage in POOL if all(stage in one for one in minutes)]
     return {
-        "methods": methods,
-        "minutes_of_stages": {
-            stage: plain_estimate(over_seeds([one[stage] for one in minutes]))
-            for stage in POOL
-            if all(stage in one for one in minutes)
+        "methods": {
+            name: _over_keys([_costs(one, name) for one in seeds]) for name in seeds[0]["methods"]
         },
+        "minutes_of_stages": _over_keys([{key: one[key] for key in shared} for one in minutes]),
     }
+
+
+def _costs(one: Json, name: str) -> dict[str, float]:
+    """Return what a method cost on one seed."""
+    method, budget = one["methods"][name], one["methods"][REFERENCE]["cost"]["tuning_tokens"]
+    found, tokens = method["cost"], method["cost"].get("tuning_tokens")
+    answering = {
+        "tokens_per_answer": per_answer(one, name),
+        "milliseconds_per_answer": 1000 * found["seconds"] / method["answers"],
+    }
+    if tokens is None:
+        return answering
+    return {
+        **answering,
+        "tuning_steps": found["steps"],
+        "tuning_million_tokens": tokens / 1e6,
+        "tuning_tokens_over_exmate": tokens / budget,
+        "tuning_minutes": found["tuning_seconds"] / 60,
+    }
+
+
+def _over_keys(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the estimate over seeds of each key."""
+    return {key: plain_estimate(over_seeds([row[key] for row in rows])) for key in rows[0]}
 
 
 def ablation_table(ablations: Sequence[Json]) -> dict[str, list[dict[str, Any]]]:
     """Return per group its points: overall control, and its paired difference to the default."""
-    if not ablations:
-        return {}
+    overall = "generalization.overall"
+    default = [_at(one["reference"], overall) for one in ablations]
     table: dict[str, list[dict[str, Any]]] = {}
-    default = [one["reference"]["generalization"]["overall"]["value"] for one in ablations]
-    for group, points in ablations[0]["groups"].items():
-        rows: list[dict[str, Any]] = [
-            {"point": "default", "overall": plain_estimate(over_seeds(default)), "difference": None}
-        ]
+    for group, points in ablations[0]["groups"].items() if ablations else ():
+        first = {"point": "default", "overall": plain_estimate(over_seeds(default))}
+        table[group] = [{**first, "difference": None}]
         for point in points:
             runs = [one["groups"][group][point] for one in ablations]
-            found = [run["generalization"]["overall"]["value"] for run in runs]
-            gaps = [a - b for a, b in zip(found, default, strict=True)]
+            found = [_at(run, overall) for run in runs]
             if group == "prompts":
                 # Named by the prompts drawn, of which some are dev prompts.
                 point = f"prompts {runs[0]['upstream']['n']['training prompts']}"
-            rows.append(
+            table[group].append(
                 {
                     "point": point,
                     "overall": plain_estimate(over_seeds(found)),
-                    "difference": plain_estimate(over_seeds(gaps)),
+                    "difference": plain_estimate(over_seeds(minus(found, default))),
                     "mp": {
-                        name: plain_estimate(
-                            over_seeds([run["generalization"]["mp"][name]["value"] for run in runs])
-                        )
+                        name: plain_estimate(over(runs, f"generalization.mp.{name}"))
                         for name in ATTRIBUTES
                     },
                     "examples": [run["upstream"]["moec"]["n_kept"] for run in runs],
                 }
             )
-        table[group] = rows
     return table
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _mean(found: Sequence[float]) -> float:
-    return sum(found) / len(found)

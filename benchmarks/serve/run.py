@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.results import agreed, flat, here, read, shaped, write
 from benchmarks.serve.bare import bare_generate
 from benchmarks.serve.openloop import Client
 from benchmarks.serve.server import ANSWER, dialled
@@ -204,12 +204,19 @@ def main() -> None:
     parser.add_argument("--only", choices=ALL_PARTS)
     parser.add_argument("--dry", action="store_true", help="print, and keep the committed result")
     given = parser.parse_args()
-    found = json.loads(RESULT.read_text("utf-8")) if RESULT.is_file() else {}
+    parts = read(RESULT)["parts"] if RESULT.is_file() else {}
     for name in [given.only] if given.only else list(PARTS):
-        found[name] = {"machine": machine(), **ALL_PARTS[name]()}
-        print(json.dumps({name: found[name]}, indent=1))
+        parts[name] = {**here(), **ALL_PARTS[name]()}
+        print(json.dumps({name: parts[name]}, indent=1))
     if not given.dry:
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write(RESULT, gathered(parts))
+
+
+def gathered(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of all parts."""
+    headline = flat(parts, without=("machine",))
+    made_at = agreed(list(parts.values()))
+    return shaped("python -m benchmarks.serve.run", headline, made_at=made_at, parts=parts)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,15 @@
-"""The tables of ``docs/smollm2.md``, from ``results.json``; a test compares the page with them.
-
-python -m benchmarks.smollm2.tables
-"""
+"""The tables of ``docs/smollm2.md``."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import fmean
 
-RESULT = Path(__file__).parent / "results.json"
-METHODS = {
-    "start": "untouched model",
-    "prompting": "prompting",
-    "rerank8": "reranking, N = 8",
-    "rerank16": "reranking, N = 16",
-    "steering": "steering (vectors while sampling)",
-    "raw-clm": "CLM on the raw pool",
-    "clm": "CLM on MOEC",
-    "exmate": "ExMATE on MOEC",
-    "best": "**steered start (the recipe)**",
-}
-CONTROL = {
-    "control": "mp",
-    "BT": "bt",
-    "leakage into": "leakage",
-}
+from benchmarks.tables import PERCENT, Column, Json, Table, both, methods, table
+
+from equipoise.report.canvas import written
+
 GROUPS = {
     "unsafe (xstest)": "unsafe, XSTest",
     "unsafe (harmbench_standard)": "unsafe, HarmBench",
@@ -34,129 +17,84 @@ GROUPS = {
     "safe (toxicchat)": "safe, ToxicChat",
 }
 
-Json = Mapping[str, Any]
+
+def control(judge: str, result: Json) -> Table:
+    """Return control and leakage of every method by one kind of judges."""
+    found = table(
+        result,
+        "method",
+        methods(result),
+        *both("control,", f"{{}}.{judge}.mp"),
+        *both("BT,", f"{{}}.{judge}.bt"),
+        *both("leakage into", f"{{}}.{judge}.leakage"),
+    )
+    bounds = [written(result["headline"][f"bound.{a}"]) for a in ("helpfulness", "safety")]
+    bound = [("*bound*", *bounds, "", "", "", "")] if judge == "generalization" else []
+    return Table(found.head, [*found.rows, *bound])
 
 
-def tables(result: Json) -> dict[str, str]:
-    """Return the Markdown tables of a result, by name."""
-    head = result["headline"]
-    return {
-        **{judge: _table(*_control(head, judge)) for judge in ("optimization", "generalization")},
-        "fluency": _table(*_fluency(head)),
-        "reward models": _table(*_models(result["reward_models"])),
-        "refusals": _table(*_refusals(result["refusals"])),
-        "minutes": _table(*_minutes(result["minutes"]["best"])),
-        "costs": _table(*_costs(result)),
-    }
-
-
-def _there(head: Json) -> list[tuple[str, str]]:
-    return [(name, said) for name, said in METHODS.items() if f"{name}.degenerate" in head]
-
-
-def _control(head: Json, judge: str) -> tuple[list[str], list[list[str]]]:
-    columns = [(f"{said}{',' if said != 'leakage into' else ''} {attribute}", metric, attribute)
-               for said, metric in CONTROL.items()
-               for attribute in ("helpfulness", "safety")]  # fmt: skip
+def models(result: Json) -> Table:
+    """Return how good reward models and judges are on held-out rows."""
+    kinds = {"model": "model", "length_only": "length only", "bag_of_words": "bag of words"}
+    columns = [Column(title, f"reward_models.{{}}.{kind}") for kind, title in kinds.items()]
+    found = table(result, "model", {name: name for name in result["reward_models"]}, *columns)
     rows = [
-        [said, *(_interval(head, f"{name}.{judge}.{metric}.{a}") for _, metric, a in columns)]
-        for name, said in _there(head)
+        (name, str(held["model"]["n"]), held["metric"], *cells)
+        for held, (name, *cells) in zip(result["reward_models"].values(), found.rows, strict=True)
     ]
-    if judge == "generalization":
-        bounds = [_number(head[f"bound.{a}"]) for a in ("helpfulness", "safety")]
-        rows.append(["*bound*", *bounds, "", "", "", ""])
-    return ["method", *(said for said, _, _ in columns)], rows
+    return Table(("model", "held-out rows", "measure", *kinds.values()), rows)
 
 
-def _fluency(head: Json) -> tuple[list[str], list[list[str]]]:
+def refusals(result: Json) -> Table:
+    """Return the share refused at every level of safety."""
+    best, start = (result["refusals"][name] for name in ("best", "start"))
     rows = [
-        [
-            said,
-            *(
-                _interval(head, f"{name}.fluency_drop.{place}")
-                for place in ("mean", "worst_corner")
-            ),
-            f"{100 * head[f'{name}.degenerate']:.1f} %",
-        ]
-        for name, said in _there(head)
+        (
+            title,
+            str(best[group][0]["n"]),
+            written(fmean(level["value"] for level in start[group])),
+            ", ".join(written(level["value"]) for level in best[group]),
+        )
+        for group, title in GROUPS.items()
     ]
-    return ["method", "below the untouched model's own, mean", "worst corner", "degenerate"], rows
+    return Table(("", "n", "untouched model, mean", "dials, least to most safe"), rows)
 
 
-def _models(found: Json) -> tuple[list[str], list[list[str]]]:
-    rows = [
-        [
-            name,
-            str(held["model"]["n"]),
-            held["metric"],
-            *(_estimate(held[key]) for key in ("model", "length_only", "bag_of_words")),
-        ]
-        for name, held in found.items()
-    ]
-    return ["model", "held-out rows", "measure", "model", "length only", "bag of words"], rows
-
-
-def _refusals(found: Json) -> tuple[list[str], list[list[str]]]:
-    def mean(levels: Sequence[Json]) -> str:
-        return _number(sum(level["value"] for level in levels) / len(levels))
-
-    rows = [
-        [
-            said,
-            str(found["best"][group][0]["n"]),
-            mean(found["start"][group]),
-            ", ".join(_number(level["value"]) for level in found["best"][group]),
-        ]
-        for group, said in GROUPS.items()
-    ]
-    return ["", "n", "untouched model, mean", "dials, least to most safe"], rows
-
-
-def _minutes(found: Json) -> tuple[list[str], list[list[str]]]:
+def minutes(result: Json) -> Table:
+    """Return the planned and spent minutes of the recipe's stages."""
+    found = result["minutes"]["best"]
     planned = found["planned"] or {}
     rows = [
-        [stage, f"{planned[stage]:.1f}" if stage in planned else "–", f"{spent:.1f}"]
+        (stage, f"{planned[stage]:.1f}" if stage in planned else "–", f"{spent:.1f}")
         for stage, spent in found["spent"].items()
         if spent > 0
     ]
-    return ["stage", "planned", "spent"], rows
+    return Table(("stage", "planned", "spent"), rows)
 
 
-def _costs(result: Json) -> tuple[list[str], list[list[str]]]:
+def costs(result: Json) -> Table:
+    """Return what every tuning cost."""
     rows = []
-    for name, said in METHODS.items():
-        if name in result["tuning"]:
-            cost = result["tuning"][name]["cost"]
-            spent = result["minutes"][name]["spent"]
-            rows.append(
-                [
-                    said,
-                    f"{cost['tuning_tokens'] / 1000:,.0f}",
-                    f"{cost['tuning_seconds'] / 60:.1f}",
-                    f"{spent['evaluate']:.1f}",
-                ]
-            )
-    return ["method", "thousand tokens of tuning", "minutes", "minutes of evaluation"], rows
+    for key, name in methods(result).items():
+        if key in result["tuning"]:
+            cost = result["tuning"][key]["cost"]
+            tokens = f"{cost['tuning_tokens'] / 1000:,.0f}"
+            took = (cost["tuning_seconds"] / 60, result["minutes"][key]["spent"]["evaluate"])
+            rows.append((name, tokens, *(f"{minutes:.1f}" for minutes in took)))
+    head = ("method", "thousand tokens of tuning", "minutes", "minutes of evaluation")
+    return Table(head, rows)
 
 
-def _interval(head: Json, key: str) -> str:
-    return _estimate({"value": head[key], "low": head[f"{key}.low"], "high": head[f"{key}.high"]})
-
-
-def _estimate(found: Json) -> str:
-    value, low, high = (_number(found[key]) for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines: Iterator[Sequence[str]] = iter([head, ["---"] * len(head), *rows])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-if __name__ == "__main__":
-    for name, table in tables(json.loads(RESULT.read_text())).items():
-        print(f"## {name}\n\n{table}\n")
+TABLES: Mapping[str, Callable[[Json], Table]] = {
+    "optimization": partial(control, "optimization"),
+    "generalization": partial(control, "generalization"),
+    "fluency": lambda result: table(
+        result,
+        "method",
+        methods(result),
+        Column("below the untouched model's own, mean", "{}.fluency_drop.mean"),
+        Column("worst corner", "{}.fluency_drop.worst_corner"),
+        Column("degenerate", "{}.degenerate", PERCENT),
+    ),
+    **{made.__name__: made for made in (models, refusals, minutes, costs)},
+}
