@@ -12,6 +12,7 @@ Writes benchmarks/architectures.json and docs/architectures.md.
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import warnings
@@ -103,6 +104,19 @@ def reason(trials: list[Trial]) -> str:
     return problems[0].why if problems else ""
 
 
+def short_reason(row: dict[str, Any]) -> str:
+    """Return why a type did not pass, without the numbers and messages that are its own."""
+    if row["verdict"] == "passed":
+        return ""
+    if row["verdict"] == "not tried":
+        return "its default config cannot be built as a small language model"
+    why = re.split(r" \(|: on two |, and the branches |: ", str(row["why"]))[0].replace("|", "\\|")
+    if why.startswith("they have layers of kind"):
+        why = "they have layers of another kind than full and sliding attention"
+    parts = f"works: {', '.join(row['parts'])}; " if row["parts"] else ""
+    return parts + why
+
+
 def page(found: dict[str, dict[str, Any]], versions: dict[str, Any]) -> str:
     """Return docs/architectures.md."""
     groups = {
@@ -115,26 +129,20 @@ def page(found: dict[str, dict[str, Any]], versions: dict[str, Any]) -> str:
         "Two random, narrow layers of every causal architecture of transformers "
         f"{versions['transformers']} were sampled, tuned (full weights and LoRA), saved, loaded, "
         "served and merged, as [`equipoise check`](check.md) does with your model. Sampled and "
-        "tuned numbers are held against plain forwards of the model. Written by "
-        "`python -m benchmarks.architectures` from "
+        "tuned numbers are held against plain forwards of the model. Real weights were not tried. "
+        "A type that is refused is refused when a model is loaded, before its weights are read. "
+        "Written by `python -m benchmarks.architectures`; the full reasons are in "
         "[architectures.json](../benchmarks/architectures.json).",
         "",
-        f"**Passed ({len(groups['passed'])})**: {', '.join(groups['passed'])}.",
-        "",
-        "A type that is refused is refused when a model is loaded, before its weights are read. "
-        "Real weights were not tried here, but for those that other pages name.",
+        "| verdict | why | types |",
+        "| --- | --- | --- |",
     ]
-    for name, title in (
-        ("in part", "Works in part"),
-        ("refused", "Refused"),
-        ("not tried", "Not tried (its default config cannot be built as a small language model)"),
-    ):
-        lines += ["", f"## {title} ({len(groups[name])})", "", "| type | why |", "| --- | --- |"]
-        for kind in groups[name]:
-            row = found[kind]
-            parts = f"works: {', '.join(row['parts'])}; " if name == "in part" else ""
-            why = str(row["why"]).replace("|", "\\|")[:220]
-            lines.append(f"| {kind} | {parts}{why} |")
+    for name, kinds in groups.items():
+        reasons: dict[str, list[str]] = {}
+        for kind in kinds:
+            reasons.setdefault(short_reason(found[kind]), []).append(kind)
+        for why, same in sorted(reasons.items()):
+            lines.append(f"| {name} ({len(same)}) | {why} | {', '.join(same)} |")
     return "\n".join(lines) + "\n"
 
 
