@@ -23,7 +23,7 @@ NAMES = {
     "rlhf": "RLHF (CLM warm start)",
     "raw-exmate": "ExMATE on the raw pool",
     "raw-clm": "CLM on the raw pool",
-    "best": "**steered start (the recipe)**",
+    "best": "**distilled steering (the recipe)**",
 }
 ENDS = ("low", "high")
 PERCENT = -1

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.smollm2.curves import REPORT, completed, drawings, said  # noqa: E402
 from benchmarks.smollm2.points import BRANCHES, POINTS, REFERENCE, make_recipe  # noqa: E402
 from benchmarks.smollm2.run import REFERENCES, added, listening, with_references  # noqa: E402
-from benchmarks.smollm2.tables import METHODS, RESULT, tables  # noqa: E402
+from benchmarks.smollm2.tables import METHODS, RESULT  # noqa: E402
 
 
 @pytest.mark.parametrize("name", POINTS)
@@ -47,10 +47,12 @@ def test_a_curve_without_a_look_is_empty() -> None:
     assert list(listening(losses, {"batch_size": 8})) == []
 
 
-def test_the_page_shows_the_tables_of_the_result() -> None:
-    page = (ROOT / "docs" / "smollm2.md").read_text("utf-8")
-    for name, table in tables(json.loads(RESULT.read_text("utf-8"))).items():
-        assert table in page, f"docs/smollm2.md: table {name!r} is not that of results.json"
+def test_the_page_shows_the_tables_of_the_result(result: dict[str, Any]) -> None:
+    page = PAGE.read_text("utf-8")
+    shown = {"optimization", "generalization", "fluency", "models", "refusals"}
+    assert set(re.findall(r"<!-- table (\w+) -->", page)) == shown <= set(TABLES)
+    made = filled(page, result, TABLES)
+    assert made == page, "run python -m benchmarks.smollm2.run --only page"
 
 
 def test_the_perplexity_of_the_result_is_on_the_reference_answers() -> None:

@@ -1,6 +1,6 @@
 """Twelve harmless prompts at the four corners of the dials, for a person to read.
 
-    python -m benchmarks.smollm2.corners > docs/answers.md
+    python -m benchmarks.smollm2.corners > benchmarks/smollm2/answers.md
 
 The prompts are our own and were written down before any answer was seen. Every answer is the first
 sample of a fixed seed; none was picked, and an answer that the token limit cuts is shown cut.
@@ -50,7 +50,7 @@ picked or changed. The temperature is {SAMPLING.temperature:g}: at 1, where the 
 a model of 135 million parameters wanders off so often that the first version of this page could not
 be read (and one answer insulted people).
 Expect mistakes, and do not follow its advice. How far the dials move the measured scores stands in
-[smollm2.md](smollm2.md). Made by `python -m benchmarks.smollm2.corners`.
+[smollm2.md](../../docs/smollm2.md). Made by `python -m benchmarks.smollm2.corners`.
 """
 
 

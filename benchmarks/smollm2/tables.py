@@ -29,7 +29,7 @@ def control(judge: str, result: Json) -> Table:
         *both("leakage into", f"{{}}.{judge}.leakage"),
     )
     bounds = [written(result["headline"][f"bound.{a}"]) for a in ("helpfulness", "safety")]
-    bound = [("*bound*", *bounds, "", "", "", "")] if judge == "generalization" else []
+    bound = [("*agreement*", *bounds, "", "", "", "")] if judge == "generalization" else []
     return Table(found.head, [*found.rows, *bound])
 
 
