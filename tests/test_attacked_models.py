@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import damaged
+from benchmarks import small_models
 from benchmarks.architectures import tokenizer
 from benchmarks.lora import Cell, make_base, tune_cell
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,7 +31,7 @@ def test_an_adapter_on_the_hub_names_no_folder_here(tmp_path: Path) -> None:
     """transformers would follow it from the hub id, and load what lies there."""
     other = make_base(Cell(True, 64, "clm"), tmp_path / "other")
     plain = make_base(Cell(True, 0, "clm"), tmp_path / "plain")
-    damaged.adapter(tmp_path / "adapter", other)
+    small_models.adapter(tmp_path / "adapter", other)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, plain / name)
     spec = json.loads((plain / "adapter_config.json").read_text())
@@ -43,7 +43,7 @@ def test_an_adapter_on_the_hub_names_no_folder_here(tmp_path: Path) -> None:
 
 
 def test_a_dialled_model_of_the_hub_is_held_against_its_manifest(tmp_path: Path) -> None:
-    damaged.tuned(tmp_path / "tuned", damaged.foreign(tmp_path / "base"), rank=0)
+    small_models.tuned(tmp_path / "tuned", small_models.foreign(tmp_path / "base"), rank=0)
     hub(tmp_path / "hub-root", "someone/dials", tmp_path / "tuned")
     with offline(tmp_path / "hub-root"):
         assert load_causal("someone/dials").manifest is not None
@@ -58,8 +58,8 @@ def test_a_dialled_model_of_the_hub_is_held_against_its_manifest(tmp_path: Path)
 def test_weights_that_an_adapter_leaves_out_are_named(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    base = damaged.foreign(tmp_path / "base")
-    damaged.adapter(tmp_path / "adapter", base)
+    base = small_models.foreign(tmp_path / "base")
+    small_models.adapter(tmp_path / "adapter", base)
     load_causal(str(tmp_path / "adapter"))
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -75,7 +75,7 @@ def test_a_tuned_directory_passes_its_check(tmp_path: Path, rank: int) -> None:
         tuned = tune_cell(cell, base, tmp_path / "checkpoints")
         save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "tuned")
     else:
-        damaged.tuned(tmp_path / "tuned", base, rank=0)
+        small_models.tuned(tmp_path / "tuned", base, rank=0)
     found = check_model(str(tmp_path / "tuned"))
     assert found.works, found.lines()
     assert bool(found.base) == bool(rank)
@@ -85,7 +85,7 @@ def test_a_tuned_directory_passes_its_check(tmp_path: Path, rank: int) -> None:
 
 
 def test_an_adapter_without_weights_fails_its_check(tmp_path: Path) -> None:
-    damaged.adapter(tmp_path / "adapter", damaged.foreign(tmp_path / "base"))
+    small_models.adapter(tmp_path / "adapter", small_models.foreign(tmp_path / "base"))
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="is missing"):
         check_model(str(tmp_path / "adapter"))

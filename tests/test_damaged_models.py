@@ -57,7 +57,7 @@ def test_dials_are_not_lost_with_their_manifest(
 
 
 def test_the_committed_table_is_of_these_trials() -> None:
-    table = json.loads(damaged.OUT.read_text())
+    table = json.loads(damaged.OUT.read_text())["trials"]
     assert list(table) == list(damaged.NAMES)
     for name, row in table.items():
         assert row["n"] == row["refused"] + row["unused"] + row["loaded"] >= 60
@@ -67,6 +67,6 @@ def test_the_committed_table_is_of_these_trials() -> None:
 
 def test_the_page_shows_the_committed_table() -> None:
     page = (Path(__file__).parent.parent / "docs" / "errors.md").read_text("utf-8")
-    for row in json.loads(damaged.OUT.read_text()).values():
+    for row in json.loads(damaged.OUT.read_text())["trials"].values():
         cells = (row[name] for name in ("n", "refused", "unused", "loaded", "raw"))
         assert f" | {' | '.join(map(str, cells))} |" in page

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import damaged
+from benchmarks import small_models
 from benchmarks.lora import CELLS, Cell, check, examples, make_base, tune_cell
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
@@ -106,8 +106,8 @@ def test_a_folder_that_is_gone_is_not_asked_of_the_hub(
 
 def test_the_hash_that_clients_see_covers_the_base(tmp_path: Path) -> None:
     """A foreign adapter holds no hash of its base; the policy's hash has to."""
-    base = damaged.foreign(tmp_path / "base")
-    adapter = damaged.adapter(tmp_path / "adapter", base)
+    base = small_models.foreign(tmp_path / "base")
+    adapter = small_models.adapter(tmp_path / "adapter", base)
     before = load_causal(str(adapter)).hash
     model = load_causal(str(base)).model
     with torch.no_grad():

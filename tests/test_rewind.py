@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from equipoise.evaluate.rewind import (
+from benchmarks.paper.rewind import (
     Pool,
     chance_coverage,
     coverage_per_prompt,

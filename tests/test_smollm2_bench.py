@@ -1,22 +1,27 @@
-"""The bench of a real model: its points are recipes, and its curve counts fresh examples only."""
+"""The bench of a real model: its points are recipes, its page shows the committed result."""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from benchmarks.results import read
+from benchmarks.smollm2.figures import examples, named, refusals
+from benchmarks.smollm2.points import BRANCHES, POINTS, REFERENCE, make_recipe
+from benchmarks.smollm2.run import PAGE, RESULT, collect, listening
+from benchmarks.smollm2.tables import TABLES
+from benchmarks.tables import NAMES, filled, methods
 
 from equipoise.recipes.load import load_recipe
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
-from benchmarks.smollm2.curves import REPORT, completed, drawings, said  # noqa: E402
-from benchmarks.smollm2.points import BRANCHES, POINTS, REFERENCE, make_recipe  # noqa: E402
-from benchmarks.smollm2.run import REFERENCES, added, listening, with_references  # noqa: E402
-from benchmarks.smollm2.tables import METHODS, RESULT  # noqa: E402
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    found: dict[str, Any] = read(RESULT)
+    return found
 
 
 @pytest.mark.parametrize("name", POINTS)
@@ -55,36 +60,20 @@ def test_the_page_shows_the_tables_of_the_result(result: dict[str, Any]) -> None
     assert made == page, "run python -m benchmarks.smollm2.run --only page"
 
 
-def test_the_perplexity_of_the_result_is_on_the_reference_answers() -> None:
-    headline = json.loads(RESULT.read_text("utf-8"))["headline"]
-    references = json.loads(REFERENCES.read_text("utf-8"))
-    ratio = references["tuned"]["perplexity_ratio"]
+def test_the_perplexity_of_the_result_is_on_the_reference_answers(result: dict[str, Any]) -> None:
+    ratio = result["measured_apart"]["references"]["tuned"]["perplexity_ratio"]
     for end, part in (("", "value"), (".low", "low"), (".high", "high")):
-        assert headline[f"best.perplexity_ratio{end}"] == round(ratio[part], 4)
-    before = json.loads((REPORT / "report.json").read_text("utf-8"))["methods"]
-    own = [before[name]["quality"]["perplexity"]["value"] for name in ("tuned", "start")]
-    assert headline["best.perplexity_ratio_own"] == round(own[0] / own[1], 4)
-    assert with_references(headline, references) == headline
-    first = {"best.perplexity_ratio": 2.0, "best.perplexity_ratio.low": 1.5, "other": 0.0}
-    moved = with_references(first, references)
-    assert moved["best.perplexity_ratio_own"] == 2.0
-    assert moved["best.perplexity_ratio_own.low"] == 1.5
-    assert moved["best.perplexity_ratio"] == round(ratio["value"], 4) and moved["other"] == 0
+        assert result["headline"][f"best.perplexity_ratio{end}"] == round(ratio[part], 4)
 
 
-def test_the_figures_of_the_page_show_every_method() -> None:
-    result = json.loads(RESULT.read_text("utf-8"))
-    report = json.loads((REPORT / "report.json").read_text("utf-8"))
-    whole = completed(report, result)["methods"]
-    assert len(whole) == len(METHODS) and {said("clm"), said("raw-clm")} <= set(whole)
-    drawn = drawings(report, result)
-    (legend,) = drawn["refusals"]().legends
-    shown = {text.get_text() for text in legend.get_texts()}
-    assert len(shown) == len(METHODS) and {said("clm"), said("exmate"), "prompting"} <= shown
-    start, fresh, likelihood = drawn["examples"]().axes
+def test_the_figures_of_the_page_show_every_method(result: dict[str, Any]) -> None:
+    names = [named(name) for name in methods(result)]
+    assert len(names) == 9 and {named("clm"), named("raw-clm"), named("best")} <= set(names)
+    shown = refusals(result).axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in shown] == names
+    start, fresh, likelihood = examples(result).axes
     assert [ax.get_xlabel() for ax in (fresh, likelihood)] == ["examples seen"] * 2
-    named = [text.get_text() for text in fresh.get_legend().get_texts()]
-    assert named == [
+    assert [text.get_text() for text in fresh.get_legend().get_texts()] == [
         "ExMATE on MOEC (1,768 looked at)",
         "CLM on MOEC (200 looked at)",
         "CLM on the raw pool (208 looked at)",
@@ -96,42 +85,54 @@ def test_the_figures_of_the_page_show_every_method() -> None:
     assert round(means.get_ydata()[-1], 2) == 0.07
 
 
-def test_a_point_that_ran_elsewhere_is_added_and_the_others_stay() -> None:
+def test_finished_points_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each method under its own name, beside the untouched model's answers to the same prompts."""
     one = {"value": 0.5, "low": 0.4, "high": 0.6}
     shares = dict.fromkeys(("helpfulness", "safety"), one)
-    scores = {
-        **dict.fromkeys(("mp", "bt", "bt_neighbours", "leakage", "rmse", "range"), shares),
-        "coverage": one,
-    }
-    read = {"value": -2.5, "low": -2.6, "high": -2.4}
-    tuned = {
-        "optimization": scores,
-        "generalization": scores,
-        "quality": {"degenerate": one, "fluency": [read] * 25, "fluency_mean": read},
-        "refusals": {},
-        "cost": {"tokens": 1.0},
-    }
+    metrics = ("mp", "bt", "bt_neighbours", "leakage", "rmse", "range")
+    scores = {**dict.fromkeys(metrics, shares), "coverage": one, "auto_mp": {}, "response": {}}
+
+    def method(read: float) -> dict[str, Any]:
+        fluency = {"value": read, "low": read - 0.1, "high": read + 0.1}
+        quality = {"degenerate": one, "fluency": [fluency] * 25, "fluency_mean": fluency}
+        judges = {"optimization": scores, "generalization": scores}
+        return {**judges, "quality": {**quality, "perplexity_ratio": one}, "cost": {}}
+
+    agreement = {"within_prompt_judge_correlation": 0.3}
+    facts = ("n", "intersections", "moec", "backdoor", "differences", "reward_models", "stages")
     report = {
-        "methods": {"tuned": tuned},
-        "moec": {"n_kept": 3},
-        "backdoor": {},
-        "planned": None,
-        "stages": {"tune": 1.0},
-        "recipe": {"tune": {"batch_size": 8}},
+        **{fact: {} for fact in facts},
+        "pool": dict.fromkeys(("helpfulness", "safety"), agreement),
+        "recipe": {"seed": 7, "levels": 5, "tune": {"batch_size": 8}},
         "losses": {},
-        "differences": {},
-        "pool": {"no_finished_sentence": 7},
     }
-    before = json.loads(RESULT.read_text("utf-8"))
-    before["own"] = {"start": -2.0}
-    for key in ("headline", "moec", "tuning", "minutes"):
-        before[key] = {k: v for k, v in before[key].items() if not k.startswith("clm")}
-    after = added(before, {"clm": report, "best": {"this": "report is not read"}})
-    new = {k: v for k, v in after["headline"].items() if k not in before["headline"]}
-    assert new["clm.optimization.mp.safety.low"] == 0.4
-    assert new["clm.fluency_drop.worst_corner"] == 0.5
-    assert all(key.startswith("clm.") for key in new)
-    assert {k: after["headline"][k] for k in before["headline"]} == before["headline"]
-    assert after["own"] == {"start": -2.0, "clm": -2.0}
-    assert after["added"]["clm"] == {"no_finished_sentence": 7}
-    assert after["moec"] == {**before["moec"], "clm": {"n_kept": 3}}
+    looked = {"step": [5], "preferred": [0.25], "epoch": [0.1]}
+    curve = {**looked, "asked": [-2], "counterfactual": [-3]}
+    points: dict[str, dict[str, Any]] = {
+        "best": {"methods": {"start": method(-2.0), "tuned": method(-2.25)}},
+        "clm": {"methods": {"start": method(-1.0), "tuned": method(-1.5)}},
+        "steering": {"methods": {"steering": method(-3.0)}},
+    }
+    points["clm"]["losses"] = {"tuned": curve}
+    for name, found in points.items():
+        folder = tmp_path / "runs/smollm2" / name
+        (folder / "report").mkdir(parents=True)
+        (folder / "report/report.json").write_text(json.dumps({**report, **found}))
+    steer = tmp_path / "runs/smollm2/best/steer"
+    (steer / "directions").mkdir(parents=True)
+    (steer / "directions/directions.json").write_text('{"layer": 18}')
+    (steer / "strengths.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    made = collect()
+    assert methods(made) == {name: NAMES[name] for name in ("start", "steering", "clm", "best")}
+    headline = made["headline"]
+    assert headline["clm.optimization.mp.safety.low"] == 0.4
+    assert headline["best.fluency_drop.mean"] == 0.25
+    # Its own prompts where they were measured, else all.
+    assert made["own"] == {"start": -2.0, "best": -2.0, "steering": -2.0, "clm": -1.0}
+    assert headline["clm.fluency_drop.worst_corner"] == 0.5
+    assert headline["steering.fluency_drop.mean.low"] == pytest.approx(0.9)
+    assert headline["bound.safety"] == 0.3
+    assert made["seeds"] == [7] and made["steering"] == {"layer": 18}
+    assert made["likelihood"] == {"clm": {"asked": [-2], "counterfactual": [-3]}}
+    assert made["listening"]["clm"][0]["preferred"] == 0.25

@@ -1,44 +1,41 @@
-"""The study: verdicts follow intervals, budgets are equal, pages are self-contained."""
+"""The study: verdicts follow intervals, budgets are equal, the page shows the committed result."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.budget import RowLengths  # noqa: E402
-from benchmarks.paper import run as command  # noqa: E402
-from benchmarks.paper import runs  # noqa: E402
-from benchmarks.paper.page import render  # noqa: E402
-from benchmarks.paper.points import (  # noqa: E402
+from benchmarks.paper import run as command
+from benchmarks.paper.points import (
+    ABLATIONS,
     FULL,
     OBJECTIVES,
     QUICK,
     TRAINING_FREE,
-    ablations,
+    shared,
     slug,
 )
-from benchmarks.paper.runs import make_recipe, steps_for, thinned  # noqa: E402
-from benchmarks.paper.study import build  # noqa: E402
-from benchmarks.paper.tables import TABLES, filled, said  # noqa: E402
-from benchmarks.paper.verdicts import judged, placed, together  # noqa: E402
-from equipoise.evaluate.rewind import rewind  # noqa: E402
+from benchmarks.paper.rewind import rewind
+from benchmarks.paper.run import PARTS, gathered
+from benchmarks.paper.runs import make_recipe, steps_for, thinned
+from benchmarks.paper.study import build
+from benchmarks.paper.tables import TABLES
+from benchmarks.paper.verdicts import judged, placed, together
+from benchmarks.results import ROOT, read
+from benchmarks.rundirs import RowLengths
+from benchmarks.tables import filled, said
+from hypothesis import given
+from hypothesis import strategies as st
 
-from equipoise.report.render import plain  # noqa: E402
-from equipoise.store.shards import to_plain  # noqa: E402
-from equipoise.types import Estimate  # noqa: E402
-from test_rewind import grid_pool  # noqa: E402
+from equipoise.report.render import plain
+from equipoise.store.shards import to_plain
+from equipoise.types import Estimate
+from test_rewind import grid_pool
 
 METHODS = (*TRAINING_FREE, *OBJECTIVES)
 OVERALL = {
@@ -223,7 +220,7 @@ def test_headline_is_flat_and_paired(tmp_path: Path) -> None:
     assert headline["exmate.generalization.mp.safety"] == pytest.approx(0.8, abs=0.001)
     assert headline["best.of_ceiling.mp.safety"] == pytest.approx(0.8 / 0.95, abs=0.001)
     assert headline["rlhf.last.kl"] == 0.1
-    assert study["again"]["rlhf"] == {}
+    assert study["again"] == {}
     assert not any(name.startswith("rewind") for name in headline)
     (exmate,) = [f for n, f in study["verdicts"][1]["evidence"].items() if n.endswith("CLM")]
     assert exmate["value"] == pytest.approx(0.1, abs=0.001)
@@ -314,31 +311,29 @@ def test_a_single_rewind_keeps_its_interval_over_prompts() -> None:
     assert headline["rewind.base.coverage.high"] == pytest.approx(covered["high"], abs=1e-4)
 
 
-# The page
-
-
-def test_the_page_is_whole_and_loads_nothing() -> None:
-    page = render(plain(build([seed(n) for n in range(3)], ablation_results(), rewinds())))
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    assert "<script" not in page
-    for name in ("control", "leakage", "empty", "rlhf", "rewind", "ablations"):
-        assert f'<figure id="{name}"><svg' in page
-    assert [page.count(f'<h2 id="{letter}">') for letter in "abcdefg"] == [1] * 7
-    assert "RLHF (CLM warm start)" in page
-    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S).lower()
-    assert len(page) < 3_000_000
-
-
-def test_a_page_of_one_seed_says_that_there_is_no_interval() -> None:
-    page = render(plain(build([seed(0)])))
-    assert "(no interval)" in page and 'id="rewind"' not in page
+# Tables
 
 
 def test_numbers_are_written_with_their_interval() -> None:
-    nan = float("nan")
-    assert said(0.5, 0.25, 0.75) == "0.50 (0.25 to 0.75)"
-    assert said(-0.5, nan, nan) == "−0.50 (no interval)"
-    assert said(nan, nan, nan) == "–"
+    assert said({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.50 (0.25 to 0.75)"
+    assert said({"value": -0.5, "low": None, "high": None}) == "−0.50 (no interval)"
+    assert said(dict.fromkeys(("value", "low", "high"), float("nan"))) == "–"
+
+
+def committed() -> dict[str, Any]:
+    found: dict[str, Any] = read(ROOT / "paper/results.json")
+    return found
+
+
+def test_the_committed_study_is_what_its_seeds_say() -> None:
+    """All of it: estimates, verdicts and aims are made anew from the results of the seeds."""
+    parts = {
+        part: [read(file) for file in sorted(ROOT.glob(f"paper/results/{part}-seed*.json"))]
+        for part in PARTS
+    }
+    assert [len(parts[part]) for part in PARTS] == [8, 2, 1]
+    made = json.loads(json.dumps(plain(gathered(parts))))
+    assert made == committed(), "run python -m benchmarks.paper.run --only collect"
 
 
 def test_the_tables_of_the_docs_are_what_the_results_say() -> None:
@@ -352,11 +347,11 @@ def test_the_tables_of_the_docs_are_what_the_results_say() -> None:
 def test_a_page_is_filled_between_its_marks_only() -> None:
     study = plain(build([seed(n) for n in range(3)]))
     page = "before\n<!-- table against -->\nold\n<!-- /table -->\nafter\n"
-    made = filled(page, study)
-    assert filled(page.replace("old\n", ""), study) == made
+    made = filled(page, study, TABLES)
+    assert filled(page.replace("old\n", ""), study, TABLES) == made
     assert made.startswith("before\n") and made.endswith("\nafter\n") and "old" not in made
     assert "| RLHF − CLM | 0.049 (" in made
-    assert filled(made, study) == made
+    assert filled(made, study, TABLES) == made
 
 
 # Points and budgets
@@ -369,11 +364,19 @@ def test_every_point_is_a_valid_recipe(scale: Any) -> None:
         made = make_recipe(scale, 3, {**overrides, "tune.steps": "7"})
         assert made.seed == 3 and made.tune.steps == 7, name
         names.add(slug(name))
-    for points in ablations().values():
-        for point in points:
-            assert make_recipe(scale, 0, point.overrides) != make_recipe(scale, 0, {}), point.name
-            assert slug(point.name) not in names
-            names.add(slug(point.name))
+    for points in ABLATIONS.values():
+        for name, overrides in points.items():
+            assert make_recipe(scale, 0, overrides) != make_recipe(scale, 0, {}), name
+            assert slug(name) not in names
+            names.add(slug(name))
+
+
+def test_a_point_copies_the_stages_that_it_does_not_change() -> None:
+    whole = ("prompts", "fit-reward", "generate", "score", "distil")
+    assert shared({**OBJECTIVES["clm"], "tune.steps": "9"}) == shared({}) == whole
+    assert shared(OBJECTIVES["raw-clm"]) == whole[:-1]
+    assert shared(ABLATIONS["K"]["K 6"]) == ("prompts", "fit-reward")
+    assert shared(ABLATIONS["prompts"]["prompts 60"]) == ("fit-reward",)
 
 
 @given(
@@ -401,103 +404,38 @@ def test_a_thinned_curve_keeps_its_ends() -> None:
     assert len(kept) <= 64
 
 
-def test_a_method_run_again_replaces_its_own_result_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = seed(0)
-    found["upstream"] |= {"pool": {"n": 7}, "reward_models": {}}
-    found["methods"]["exmate"]["cost"] = {"tuning_tokens": 1.4e6}
-    asked: list[tuple[str, Any, str | None]] = []
-    measured = {**measures(0.99), "auto_mp": {}, "levels": 5, "attributes": ["a", "b"]}
-    measured |= {"n_prompts": 8, "n_repeats": 1, "never_moves": 0, "response": {}}
-    report = {
-        "n": {}, "stages": {}, "backdoor": {}, "reward_models": {}, "pool": {"n": 7},
-        "moec": found["upstream"]["moec"],
-        "methods": {"tuned": {
-            "generalization": measured, "optimization": measured, "cost": {},
-            "quality": {"degenerate": estimate(0.0)},
-        }},
-    }  # fmt: skip
-
-    def execute(
-        scale: Any, number: int, name: str, overrides: Any, shares: Any = (), until: Any = None
-    ) -> Path:
-        asked.append((name, overrides.get("tune.rlhf.warm_start"), until))
-        return tmp_path
-
-    (tmp_path / "tune").mkdir()
-    curve = [{"warm_start": 1.0, "step": float(n)} for n in range(500)]
-    curve += [{"warm_start": 0.0, "step": 500.0 + n} for n in range(20)]
-    (tmp_path / "tune/curve.json").write_text(json.dumps(curve))
-    monkeypatch.setattr(runs, "execute", execute)
-    monkeypatch.setattr(runs, "read_report", lambda folder: report)
-    monkeypatch.setattr(runs, "row_lengths", lambda folder: RowLengths(40.0, 2.0, 40.0))
-    before = json.dumps(found)
-    made = runs.run_again(FULL, 0, "rlhf", found)
-    assert json.dumps(found) == before
-    # Four fifths of the tokens in batches of CLM's size.
-    assert asked == [("exmate", None, "distil"), ("rlhf", str(round(1.12e6 / (32 * 82))), None)]
-    assert made["methods"]["rlhf"]["generalization"]["overall"]["value"] == 0.99
-    assert made["methods"]["rlhf"]["answers"] == 8 * 25
-    assert {k: v for k, v in made["methods"].items() if k != "rlhf"} == {
-        k: v for k, v in found["methods"].items() if k != "rlhf"
-    }
-    assert made["again"]["rlhf"]["same_pool"] is True
-    assert made["rlhf_curve"][-20:] == curve[-20:]
-    report["pool"] = {"n": 6}
-    assert runs.run_again(FULL, 0, "rlhf", found)["again"]["rlhf"]["same_pool"] is False
-
-
-def test_ablations_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-
-    def execute(scale: Any, number: int, name: str, *rest: Any, until: Any = None) -> Path:
-        made.append(name)
-        return Path(name)
-
-    monkeypatch.setattr(runs, "execute", execute)
-    monkeypatch.setattr(runs, "read_report", lambda folder: {})
-    monkeypatch.setattr(runs, "summary", lambda report, method: {"new": True})
-    monkeypatch.setattr(runs, "upstream", lambda folder: {})
-    groups = {"w": ablations()["w"][:2]}
-    held = {"reference": {"old": True}, "groups": {"w": {groups["w"][0].name: {"old": True}}}}
-    found = runs.run_ablations(FULL, 0, groups, held)
-    assert made == ["exmate", f"ablation-{groups['w'][1].name}"]
-    assert found["reference"] == {"old": True}
-    assert [list(one) for one in found["groups"]["w"].values()] == [["old"], ["new", "upstream"]]
-
-
 # The command
+
+
+def finish(folder: Path, *numbers: int) -> None:
+    (folder / "results").mkdir(parents=True)
+    for number in numbers:
+        file = folder / f"results/methods-seed{number}.json"
+        file.write_text(json.dumps({**seed(number), "commit": "abc", "machine": {"cores": 2}}))
 
 
 def test_a_finished_seed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "HERE", tmp_path)
-    made = []
+    finish(tmp_path, 0)
+    monkeypatch.setenv("PATH", "")  # whatever is run from here on would fail
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "results/methods-seed0.json").read_bytes()
+    command.run_part(FULL, "methods", 0)
+    assert (tmp_path / "results/methods-seed0.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]  # and no run directory
 
-    def make(number: int) -> dict[str, Any]:
-        made.append(number)
-        if number == 2:
-            raise KeyboardInterrupt
-        return seed(number)
 
-    folder = command.results_of(FULL)
-    for number in (0, 1, 0):
-        command.once(folder / f"methods-seed{number}.json", lambda n=number: make(n))
-    with pytest.raises(KeyboardInterrupt):
-        command.once(folder / "methods-seed2.json", lambda: make(2))
-    assert made == [0, 1, 2]
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "methods-seed0.json",
-        "methods-seed1.json",
-    ]
+def test_what_is_finished_is_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = tmp_path / "docs.md"
     docs.write_text("<!-- table against -->\n\n<!-- /table -->\n")
-    monkeypatch.setattr(command, "DOCS", docs)
-    monkeypatch.setattr(command, "render", lambda study: "<html>" + "x" * 10_000)
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.setattr(command, "PAGE", docs)
+    finish(tmp_path, 0, 1)
     study = command.collect(FULL)
     assert study["seeds"] == [0, 1]
-    assert json.loads((tmp_path / "results.json").read_text())["headline"] == study["headline"]
-    assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert (study["commit"], study["machine"]) == ("abc", {"cores": 2})
+    assert read(tmp_path / "results.json") == study
     assert "ExMATE − RLHF" in docs.read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="no finished seed"):
         command.collect(QUICK)
