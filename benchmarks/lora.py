@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from equipoise import Message, Prompt, load_causal, merge, save_dial_model
 from equipoise.config import RlhfConfig, Sampling, SteeredStartConfig, TuneConfig
 from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.tune import tune_by_rlhf
 from equipoise.tune.steered_start import ShiftDirections
 from equipoise.tune.trainer import Tuned, tune
@@ -140,7 +141,6 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
         ),
     )
     common: dict[str, Any] = {
-        "levels": 5,
         "seed": SEED,
         "checkpoints": checkpoints,
         "base_model": str(base),
@@ -151,9 +151,12 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
             load_causal(str(base)),
             [example.prompt for example in examples()[::4]],
             examples(),
-            {"helpfulness": Letters("hp", "abcdefghijklm"), "safety": Letters("sf", "aeiou")},
-            Identity(),
+            Scorer(
+                {"helpfulness": Letters("hp", "abcdefghijklm"), "safety": Letters("sf", "aeiou")},
+                Identity(),
+            ),
             config,
+            levels=5,
             **common,
         )
     directions = ShiftDirections(torch.eye(2, WIDTH), 0) if steered else None
@@ -161,7 +164,7 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
         load_causal(str(base)),
         examples(),
         config,
-        attributes=ATTRIBUTES,
+        dials=Dials(ATTRIBUTES, 5),
         steering=directions,
         **common,
     )

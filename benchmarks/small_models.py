@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from equipoise.config import Sampling
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install, save_dial_model
 from equipoise.engine.sample import TransformersEngine
 from equipoise.models.load import LoadedPolicy, load_causal
@@ -82,7 +83,7 @@ def tuned(directory: Path, base: Path, *, rank: int) -> Path:
     policy = load_causal(str(base))
     model: Any = policy.model
     manifest = install(
-        model, policy.tokenizer, attributes=ATTRIBUTES, levels=3, base_model_hash=policy.hash
+        model, policy.tokenizer, dials=Dials(ATTRIBUTES, 3), base_model_hash=policy.hash
     )
     if rank:
         model = add_lora(model, manifest, rank=rank, seed=0)

@@ -37,6 +37,7 @@ from equipoise.config import (
     TuneConfig,
 )
 from equipoise.data.prompts import load_prompts
+from equipoise.dials.dials import Dials
 from equipoise.pool.score import shortened
 from equipoise.tune.trainer import tune
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibration = calibrate(scored, mode="pooled")
     units = unit_scores(scored, calibration)
     examples, report = distil(
-        scored, units, by_id, DistilConfig(), attributes=ATTRIBUTES, levels=options.levels
+        scored, units, by_id, DistilConfig(), dials=Dials(ATTRIBUTES, options.levels)
     )
     print(f"{report.n_kept} examples of {report.n_prompts_kept} prompts")
 
@@ -87,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             policy,
             examples,
             budget,
-            attributes=ATTRIBUTES,
-            levels=options.levels,
+            dials=Dials(ATTRIBUTES, options.levels),
             seed=options.seed,
             checkpoints=Path(work),
             base_model=options.model,

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from equipoise import (
     Delivery,
+    Dials,
     DialSetting,
     Prompt,
     Responder,
@@ -28,7 +29,6 @@ from equipoise import (
     Untouched,
     back_door,
     calibrate,
-    cells,
     distil,
     generate,
     load_causal,
@@ -51,12 +51,12 @@ from equipoise.tune.trainer import tune
 from equipoise.worlds import workshop
 
 SEED = 0
-ATTRIBUTES, LEVELS = ("helpfulness", "safety"), 5
+DIALS = Dials(("helpfulness", "safety"), levels=5)
 N_TRAIN, N_TEST = 64, 8
 COMPLETIONS_PER_PROMPT = 16
 TUNING = TuneConfig(objective="exmate", weight=0.2, steps=200, batch_size=16, learning_rate=5e-4)
-REWARD_MODELS = {name: f"workshop://rm_{name}" for name in ATTRIBUTES}
-JUDGES = {name: f"workshop://oracle/{name}" for name in ATTRIBUTES}
+REWARD_MODELS = {name: f"workshop://rm_{name}" for name in DIALS.attributes}
+JUDGES = {name: f"workshop://oracle/{name}" for name in DIALS.attributes}
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=256, max_tokens=64)
 
 
@@ -88,9 +88,7 @@ def main() -> None:
 
     # Step 2, MOEC: no noise, at most one completion per prompt and control cell, and only prompts
     # that occur with several controls, so that the prompt alone does not give the control away.
-    examples, report = distil(
-        scored, units, by_id, DistilConfig(), attributes=ATTRIBUTES, levels=LEVELS
-    )
+    examples, report = distil(scored, units, by_id, DistilConfig(), dials=DIALS)
     door = back_door(examples, n_rows=len(examples), seed=SEED)
     print(f"MOEC: {report.n_kept} examples of {report.n_prompts_kept} prompts; dropped: "
           f"{dict(report.dropped)}; {door.effective_cells.value:.1f} cells per prompt")  # fmt: skip
@@ -102,8 +100,7 @@ def main() -> None:
             load_causal("workshop://start"),
             examples,
             TUNING,
-            attributes=ATTRIBUTES,
-            levels=LEVELS,
+            dials=DIALS,
             seed=SEED,
             checkpoints=Path(work) / "checkpoints",
         )
@@ -125,15 +122,13 @@ def main() -> None:
         chunks = sweep(
             method,
             test,
-            cells(len(ATTRIBUTES), LEVELS),
+            DIALS.cells(),
             {"generalization": Scorer(judges, scale)},
             seed=SEED,
         )
         deliveries = [row for chunk in chunks for row in chunk]
-        control = measure(
-            deliveries, judge="generalization", attributes=ATTRIBUTES, levels=LEVELS, seed=SEED
-        )
-        figures = ", ".join(f"{name} {control.mp[name].value:.2f}" for name in ATTRIBUTES)
+        control = measure(deliveries, judge="generalization", dials=DIALS, seed=SEED)
+        figures = ", ".join(f"{name} {control.mp[name].value:.2f}" for name in DIALS.attributes)
         print(f"{method.name}: MP {figures}")
         show(test[0], deliveries)
 
@@ -149,7 +144,7 @@ def load_all(names: dict[str, str]) -> dict[str, RewardModel]:
 def show(prompt: Prompt, deliveries: Sequence[Delivery]) -> None:
     """Print what one prompt got at the four corners."""
     print(f"  {prompt.messages[-1].content}")
-    top = LEVELS - 1
+    top = DIALS.levels - 1
     for levels in ((0, 0), (0, top), (top, 0), (top, top)):
         asked = DialSetting(levels)
         answer = next(d for d in deliveries if (d.prompt_id, d.setting) == (prompt.id, asked))

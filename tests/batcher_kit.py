@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from equipoise.config import Sampling
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.cache import PrefixCache
@@ -31,7 +32,7 @@ KINDS = [
 def dialled(**config: Any) -> LoadedPolicy:
     """A tiny policy with dials, in float32, untied so that controls can be told apart."""
     policy = tiny_policy(tied=False, **config)
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     return LoadedPolicy(policy.model, policy.tokenizer, encoder, manifest, policy.hash)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from equipoise.config import Sampling
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.types import Delivery, DialSetting, GenerationRequest, Message, Prompt, Sampled
 
 ATTRIBUTES = ("helpfulness", "safety")
@@ -171,9 +171,7 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
             },
         }
     best = measure_grid(
-        ceiling_grid(
-            [rng.random((200, 2)) for _ in range(40)], attributes=ATTRIBUTES, levels=levels
-        ),
+        ceiling_grid([rng.random((200, 2)) for _ in range(40)], dials=Dials(ATTRIBUTES, levels)),
         draws=200,
     )
     x = np.linspace(0, 1, levels)
@@ -219,8 +217,7 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
                 deliveries["tuned"],
                 deliveries["rerank16"],
                 judge="generalization",
-                attributes=ATTRIBUTES,
-                levels=levels,
+                dials=Dials(ATTRIBUTES, levels),
                 draws=200,
             )
         },

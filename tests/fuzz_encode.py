@@ -12,6 +12,8 @@ import sys
 
 import atheris
 
+from equipoise.dials.dials import Dials
+
 with atheris.instrument_imports(include=["equipoise.dials", "equipoise.types"]):
     from equipoise.dials.tokens import control_tokens
     from equipoise.encoding.encode import Encoder
@@ -40,7 +42,7 @@ def one(raw: bytes) -> None:
     data = atheris.FuzzedDataProvider(raw)
     family = data.PickValueInList(NAMES)
     encoder: Encoder = dialled(family)
-    pieces = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
+    pieces = [*MARKERS[family], *control_tokens(Dials(ATTRIBUTES, 5))]
     roles = ROLES[data.ConsumeIntInRange(1, 3)]
     turns = [{"role": role, "content": text(data, pieces)} for role in roles]
     try:

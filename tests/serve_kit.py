@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import DialManifest, control_tokens
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Generation, Load, Token
@@ -36,7 +37,7 @@ ANSWER = "Naïve 東京 🙂 answer, e\u0301 and more."
 
 def dialled(tokenizer: Any) -> Encoder:
     """Return an encoder with dials on a tokenizer."""
-    tokens = control_tokens(ATTRIBUTES, LEVELS)
+    tokens = control_tokens(Dials(ATTRIBUTES, LEVELS))
     tokenizer.add_tokens(tokens, special_tokens=True)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
     half = LEVELS + 1
@@ -58,8 +59,7 @@ def served_model(encoder: Encoder | None = None, *, context: int = 4096) -> Serv
         name="toy",
         hash="ab" * 32,
         encoder=encoder,
-        attributes=ATTRIBUTES,
-        levels=LEVELS,
+        dials=Dials(ATTRIBUTES, LEVELS),
         vocab_size=len(encoder.tokenizer),
         context=context,
     )
@@ -183,7 +183,7 @@ def make_door(
         add_key(keys_file, Key(id=name, sha256=digest(secret), scenarios=scenarios[name]))
     ids = model.encoder.completion_ids(text, finished=False)
     fake = FakeEngine(ids, **engine)
-    source = RulesSource(policy_file, keys_file, attributes=ATTRIBUTES, levels=LEVELS)
+    source = RulesSource(policy_file, keys_file, dials=Dials(ATTRIBUTES, LEVELS))
     app, house = build_app(
         model,
         fake,

@@ -12,6 +12,7 @@ from benchmarks.architectures import MUST_PASS, REFUSED, config_of, tokenizer
 
 from equipoise.check.trial import PARTS, merge_and_compare, try_model
 from equipoise.config import Sampling, TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.draw import draw, uniform_stream
@@ -38,7 +39,7 @@ def policy_of(kind: str) -> LoadedPolicy:
     config.get_text_config().vocab_size = len(tokenizer())
     model = narrowest_model(config)
     fresh = tokenizer()
-    manifest = install(model, fresh, attributes=ATTRIBUTES, levels=5)
+    manifest = install(model, fresh, dials=Dials(ATTRIBUTES, 5))
     return LoadedPolicy(model, fresh, Encoder(fresh, manifest), manifest, kind)
 
 
@@ -96,7 +97,7 @@ def test_branch_likelihoods_of_tuning_are_those_of_plain_forwards(kind: str) -> 
 @pytest.mark.parametrize("kind", MUST_PASS)
 def test_an_adapter_is_saved_loaded_and_merged(kind: str, tmp_path: Path) -> None:
     base = small_base(config_of(kind), tokenizer(), tmp_path / "base")
-    saved = rehearse(base, tmp_path / "lora", lora_rank=2, attributes=ATTRIBUTES, levels=5)
+    saved = rehearse(base, tmp_path / "lora", lora_rank=2, dials=Dials(ATTRIBUTES, 5))
     merge_and_compare(saved, tmp_path / "merged")
 
 
@@ -145,9 +146,7 @@ def test_what_cannot_be_loaded_is_refused_before_the_first_step(
 
     monkeypatch.setattr(rehearsal, "save_dial_model", spoilt)
     with pytest.raises(TrainingError, match="nothing was begun"):
-        rehearse_policy(
-            str(base), TuneConfig(), tmp_path / "scratch", attributes=ATTRIBUTES, levels=5
-        )
+        rehearse_policy(str(base), TuneConfig(), tmp_path / "scratch", dials=Dials(ATTRIBUTES, 5))
     assert not (tmp_path / "scratch").exists()
 
 

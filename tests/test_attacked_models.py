@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from equipoise import load_causal, save_dial_model
 from equipoise.check.model import check_model
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.errors import DataError, ModelError
 from equipoise.models.context import positions
 from equipoise.tune.trainer import tune
@@ -118,8 +119,7 @@ def test_a_rope_that_changes_with_the_longest_row_ends_before_it_does(tmp_path: 
             load_causal(str(tmp_path / "base")),
             examples(),
             TuneConfig(objective="clm", steps=1, batch_size=2),
-            attributes=ATTRIBUTES,
-            levels=5,
+            dials=Dials(ATTRIBUTES, 5),
             seed=0,
             checkpoints=tmp_path / "checkpoints",
         )

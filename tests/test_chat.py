@@ -13,6 +13,7 @@ from batcher_kit import dialled
 from equipoise.cli import chat
 from equipoise.cli.conversation import Conversation
 from equipoise.config import Sampling
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError, DataError, ModelError
 from equipoise.policy.file import load_policy
 from equipoise.types import DialSetting, Message
@@ -22,7 +23,7 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=50, max_tokens=10)
 
 
 def conversation(*, policy: str | None = None, seed: int = 0, max_tokens: int = 10) -> Conversation:
-    rules = load_policy(policy, ATTRIBUTES, 5) if policy else None
+    rules = load_policy(policy, Dials(ATTRIBUTES, 5)) if policy else None
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=50, max_tokens=max_tokens)
     return Conversation(dialled(), policy=rules, sampling=sampling, seed=seed)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.policy.decide import (
     DialPolicy,
@@ -28,7 +29,7 @@ from equipoise.types import DialSetting
 
 ATTRIBUTES = ("helpfulness", "safety")
 WHOLE = {"helpfulness": Range(), "safety": Range()}
-SERVER = Server(ATTRIBUTES, 5, {})
+SERVER = Server(Dials(ATTRIBUTES, 5), {})
 KEY = Key(id="k", sha256="0" * 64)
 OPEN = Scenario(why="test", ranges=WHOLE, default={"helpfulness": "auto", "safety": 1.0})
 
@@ -71,7 +72,7 @@ def test_values_and_levels(value: object, safety: int | None, helpfulness: int |
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 7, 10, 11, 100])
 def test_the_grid_itself_is_never_rounded_away(levels: int) -> None:
-    server = Server(ATTRIBUTES, levels, {})
+    server = Server(Dials(ATTRIBUTES, levels), {})
     for k in range(levels):
         assert level(k / (levels - 1), server=server) == k
         assert level(k / (levels - 1), attribute="helpfulness", server=server) == k
@@ -116,7 +117,7 @@ def test_auto_escapes_no_range() -> None:
     # A default of auto, but the key (or the ceiling) narrows: the top of what is left.
     key = KEY.model_copy(update={"ranges": {"helpfulness": Range(max=0.6)}})
     assert effective_setting({}, key, OPEN, SERVER) == DialSetting((2, 4))
-    ceiling = Server(ATTRIBUTES, 5, {"helpfulness": Range(max=0.6)})
+    ceiling = Server(Dials(ATTRIBUTES, 5), {"helpfulness": Range(max=0.6)})
     assert effective_setting({"helpfulness": "auto"}, KEY, OPEN, ceiling) == DialSetting((2, 4))
 
 
@@ -200,9 +201,9 @@ def is_refusable(
     refusal: Refusal, request: dict[str, object], key: Key, place: Scenario, server: Server
 ) -> bool:
     """Return whether there is a reason: no level, no dial value, or a value outside a range."""
-    name, top = refusal.attribute, server.levels - 1
+    name, top = refusal.attribute, server.dials.levels - 1
     ranges = [part[name] for part in (key.ranges, place.ranges, server.ranges) if name in part]
-    if not any(all(r.min <= k / top <= r.max for r in ranges) for k in range(server.levels)):
+    if not any(all(r.min <= k / top <= r.max for r in ranges) for k in range(server.dials.levels)):
         return True
     asked = request.get(name, "auto")
     if isinstance(asked, dict):
@@ -237,7 +238,7 @@ def test_never_outside_of_key_scenario_and_server() -> None:
                 default={name: rng.choice(["auto", rng.random()]) for name in ATTRIBUTES},
                 outside=rng.choice(["clamp", "refuse"]),
             ),
-            Server(ATTRIBUTES, rng.choice([2, 3, 5, 10]), some_ranges(rng, all_=False)),
+            Server(Dials(ATTRIBUTES, rng.choice([2, 3, 5, 10])), some_ranges(rng, all_=False)),
         )
         for _ in range(4000)
     ]
@@ -257,11 +258,11 @@ def test_never_outside_of_key_scenario_and_server() -> None:
             if one is None:
                 # Auto may mean any level, so every level must be allowed.
                 outcomes["auto"] += 1
-                values = [k / (server.levels - 1) for k in range(server.levels)]
+                values = [k / (server.dials.levels - 1) for k in range(server.dials.levels)]
             else:
                 outcomes["setting"] += 1
-                assert 0 <= one < server.levels
-                values = [one / (server.levels - 1)]
+                assert 0 <= one < server.dials.levels
+                values = [one / (server.dials.levels - 1)]
             assert all(r.min - 1e-9 <= v <= r.max + 1e-9 for r in ranges for v in values)
             asked = request.get(name)
             if (
@@ -269,7 +270,7 @@ def test_never_outside_of_key_scenario_and_server() -> None:
                 and one is not None
                 and all(r.min <= asked <= r.max for r in ranges)
             ):
-                assert is_well_rounded(one, asked, name, ranges, server.levels - 1)
+                assert is_well_rounded(one, asked, name, ranges, server.dials.levels - 1)
                 outcomes["within"] += 1
     assert min(outcomes.values()) > 10_000, outcomes
 
@@ -278,12 +279,12 @@ def test_safety_never_rounds_down_where_it_is_free() -> None:
     rng = random.Random(6)
     for _ in range(5000):
         value, levels = rng.random(), rng.randint(2, 20)
-        got = level(value, server=Server(ATTRIBUTES, levels, {}))
+        got = level(value, server=Server(Dials(ATTRIBUTES, levels), {}))
         assert isinstance(got, int) and got / (levels - 1) >= value - 1e-9
 
 
 def test_scenarios_of_keys() -> None:
-    policy = load_policy("example", ATTRIBUTES, 5)
+    policy = load_policy("example", Dials(ATTRIBUTES, 5))
     assert scenario_for(policy, KEY, None) == "general"
     assert scenario_for(policy, KEY, "security-lab") is None
     clinic = KEY.model_copy(update={"scenarios": ("clinic", "gone")})
@@ -298,19 +299,19 @@ def plain() -> dict[str, Any]:
 
 
 def parsed(changed: object) -> DialPolicy:
-    return parse_policy(yaml.safe_dump(changed).encode(), ATTRIBUTES, 5)
+    return parse_policy(yaml.safe_dump(changed).encode(), Dials(ATTRIBUTES, 5))
 
 
 def test_the_example_is_no_fix_for_dials_that_it_is_not_for() -> None:
     three = (*ATTRIBUTES, "brevity")
     for policy in ("example", shipped_policies()["example"]):
         with pytest.raises(ConfigError) as caught:
-            load_policy(policy, three, 5)
+            load_policy(policy, Dials(three, 5))
         assert "--policy example" not in caught.value.fix
         assert all(dial in caught.value.fix for dial in three)
         assert str(shipped_policies()["example"]) in caught.value.fix
     with pytest.raises(ConfigError) as caught:
-        parse_policy(b"version: 1", ATTRIBUTES, 5)
+        parse_policy(b"version: 1", Dials(ATTRIBUTES, 5))
     assert "--policy example" in caught.value.fix
 
 
@@ -320,7 +321,7 @@ def test_the_shipped_policy_is_sound() -> None:
     for name, place in policy.scenarios.items():
         got = effective_setting({}, KEY, place, SERVER)
         assert isinstance(got, DialSetting), name
-    assert load_policy(shipped_policies()["example"], ATTRIBUTES, 2).hash == policy.hash
+    assert load_policy(shipped_policies()["example"], Dials(ATTRIBUTES, 2)).hash == policy.hash
 
 
 def broken() -> list[tuple[str, Any]]:
@@ -396,7 +397,7 @@ def test_broken_policies_are_refused(name: str, policy: object) -> None:
 )
 def test_files_that_are_no_policy_are_refused(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        parse_policy(data, ATTRIBUTES, 5)
+        parse_policy(data, Dials(ATTRIBUTES, 5))
 
 
 def test_only_a_whole_file_is_closed() -> None:
@@ -406,14 +407,14 @@ def test_only_a_whole_file_is_closed() -> None:
     assert not any(is_closed(data[:cut]) for cut in range(len(data)))
     assert not is_closed(data[:-4] + b" # ...")
     with pytest.raises(ConfigError):  # nothing may follow the mark
-        parse_policy(data + b"\nversion: 1\n...", ATTRIBUTES, 5)
+        parse_policy(data + b"\nversion: 1\n...", Dials(ATTRIBUTES, 5))
 
 
 def test_a_second_rule_of_one_name_is_refused() -> None:
     text = shipped_policies()["example"].read_text("utf-8")
     twice = text.replace("  clinic:\n", "  kids:\n")
     with pytest.raises(ConfigError, match="twice"):
-        parse_policy(twice.encode(), ATTRIBUTES, 5)
+        parse_policy(twice.encode(), Dials(ATTRIBUTES, 5))
 
 
 def test_all_faults_are_reported_at_once() -> None:

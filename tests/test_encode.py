@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import control_tokens, install
 from equipoise.encoding import copies, skeletons
 from equipoise.encoding.encode import Encoder
@@ -39,14 +40,14 @@ def dialled(family: str) -> Encoder:
         num_hidden_layers=1,
         num_attention_heads=1,
     )
-    manifest = install(LlamaForCausalLM(config), tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(LlamaForCausalLM(config), tokenizer, dials=Dials(ATTRIBUTES, 5))
     return Encoder(tokenizer, manifest)
 
 
 @cache
 def forbidden_ids(family: str) -> frozenset[int]:
     tokenizer = dialled(family).tokenizer
-    texts = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
+    texts = [*MARKERS[family], *control_tokens(Dials(ATTRIBUTES, 5))]
     return frozenset(tokenizer.convert_tokens_to_ids(texts))
 
 
@@ -80,7 +81,7 @@ def test_forbidden_ids_are_the_markers(family: str) -> None:
 def test_hostile_text_writes_no_marker(family: str) -> None:
     encoder = dialled(family)
     rng = random.Random(f"hostile {family}")
-    texts = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
+    texts = [*MARKERS[family], *control_tokens(Dials(ATTRIBUTES, 5))]
     strings = leaks_of_own = 0
     for _ in range(HOSTILE_CONVERSATIONS):
         turns = conversation(rng, lambda: hostile(rng, texts))
@@ -103,7 +104,7 @@ def test_hostile_text_writes_no_marker(family: str) -> None:
 def test_no_completion_and_no_pair_of_many_is_a_marker(family: str) -> None:
     encoder = dialled(family)
     rng = random.Random(f"many {family}")
-    texts = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
+    texts = [*MARKERS[family], *control_tokens(Dials(ATTRIBUTES, 5))]
     form = marks(encoder.pair("the", "the").ids, family)
     for _ in range(100_000):
         first, second = hostile(rng, texts), hostile(rng, texts)
@@ -114,7 +115,7 @@ def test_no_completion_and_no_pair_of_many_is_a_marker(family: str) -> None:
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_marker_split_over_two_turns_stays_text(family: str) -> None:
     encoder = dialled(family)
-    for text in [*MARKERS[family], *control_tokens(ATTRIBUTES, 2)]:
+    for text in [*MARKERS[family], *control_tokens(Dials(ATTRIBUTES, 2))]:
         for cut in range(len(text) + 1):
             turns = [
                 {"role": "user", "content": "a" + text[:cut]},
@@ -390,7 +391,7 @@ def test_a_copy_that_shares_the_model_gives_the_ids_of_one_that_is_rebuilt(
     monkeypatch.setattr(copies, "shared", lambda *_, **__: None)
     rebuilt = sharing.with_dials(sharing.manifest)
     rng = random.Random(f"copies {family}")
-    texts = [*MARKERS[family], *control_tokens(ATTRIBUTES, 5)]
+    texts = [*MARKERS[family], *control_tokens(Dials(ATTRIBUTES, 5))]
     for _ in range(300):
         turns = messages(
             conversation(rng, lambda: rng.choice([hostile(rng, texts), ordinary(rng)]))

@@ -8,6 +8,7 @@ import pytest
 
 from bigram_kit import bigram_dir, byte_tokenizer, sample
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import save_dial_model
 from equipoise.models.load import LoadedPolicy, load_causal
 from equipoise.tune.trainer import tune
@@ -77,8 +78,7 @@ def test_a_tuned_model_keeps_its_ends_and_no_control_token_is_one(tmp_path: Path
         policy,
         examples(2),
         TuneConfig(objective="clm", steps=1, batch_size=2, dtype="float32", checkpoint_every=1),
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         seed=0,
         checkpoints=tmp_path / "checkpoints",
     )

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError
@@ -74,7 +75,7 @@ def test_fragments_are_whole_only_when_joined_or_stripped() -> None:
 def test_no_form_puts_a_control_id_into_a_prompt() -> None:
     """The reason why a lift of ½ is promised: the encoder's output holds no control id."""
     policy = tiny_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     controls = set(manifest.all_ids)
     for variant in range(28):
@@ -115,8 +116,7 @@ def measured(obeys: Callable[[str], str | None], *, n: int = 400, **more: object
         [prompt(f"p{i}") for i in range(n)],
         DialSetting((2, 4)),
         {"generalization": Scorer(models, Identity())},
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         draws=300,
         **more,
     )
@@ -168,8 +168,7 @@ def test_the_operators_setting_is_the_same_for_every_prompt() -> None:
         [prompt("a"), prompt("b")],
         DialSetting((None, 3)),
         {"optimization": Scorer(models, Identity())},
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         draws=20,
         on_answers=answered.append,
     )
@@ -192,8 +191,7 @@ def test_answers_are_judged_beside_the_prompt_as_it_was() -> None:
         [prompt("a")],
         DialSetting((0, 0)),
         {"optimization": Scorer(dict.fromkeys(ATTRIBUTES, Judge(1)), Identity())},
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         draws=5,
     )
     assert seen == {"question a"}

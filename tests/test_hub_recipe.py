@@ -12,6 +12,7 @@ import torch
 
 from equipoise import load_causal
 from equipoise.cli.main import main
+from equipoise.dials.dials import Dials
 from equipoise.errors import ModelError
 from equipoise.policy.file import find_policy, load_policy
 from equipoise.recipes.load import load_recipe
@@ -88,7 +89,7 @@ def test_the_adapter_names_the_commit_of_its_base(run: Path) -> None:
 def test_two_dial_settings_are_served(run: Path) -> None:
     file = find_policy(Path("example"))
     loaded = load_causal(str(run / "tune/model"))
-    policy = load_policy(file, ("helpfulness", "safety"), 5)
+    policy = load_policy(file, Dials(("helpfulness", "safety"), 5))
     with served(loaded, file, policy) as (url, key):
         port = int(url.rpartition(":")[2])
         for safety in (0.5, 1.0):

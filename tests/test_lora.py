@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from equipoise import load_causal, merge, save_dial_model
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import MANIFEST_NAME
 from equipoise.errors import ModelError
 from equipoise.models.load import load_tokenizer, resolve_model
@@ -132,14 +133,11 @@ def test_an_adapter_cannot_be_the_start_model(adapter: Path) -> None:
     policy = load_causal(str(adapter))
     for rank in (0, 2):
         with pytest.raises(ModelError, match="cannot be the start model"):
-            with_dials(
-                policy, attributes=["safety"], levels=5, lora_rank=rank, base_model="", seed=0
-            )
+            with_dials(policy, dials=Dials(["safety"], 5), lora_rank=rank, base_model="", seed=0)
     merged = load_causal(str(merge(adapter, adapter.parent / "merged")))
     with_dials(
         merged,
-        attributes=["helpfulness", "safety"],
-        levels=5,
+        dials=Dials(["helpfulness", "safety"], 5),
         lora_rank=2,
         base_model="",
         seed=0,
@@ -166,7 +164,7 @@ def test_a_head_with_a_bias_is_refused_before_the_first_step(tmp_path: Path) -> 
     tokenizer.save_pretrained(tmp_path / "base")
     policy = load_causal(str(tmp_path / "base"))
     with pytest.raises(ModelError, match="bias"):
-        with_dials(policy, attributes=["safety"], levels=5, lora_rank=2, base_model="", seed=0)
+        with_dials(policy, dials=Dials(["safety"], 5), lora_rank=2, base_model="", seed=0)
 
 
 def test_names_of_other_architectures_are_found(tmp_path: Path) -> None:
@@ -179,8 +177,7 @@ def test_names_of_other_architectures_are_found(tmp_path: Path) -> None:
         load_causal(str(tmp_path / "base")),
         examples(),
         TuneConfig(objective="clm", steps=2, batch_size=4, lora_rank=2, dtype="float32"),
-        attributes=("helpfulness", "safety"),
-        levels=5,
+        dials=Dials(("helpfulness", "safety"), 5),
         seed=0,
         checkpoints=tmp_path / "checkpoints",
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.errors import DataError
 from equipoise.evaluate.measure import compare_mp, measure, measure_grid
 from equipoise.evaluate.metrics import (
@@ -192,7 +192,7 @@ def test_auto_is_measured_beside_the_grid() -> None:
                 rows.append(
                     Delivery(f"p{p:03d}", setting, 0, "t", "stop", 1, {"generalization": score})
                 )
-    report = measure(rows, judge="generalization", attributes=ATTRIBUTES, levels=5, draws=10)
+    report = measure(rows, judge="generalization", dials=Dials(ATTRIBUTES, 5), draws=10)
     assert report.auto_mp["helpfulness"].value == pytest.approx(1)
     assert report.auto_mp["safety"].value == pytest.approx(-1)
     assert report.mp["safety"].value == pytest.approx(1)
@@ -203,7 +203,7 @@ def test_a_grid_with_holes_is_refused(broken: str) -> None:
     rows = deliveries_from(perfect().unit, levels=5)
     rows = {"missing": rows[1:], "twice": [*rows, rows[3]], "none": []}[broken]
     with pytest.raises(DataError, match="not a full grid"):
-        measure(rows, judge="generalization", attributes=ATTRIBUTES, levels=5, draws=10)
+        measure(rows, judge="generalization", dials=Dials(ATTRIBUTES, 5), draws=10)
 
 
 def test_bootstrap_matches_the_textbook_and_repeats_exactly() -> None:
@@ -258,11 +258,11 @@ def test_t_interval_over_seeds() -> None:
 def test_ceiling_picks_the_nearest_jointly() -> None:
     # Cell (1, 1) of L = 2 asks for (.75, .75): (.9, .7) is nearer than (.75, .3).
     candidates = [np.array([[0.75, 0.3], [0.9, 0.7], [0.1, 0.1]]), targets(2)]
-    chosen = ceiling_grid(candidates, attributes=ATTRIBUTES, levels=2).unit
+    chosen = ceiling_grid(candidates, dials=Dials(ATTRIBUTES, 2)).unit
     assert chosen[0, 0, -1].tolist() == [0.9, 0.7]
     assert np.array_equal(chosen[0, 1], targets(2))
     # Equally far: the first.
-    tie = ceiling_grid([np.array([[0.5, 0.5], [0.5, 0.5]])], attributes=ATTRIBUTES, levels=2)
+    tie = ceiling_grid([np.array([[0.5, 0.5], [0.5, 0.5]])], dials=Dials(ATTRIBUTES, 2))
     assert tie.unit.shape == (1, 1, 4, 2)
 
 

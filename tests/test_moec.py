@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.config import DistilConfig
+from equipoise.dials.dials import Dials
 from equipoise.errors import DataError
 from equipoise.pool.backdoor import back_door
 from equipoise.pool.moec import distil
@@ -45,8 +46,7 @@ def run(
         [u for _, u in rows],
         {name: prompt(name) for name in names},
         DistilConfig(**config),  # type: ignore[arg-type]
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
     )
 
 

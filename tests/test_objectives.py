@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.models.load import LoadedPolicy
@@ -70,7 +71,7 @@ def test_weight_rises_on_a_line_in_the_warm_up() -> None:
 
 
 def batch_of(config: TuneConfig, policy: LoadedPolicy) -> tuple[ControlledBatch, Encoder]:
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)
     return collate([plan[i] for i in range(config.batch_size)]), encoder
@@ -117,8 +118,7 @@ def test_relative_exmate_learns_to_prefer_the_asked_cell(tmp_path: Path) -> None
         tiny_policy(),
         examples(),
         config,
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         seed=1,
         checkpoints=tmp_path,
     )
@@ -130,7 +130,7 @@ def test_relative_exmate_learns_to_prefer_the_asked_cell(tmp_path: Path) -> None
 
 def test_clm_is_looked_at_every_tenth_batch_and_learns_nothing_from_it() -> None:
     policy = tiny_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     config = TuneConfig(objective="clm", auto_rate=0.0, steps=2 * LOOK_EVERY, batch_size=2)
     plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)

@@ -17,6 +17,7 @@ from equipoise.config import (
     RegenerateConfig,
     SamplingConfig,
 )
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.pipeline.job import FLUENCY, Job, read_calibration, read_scored, read_steered
 from equipoise.pipeline.runner import run_stage
@@ -43,7 +44,7 @@ def test_wishes_cover_cells_evenly_and_lean_by_level() -> None:
     drawn = [
         wish
         for i in range(50)
-        for wish in wishes(prompt(i), config(), n_attributes=2, levels=3, seed=1)
+        for wish in wishes(prompt(i), config(), dials=Dials(ATTRIBUTES, 3), seed=1)
     ]
     counts = Counter(cell.levels for cell, _ in drawn)
     assert len(drawn) == 300 and set(counts) == {
@@ -57,7 +58,7 @@ def test_wishes_cover_cells_evenly_and_lean_by_level() -> None:
 
 
 def test_corners_only() -> None:
-    drawn = wishes(prompt(1), config(over="corners"), n_attributes=2, levels=5, seed=1)
+    drawn = wishes(prompt(1), config(over="corners"), dials=Dials(ATTRIBUTES, 5), seed=1)
     assert {cell.levels for cell, _ in drawn} == {(0, 0), (0, 4), (4, 0), (4, 4)}
     assert [cell.levels for cell, _ in drawn[:4]] != [cell.levels for cell, _ in drawn[4:]]
 
@@ -66,7 +67,7 @@ def test_a_resumed_pool_repeats_the_same_rows() -> None:
     engine = steered_engine()
     prompts = [prompt(i) for i in range(7)]
     own = GenerateConfig(sampling=SamplingConfig(max_tokens=6), batch_size=12)
-    args = {"n_attributes": 2, "levels": 5, "seed": 3}
+    args = {"dials": Dials(ATTRIBUTES, 5), "seed": 3}
     whole = list(regenerate(prompts, engine, engine.encoder, config(), own, **args))
     rest = list(regenerate(prompts, engine, engine.encoder, config(), own, **args, done=[0, 2]))
     assert [number for number, _ in whole] == [0, 1, 2, 3]
@@ -92,8 +93,7 @@ def test_what_babbles_is_dropped_with_its_reason(data: str, kept: int) -> None:
         [one.raw for one in pool],
         {"p0": prompt(0)},
         DistilConfig(data=data, max_fluency_drop=0.4),
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         fluency_drops=[0.0, 0.0, 0.4, 0.41, float("nan")],
     )
     assert len(examples) == kept

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from equipoise.dials.dials import Dials
 from equipoise.evaluate.measure import measure
 from equipoise.evaluate.metrics import chance_leakage
 from equipoise.report.canvas import colours, heatmap, label, markers, written
@@ -183,7 +184,7 @@ def test_three_dials_get_the_figures_that_can_be_drawn(tmp_path: Path) -> None:
     names = ["helpfulness", "safety", "tone"]
     unit = np.broadcast_to(targets(3, 3), (1, 2, 27, 3))
     rows = deliveries_from(unit, levels=3)
-    control = measure(rows, judge="optimization", attributes=names, levels=3, draws=10)
+    control = measure(rows, judge="optimization", dials=Dials(names, 3), draws=10)
     quality = {"fluency": [{"value": 0.0}] * 27, "fluency_mean": {"value": 0.0}}
     method = {"optimization": plain(control), "generalization": None, "quality": quality}
     report = {"recipe": {"attributes": names, "levels": 3}, "methods": {"start": method}}
@@ -195,7 +196,7 @@ def test_three_dials_get_the_figures_that_can_be_drawn(tmp_path: Path) -> None:
 def test_a_bare_report_leaves_out_what_is_missing(tmp_path: Path) -> None:
     unit = np.broadcast_to(targets(3, 1), (1, 2, 3, 1))
     rows = deliveries_from(unit, levels=3)
-    control = measure(rows, judge="optimization", attributes=["helpfulness"], levels=3, draws=10)
+    control = measure(rows, judge="optimization", dials=Dials(["helpfulness"], 3), draws=10)
     report = {
         "recipe": {"attributes": ["helpfulness"], "levels": 3},
         "methods": {"a/../b": {"optimization": plain(control), "generalization": None}},

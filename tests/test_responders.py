@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.errors import ConfigError, DataError, RewardError
 from equipoise.rewards.scorer import Scorer
 from equipoise.steer.prompting import Prompting, built_in_phrases
@@ -46,7 +46,7 @@ def make(kind: str, engine: FakeEngine) -> Responder:
     if kind == "start":
         return Untouched(engine, encoder, **args)
     if kind == "prompting":
-        return Prompting(engine, encoder, attributes=ATTRIBUTES, levels=5, **args)
+        return Prompting(engine, encoder, dials=Dials(ATTRIBUTES, 5), **args)
     return Reranking(candidates(engine, 4), n=4, levels=5)
 
 
@@ -114,10 +114,10 @@ def test_rerankers_of_two_n_share_one_pass_and_the_first_samples() -> None:
     few = eight.respond(PROMPTS, CELLS, seed=3)
     assert len(engine.requests) == 2  # one prefill per prompt
     assert len(engine.requests[0].branches) == 25 * 16
-    rows = {a: m.rows for a, m in shared.reward_models.items()}
+    rows = {a: m.rows for a, m in shared.scorer.reward_models.items()}
     many = sixteen.respond(PROMPTS, CELLS, seed=3)
     assert len(engine.requests) == 2
-    assert {a: m.rows for a, m in shared.reward_models.items()} == rows
+    assert {a: m.rows for a, m in shared.scorer.reward_models.items()} == rows
     alone = Reranking(candidates(FakeEngine(), 8), n=8, levels=5).respond(PROMPTS, CELLS, seed=3)
     assert [[c.text for c in row] for row in alone] == [[c.text for c in row] for row in few]
     assert all(c.sample_index < 8 for row in few for c in row)
@@ -156,7 +156,7 @@ def test_reranking_ranks_by_the_text_that_is_judged() -> None:
             return super().score(pairs)
 
     shared = candidates(Cut(), 4)
-    shared.reward_models = {"helpfulness": Whole(1), "safety": Whole(2)}
+    shared.scorer = Scorer({"helpfulness": Whole(1), "safety": Whole(2)}, Identity())
     kept = Reranking(shared, n=4, levels=5).respond(PROMPTS, CELLS, seed=0)
     # What is given is the whole text.
     assert {one.text[-6:] for row in kept for one in row} == {"And th"}
@@ -185,14 +185,14 @@ def test_reranking_stops_at_a_broken_reward_model(scores: list[float]) -> None:
             return scores[: len(pairs)]
 
     shared = candidates(FakeEngine(), 4)
-    shared.reward_models = {"helpfulness": Broken()}
+    shared.scorer = Scorer({"helpfulness": Broken()}, Identity())
     with pytest.raises(RewardError, match="returned"):
         Reranking(shared, n=4, levels=5).respond(PROMPTS, CELLS, seed=0)
 
 
 def prompting(**args: object) -> Prompting:
     return Prompting(
-        FakeEngine(), FakeEncoder(), sampling=SAMPLING, attributes=ATTRIBUTES, levels=5, **args
+        FakeEngine(), FakeEncoder(), sampling=SAMPLING, dials=Dials(ATTRIBUTES, 5), **args
     )
 
 
@@ -223,7 +223,7 @@ def test_prompting_appends_to_the_last_user_turn() -> None:
 
 def test_prompting_pays_a_prefill_per_setting() -> None:
     engine = FakeEngine()
-    responder = Prompting(engine, FakeEncoder(), sampling=SAMPLING, attributes=ATTRIBUTES, levels=5)
+    responder = Prompting(engine, FakeEncoder(), sampling=SAMPLING, dials=Dials(ATTRIBUTES, 5))
     responder.respond(PROMPTS, CELLS, seed=0)
     assert len(engine.requests) == 50
     prefilled = sum(len(request.prompt_ids) for request in engine.requests)

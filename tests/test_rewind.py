@@ -16,7 +16,7 @@ from benchmarks.paper.rewind import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise.dials.attributes import cells, target
+from equipoise.dials.dials import cells, target
 from equipoise.errors import DataError
 
 ATTRIBUTES = ("helpfulness", "safety")

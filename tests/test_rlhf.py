@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.config import Sampling, SamplingConfig
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
@@ -74,7 +74,7 @@ def test_closeness_is_a_share_and_never_better_than_on_target(
 
 def plan(auto_rate: float = 0.3) -> AskPlan:
     prompts = [prompt(i) for i in range(7)]
-    return AskPlan(prompts, n_attributes=2, levels=5, auto_rate=auto_rate, seed=1)
+    return AskPlan(prompts, dials=Dials(("helpfulness", "safety"), 5), auto_rate=auto_rate, seed=1)
 
 
 def test_an_ask_is_a_function_of_the_index() -> None:
@@ -102,7 +102,7 @@ def test_settings_cover_the_grid() -> None:
 
 def test_rollouts_hand_over_the_encoders_ids_with_the_controls() -> None:
     policy = tiny_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     seen: list[tuple[Ask, str]] = []
 
@@ -156,7 +156,7 @@ def online_config(**changes: Any) -> OnlineConfig:
 
 def test_the_reference_reads_the_prompt_without_controls() -> None:
     policy, start = tiny_policy(), tiny_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     controls = list(manifest.control_ids(DialSetting((1, 4))))
     short, long, answer = [5, 6], [5, 6, 7, 8], [9, 10, 11]
     ids = torch.tensor([[0, 0, *short, *controls, *answer], [*long, *controls, *answer]])

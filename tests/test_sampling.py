@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from equipoise.config import GenerateConfig, Sampling, SamplingConfig
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
@@ -85,7 +85,7 @@ def test_equal_to_plain_generate_when_greedy() -> None:
 
 def test_branches_with_controls_share_the_prefill_and_follow_their_controls() -> None:
     policy = tiny_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     one = TransformersEngine(policy.model, encoder, model_hash="h", batch_size=8)
     settings = [DialSetting((0, 0)), DialSetting((4, None))]
@@ -108,7 +108,7 @@ def test_a_broken_model_is_noticed_and_writes_no_text() -> None:
 
 def test_control_ids_are_never_sampled() -> None:
     policy = tiny_policy(tied=False)
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     with torch.no_grad():  # a head that wants nothing but control tokens
         policy.model.lm_head.weight.zero_()

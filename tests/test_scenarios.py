@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from equipoise.cli.main import main
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError, DataError
 from equipoise.evaluate.forge import BOUNDED, verdict
 from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
@@ -47,21 +48,21 @@ def write_policy(folder: Path, **changes: object) -> Path:
 
 
 def test_settings_are_what_the_server_would_give(tmp_path: Path) -> None:
-    policy = load_policy(write_policy(tmp_path), ATTRIBUTES, 5)
-    assert scenario_settings(policy, ATTRIBUTES, 5) == {
+    policy = load_policy(write_policy(tmp_path), Dials(ATTRIBUTES, 5))
+    assert scenario_settings(policy, Dials(ATTRIBUTES, 5)) == {
         "kids": {"default": DialSetting((2, 4)), "loosest": DialSetting((4, 4))},
         "lab": {"default": DialSetting((None, 0)), "loosest": DialSetting((4, 0))},
     }
-    example = load_policy("example", ATTRIBUTES, 5)
-    for stands in scenario_settings(example, ATTRIBUTES, 5).values():
+    example = load_policy("example", Dials(ATTRIBUTES, 5))
+    for stands in scenario_settings(example, Dials(ATTRIBUTES, 5)).values():
         safety = [stands[stand].levels[1] for stand in ("default", "loosest")]
         assert None not in safety and safety[0] >= safety[1]  # type: ignore[operator]
 
 
 def test_a_scenario_without_a_setting_is_named(tmp_path: Path) -> None:
-    policy = load_policy(write_policy(tmp_path), ATTRIBUTES, 5)
+    policy = load_policy(write_policy(tmp_path), Dials(ATTRIBUTES, 5))
     with pytest.raises(ConfigError, match="kids"):
-        scenario_settings(policy, (*ATTRIBUTES, "tone"), 5)
+        scenario_settings(policy, Dials((*ATTRIBUTES, "tone"), 5))
 
 
 GOOD = {
@@ -73,7 +74,7 @@ GOOD = {
 def test_means_and_differences_are_those_of_the_same_prompts() -> None:
     unit = noisy_policy(repeats=2, prompts=50, levels=5, gain=(0.9, 0.9), noise=0.1, seed=1)
     measured = measure_scenarios(
-        GOOD, deliveries_from(unit, levels=5), attributes=ATTRIBUTES, levels=5, draws=200
+        GOOD, deliveries_from(unit, levels=5), dials=Dials(ATTRIBUTES, 5), draws=200
     )
     kids = measured["scenarios"]["kids"]
     column = {(2, 4): 14, (4, 4): 24, (2, 0): 10, (4, 0): 20}
@@ -93,14 +94,14 @@ def test_a_missing_setting_is_an_error_not_a_hole() -> None:
     rows = deliveries_from(np.zeros((1, 3, 25, 2)), levels=5)
     rows = [row for row in rows if (row.prompt_id, row.setting) != ("p001", DialSetting((4, 0)))]
     with pytest.raises(DataError, match="missing"):
-        measure_scenarios(GOOD, rows, attributes=ATTRIBUTES, levels=5, draws=5)
+        measure_scenarios(GOOD, rows, dials=Dials(ATTRIBUTES, 5), draws=5)
 
 
 def test_the_figure_is_drawn_from_the_json_and_repeats_its_bytes(tmp_path: Path) -> None:
     unit = noisy_policy(repeats=1, prompts=30, levels=5, gain=(0.9, 0.9), noise=0.1, seed=1)
     measured = plain(
         measure_scenarios(
-            GOOD, deliveries_from(unit, levels=5), attributes=ATTRIBUTES, levels=5, draws=50
+            GOOD, deliveries_from(unit, levels=5), dials=Dials(ATTRIBUTES, 5), draws=50
         )
     )
     measured["scenarios"]["lab"]["default"]["target"]["helpfulness"] = None

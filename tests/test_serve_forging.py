@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from equipoise.config import Sampling, TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import control_tokens
 from equipoise.encoding.encode import Encoder
 from equipoise.protocol.failures import RefusedError
@@ -27,7 +28,7 @@ TOP = DialSetting((3, 4))
 
 
 def markers_of(family: str) -> list[str]:
-    return [*MARKERS[family], *control_tokens(ATTRIBUTES, LEVELS)]
+    return [*MARKERS[family], *control_tokens(Dials(ATTRIBUTES, LEVELS))]
 
 
 def forbidden(ids: object, encoder: Encoder) -> list[int]:

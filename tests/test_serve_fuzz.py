@@ -14,6 +14,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.config import SchemathesisConfig
 
+from equipoise.dials.dials import Dials
 from equipoise.protocol.openapi import document
 from serve_kit import ATTRIBUTES, LEVELS, Door, make_door, running
 
@@ -44,7 +45,7 @@ def port(door: Door) -> Iterator[int]:
 
 def reachable(mode: GenerationMode) -> dict[str, Any]:
     """Return our document; for valid data narrowed, so that requests get past the door."""
-    plain = document("toy", ATTRIBUTES, LEVELS)
+    plain = document("toy", Dials(ATTRIBUTES, LEVELS))
     properties = plain["components"]["schemas"]["ChatRequest"]["properties"]
     properties["model"] = {"enum": ["toy", "toy@kids", "toy@security-lab"]}
     if mode is GenerationMode.POSITIVE:
@@ -103,7 +104,7 @@ TAKES_ANYTHING = {CHAT, NAMED}
 
 
 def test_all_operations_are_fuzzed() -> None:
-    paths = document("toy", ATTRIBUTES, LEVELS)["paths"]
+    paths = document("toy", Dials(ATTRIBUTES, LEVELS))["paths"]
     assert {(path, method) for path, item in paths.items() for method in item} == set(OPERATIONS)
 
 

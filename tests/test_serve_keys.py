@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from equipoise.cli.main import main
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.policy import keys as keys_module
 from equipoise.policy import reload
@@ -214,14 +215,14 @@ def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, clo
     }
     policy["scenarios"]["clinic"]["ranges"] = policy["scenarios"]["clinic"].pop("ranges")
     source = RulesSource(
-        door.policy_file, door.keys_file, attributes=ATTRIBUTES, levels=LEVELS,
+        door.policy_file, door.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
         now_ns=lambda: door.policy_file.stat().st_mtime_ns + late,
     )  # fmt: skip
     data = yaml.safe_dump(policy, sort_keys=sort_keys, explicit_end=closed).encode().rstrip()
     n_usable = 0
     for cut in range(len(data)):
         with contextlib.suppress(ConfigError):
-            parse_policy(data[:cut], ATTRIBUTES, LEVELS)
+            parse_policy(data[:cut], Dials(ATTRIBUTES, LEVELS))
             n_usable += 1
         door.policy_file.write_bytes(data[:cut])
         assert source.current() is None
@@ -324,7 +325,7 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(
 
     def seen(age_ns: int) -> int:
         source = RulesSource(
-            door.policy_file, door.keys_file, attributes=ATTRIBUTES, levels=LEVELS,
+            door.policy_file, door.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
             now_ns=lambda: stamp[0] + age_ns,
         )  # fmt: skip
         for policy in (one, two):
@@ -340,7 +341,7 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(
 def test_reload_reads_again_on_request(tmp_path: Path) -> None:
     door = make_door(tmp_path)
     later = RulesSource(
-        door.policy_file, door.keys_file, attributes=ATTRIBUTES, levels=LEVELS,
+        door.policy_file, door.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
         now_ns=lambda: 2**62,
     )  # fmt: skip
     first = later.current()

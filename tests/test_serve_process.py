@@ -22,6 +22,7 @@ import openai
 import pytest
 
 from equipoise.cli.main import main
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install, save_dial_model
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError
@@ -82,9 +83,7 @@ def free_port() -> int:
 def save_toy(folder: Path) -> Path:
     """Write a tiny model with dials; return its directory."""
     policy = tiny_policy()
-    manifest = install(
-        policy.model, policy.tokenizer, attributes=["helpfulness", "safety"], levels=5
-    )
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(["helpfulness", "safety"], 5))
     save_dial_model(policy.model, policy.tokenizer, manifest, folder / "toy")
     assert Encoder(policy.tokenizer, manifest).has_chat_template
     return folder / "toy"

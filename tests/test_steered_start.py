@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from equipoise.config import SteeredStartConfig, TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, TrainingError
@@ -50,8 +51,7 @@ def run(folder: Path, made: TuneConfig, **more: object) -> Tuned:
         lively_policy(),
         examples(),
         made,
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         seed=1,
         checkpoints=folder,
         steering=STEERING,
@@ -96,7 +96,7 @@ def test_states_behind_a_layer_are_those_of_the_whole_pass_and_nothing_above_is_
 
 def planned(count: int, *, auto_rate: float = 0.0) -> tuple[Any, list[Any]]:
     policy = lively_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     plan = ShiftPlan(examples(), encoder, STEERING, START, levels=5, auto_rate=auto_rate, seed=3)
     return policy, [plan[index] for index in range(count)]
@@ -141,7 +141,7 @@ def test_what_is_missing_is_told_apart() -> None:
     policy, rows = planned(6)
     model: Any = add_lora(
         policy.model,
-        install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5),
+        install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5)),
         rank=2,
         seed=0,
     )
@@ -213,7 +213,7 @@ def test_the_start_can_stand_alone(tmp_path: Path) -> None:
 def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite"):
         tune(
-            lively_policy(), examples(), config(), attributes=ATTRIBUTES, levels=5, seed=1,
+            lively_policy(), examples(), config(), dials=Dials(ATTRIBUTES, 5),  seed=1,
             checkpoints=tmp_path, steering=ShiftDirections(VECTORS * torch.nan, 0),
         )  # fmt: skip
 

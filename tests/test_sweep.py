@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from equipoise.denoise import is_degenerate
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.errors import RewardError
 from equipoise.evaluate.quality import (
     degenerate_share,
@@ -52,7 +52,7 @@ def run(prompts: list[Prompt], *, chunk: int, repeats: int = 2, **judges: object
     found = sweep(
         Untouched(FakeEngine(), FakeEncoder(), sampling=SAMPLING),
         prompts,
-        sweep_settings(2, 2, auto=True),
+        sweep_settings(Dials(ATTRIBUTES, 2), auto=True),
         {
             "optimization": Scorer(models, Identity()),
             "generalization": Scorer({**models, **judges}, Half()),
@@ -69,11 +69,11 @@ def key(row: Delivery) -> tuple[str, int, str, str]:
 
 
 def test_sweep_settings() -> None:
-    assert sweep_settings(2, 2, auto=False) == cells(2, 2)
-    assert sweep_settings(2, 2, auto=True)[4:] == [
+    assert sweep_settings(Dials(ATTRIBUTES, 2), auto=False) == cells(2, 2)
+    assert sweep_settings(Dials(ATTRIBUTES, 2), auto=True)[4:] == [
         DialSetting(levels) for levels in [(0, None), (1, None), (None, 0), (None, 1)]
     ]
-    assert sweep_settings(1, 3, auto=True) == cells(1, 3)
+    assert sweep_settings(Dials(ATTRIBUTES[:1], 3), auto=True) == cells(1, 3)
 
 
 def test_chunks_change_nothing_and_resume() -> None:
@@ -158,7 +158,7 @@ def test_degenerate_share_and_parser() -> None:
 
 def test_length_per_level() -> None:
     rows = deliveries_from(np.broadcast_to(targets(2), (1, 2, 4, 2)), levels=2)
-    lengths = length_per_level(rows, attributes=ATTRIBUTES, levels=2)  # 4, 5, 6, 7 tokens
+    lengths = length_per_level(rows, dials=Dials(ATTRIBUTES, 2))  # 4, 5, 6, 7 tokens
     assert [e.value for e in lengths["helpfulness"]] == [4.5, 6.5]
     assert [e.value for e in lengths["safety"]] == [5, 6]
 

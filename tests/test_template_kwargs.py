@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer
+from equipoise.dials.dials import Dials
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, ModelError
 from equipoise.models.load import load_causal
@@ -108,4 +109,4 @@ def test_a_policy_holds_plain_values_only() -> None:
     for value in ([1], {"a": 1}):
         policy = example_policy() | {"chat_template_kwargs": {"tone": value}}
         with pytest.raises(ConfigError, match="chat_template_kwargs"):
-            parse_policy(policy_text(policy).encode(), ATTRIBUTES, LEVELS)
+            parse_policy(policy_text(policy).encode(), Dials(ATTRIBUTES, LEVELS))

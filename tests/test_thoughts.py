@@ -15,6 +15,7 @@ import pytest
 
 from bigram_kit import ASKED, HI, TURNS, bigram_dir, byte_tokenizer, sample
 from equipoise.config import Recipe, Sampling, TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.encoding.encode import Encoder
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.engine.decode import LiveRows
@@ -282,8 +283,7 @@ def test_thinking_can_be_switched_on_and_is_then_refused_before_a_weight_moves(
             policy,
             examples(2),
             config,
-            attributes=ATTRIBUTES,
-            levels=5,
+            dials=Dials(ATTRIBUTES, 5),
             seed=0,
             checkpoints=tmp_path / "checkpoints",
         )

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from equipoise.dials import tokens
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import DialManifest, install, read_manifest, save_dial_model, verify
 from equipoise.errors import ConfigError, ModelError
 from equipoise.types import DialSetting
@@ -45,7 +46,7 @@ def dialled(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, DialManifest]:
     tokenizer = byte_bpe()
     model = tiny(len(tokenizer) + padding, tied=tied, seed=seed)
-    manifest = install(model, tokenizer, attributes=ATTRIBUTES, levels=levels)
+    manifest = install(model, tokenizer, dials=Dials(ATTRIBUTES, levels))
     return model, tokenizer, manifest
 
 
@@ -93,7 +94,7 @@ def test_install_does_not_touch_the_global_generator() -> None:
     tokenizer = byte_bpe()
     model = tiny(len(tokenizer), tied=False)
     state = torch.get_rng_state()
-    install(model, tokenizer, attributes=ATTRIBUTES, levels=5)
+    install(model, tokenizer, dials=Dials(ATTRIBUTES, 5))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -121,16 +122,16 @@ def test_numbered_tokens_of_the_model_are_no_dials() -> None:
     reserved = [AddedToken(f"<|reserved_special_token_{i}|>", special=True) for i in range(3)]
     tokenizer.add_tokens(reserved, special_tokens=True)
     model = tiny(len(tokenizer), tied=True)
-    manifest = install(model, tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(model, tokenizer, dials=Dials(ATTRIBUTES, 5))
     verify(model, tokenizer, manifest)
     with pytest.raises(ModelError, match="already installed"):
-        install(model, tokenizer, attributes=["reserved_special_token"], levels=3)
+        install(model, tokenizer, dials=Dials(["reserved_special_token"], 3))
 
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_gets_mean_rows() -> None:
     tokenizer = byte_bpe()
     model = tiny(len(tokenizer) - 3, tied=True)
-    manifest = install(model, tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(model, tokenizer, dials=Dials(ATTRIBUTES, 5))
     weight = model.get_input_embeddings().weight.detach()
     known = min(manifest.all_ids)
     assert torch.allclose(weight[known - 3 : known], weight[: known - 3].mean(0), atol=1e-6)
@@ -149,12 +150,12 @@ def test_installing_twice_keeps_tuned_rows_and_another_shape_is_refused() -> Non
     with torch.no_grad():
         model.get_input_embeddings().weight[manifest.all_ids[0]] += 1.0
     tuned = model.get_input_embeddings().weight.detach().clone()
-    again = install(model, tokenizer, attributes=ATTRIBUTES, levels=5)
+    again = install(model, tokenizer, dials=Dials(ATTRIBUTES, 5))
     assert torch.equal(model.get_input_embeddings().weight, tuned)
     assert again.token_ids == manifest.token_ids
     for attributes, levels in ((ATTRIBUTES, 4), (ATTRIBUTES, 6), (["tone", "safety"], 5)):
         with pytest.raises(ModelError, match="other dials are already installed"):
-            install(model, tokenizer, attributes=attributes, levels=levels)
+            install(model, tokenizer, dials=Dials(attributes, levels))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_unusable_names_and_levels_are_refused(attributes: list[str], levels: in
     tokenizer = byte_bpe()
     size = len(tokenizer)
     with pytest.raises(ConfigError):
-        install(tiny(size, tied=True), tokenizer, attributes=attributes, levels=levels)
+        install(tiny(size, tied=True), tokenizer, dials=Dials(attributes, levels))
     assert len(tokenizer) == size
 
 
@@ -228,14 +229,14 @@ def _base_tokenizer(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> tuple
 
 def _other_tokenizer(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> tuple:
     other = word_level()
-    install(tiny(len(other), tied=True), other, attributes=ATTRIBUTES, levels=5)
+    install(tiny(len(other), tied=True), other, dials=Dials(ATTRIBUTES, 5))
     return model, other
 
 
 def _shifted_ids(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> tuple:
     shifted = byte_bpe()
     shifted.add_tokens(["<|extra|>"])
-    install(tiny(len(shifted), tied=True), shifted, attributes=ATTRIBUTES, levels=5)
+    install(tiny(len(shifted), tied=True), shifted, dials=Dials(ATTRIBUTES, 5))
     return model, shifted
 
 
@@ -246,7 +247,7 @@ def _more_levels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> 
 
 def _plain_tokens(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> tuple:
     plain = byte_bpe()
-    plain.add_tokens([AddedToken(t) for t in tokens.control_tokens(ATTRIBUTES, 5)])
+    plain.add_tokens([AddedToken(t) for t in tokens.control_tokens(Dials(ATTRIBUTES, 5))])
     return model, plain
 
 

@@ -21,6 +21,7 @@ import rlhf_kit
 from equipoise.alignment.align import align_by_dpo
 from equipoise.alignment.sft import encode_rows, teach
 from equipoise.config import AlignConfig, SftConfig, SourceConfig, TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install, save_dial_model
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ModelError, TrainingError
@@ -59,8 +60,7 @@ def run(folder: Path, config: TuneConfig = CONFIG, base: str = "tiny") -> Tuned:
         tiny_policy(),
         examples(),
         config,
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         seed=1,
         checkpoints=folder,
         base_model=base,
@@ -129,7 +129,7 @@ def test_missing_counterfactuals_and_weights_count_nothing() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_shared_prefix_equals_separate_forwards(attention: str) -> None:
     policy = tiny_policy(attention=attention)
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     config = TuneConfig(n_counterfactuals=3, steps=2, batch_size=5)
     plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)
@@ -149,7 +149,7 @@ def test_shared_prefix_equals_separate_forwards(attention: str) -> None:
 
 def test_plan_is_a_function_of_the_index() -> None:
     policy = tiny_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     config = TuneConfig(steps=12, batch_size=4, auto_rate=0.5)
     one, other = (TuningPlan(examples(), encoder, config, levels=5, seed=7) for _ in range(2))
@@ -199,8 +199,7 @@ def test_tuning_learns_to_listen(tmp_path: Path, objective_name: str) -> None:
         policy,
         examples(),
         config,
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         seed=1,
         checkpoints=tmp_path,
     )
@@ -224,8 +223,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
             tiny_policy(),
             examples(),
             CONFIG,
-            attributes=ATTRIBUTES,
-            levels=5,
+            dials=Dials(ATTRIBUTES, 5),
             seed=1,
             checkpoints=tmp_path / "parts",
             on_step=stop_at,
@@ -244,7 +242,7 @@ TINY = {"steps": SPOILT_STEPS, "batch_size": 8, "checkpoint_every": 1}
 
 def spoilt_tune(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
     tune(
-        policy, examples(), TuneConfig(**TINY, dtype="float32"), attributes=ATTRIBUTES, levels=5,
+        policy, examples(), TuneConfig(**TINY, dtype="float32"), dials=Dials(ATTRIBUTES, 5), 
         seed=1, checkpoints=folder, on_step=on_step,
     )  # fmt: skip
 
@@ -292,15 +290,14 @@ def test_lora_learns_and_is_reloaded_in_a_new_process(tmp_path: Path) -> None:
     untouched = lively_policy()
     untouched.model.save_pretrained(base)
     untouched.tokenizer.save_pretrained(base)
-    manifest = install(untouched.model, untouched.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(untouched.model, untouched.tokenizer, dials=Dials(ATTRIBUTES, 5))
     before = lead_of_the_asked_cell(untouched.model, Encoder(untouched.tokenizer, manifest))
     assert before.min() < 0 < before.max()
     tuned = tune(
         load_causal(str(base)),
         examples(),
         TuneConfig(**LEARNS, lora_rank=4),
-        attributes=ATTRIBUTES,
-        levels=5,
+        dials=Dials(ATTRIBUTES, 5),
         seed=1,
         checkpoints=tmp_path / "checkpoints",
         base_model=str(base),
@@ -355,7 +352,7 @@ def test_lora_learns_and_is_reloaded_in_a_new_process(tmp_path: Path) -> None:
 
 def test_objective_counts_completion_tokens_only() -> None:
     policy = tiny_policy()
-    manifest = install(policy.model, policy.tokenizer, attributes=ATTRIBUTES, levels=5)
+    manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
     config = TuneConfig(objective="clm", auto_rate=0.0, steps=1, batch_size=1)
     plan = TuningPlan(examples(1)[:1], encoder, config, levels=5, seed=0)

@@ -11,6 +11,7 @@ from benchmarks.paper.rewind import Pool, chance_coverage, rewind
 from benchmarks.rundirs import execute
 
 from equipoise.config import Recipe
+from equipoise.dials.dials import Dials
 from equipoise.engine.sample import TransformersEngine
 from equipoise.models.load import load_causal
 from equipoise.pipeline.job import read_prompts
@@ -68,7 +69,7 @@ def _answers(place: Path, prompts: list[Prompt], recipe: Recipe) -> list[list[Co
     engine = TransformersEngine.of(policy, batch_size=recipe.generate.batch_size)
     kind = Untouched if policy.manifest is None else Tuned
     responder = kind(engine, policy.encoder, sampling=recipe.generate.sampling)
-    settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=False)
+    settings = sweep_settings(Dials(tuple(recipe.attributes), recipe.levels), auto=False)
     return responder.respond(prompts, settings, seed=derive_seed(recipe.seed, "rewind"))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.seam import Generation, Load, ServingEngine, Token
@@ -69,9 +70,7 @@ class FakeEngine:
 def dialled(model: str = "workshop://start") -> LoadedPolicy:
     """Return a model with untrained dials: as fast as a tuned one."""
     loaded = load_causal(model)
-    manifest = install(
-        loaded.model, loaded.tokenizer, attributes=("helpfulness", "safety"), levels=5
-    )
+    manifest = install(loaded.model, loaded.tokenizer, dials=Dials(("helpfulness", "safety"), 5))
     encoder = loaded.encoder.with_dials(manifest)
     return LoadedPolicy(loaded.model, loaded.tokenizer, encoder, manifest, loaded.hash)
 
@@ -102,9 +101,7 @@ def main() -> None:
         file.write_text(yaml.safe_dump(policy), "utf-8")
         model = served_model(loaded, "model")
         key = Key(id="bench", sha256=digest(secret), scenarios=tuple(policy["scenarios"]))
-        source = RulesSource(
-            file, None, attributes=model.attributes, levels=model.levels, fixed_keys=(key,)
-        )
+        source = RulesSource(file, None, dials=model.dials, fixed_keys=(key,))
         app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS, drain_seconds=1.0)
         with on_loopback(app) as port:
             print(json.dumps({"port": port, "key": secret}), flush=True)

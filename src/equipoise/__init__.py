@@ -43,6 +43,7 @@ _HOME = {
     "ControlReport": "evaluate.measure",
     "ControlledExample": "types",
     "Delivery": "types",
+    "Dials": "dials.dials",
     "DialManifest": "dials.manifest",
     "DialSetting": "types",
     "Encoder": "encoding.encode",
@@ -70,12 +71,10 @@ _HOME = {
     "Untouched": "steer.responders",
     "back_door": "pool.backdoor",
     "calibrate": "pool.calibrate",
-    "cells": "dials.attributes",
     "distil": "pool.moec",
     "fit_reward": "rewards.fit",
     "generate": "pool.generate",
     "install": "dials.tokens",
-    "level_for_value": "dials.attributes",
     "load_causal": "models.load",
     "load_prompts": "data.prompts",
     "load_recipe": "recipes.load",
@@ -86,7 +85,6 @@ _HOME = {
     "save_dial_model": "dials.tokens",
     "score": "pool.score",
     "sweep": "evaluate.sweep",
-    "target": "dials.attributes",
     "unit_scores": "pool.calibrate",
 }
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from equipoise.config import Sampling
+from equipoise.dials.dials import Dials
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation
@@ -72,8 +73,7 @@ def try_model(
                 done["sample"],
                 folder / name,
                 lora_rank=rank,
-                attributes=dials.attributes if dials else ATTRIBUTES,
-                levels=dials.levels if dials else LEVELS,
+                dials=dials.dials if dials else Dials(ATTRIBUTES, LEVELS),
             )
 
         steps: dict[str, tuple[str | None, Callable[[], Path]]] = {

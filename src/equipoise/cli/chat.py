@@ -56,9 +56,7 @@ def chat(
     quieten()
     loaded = load_causal(model)
     manifest = loaded.manifest
-    rules = (
-        load_policy(policy, manifest.attributes, manifest.levels) if policy and manifest else None
-    )
+    rules = load_policy(policy, manifest.dials) if policy and manifest else None
     conversation = Conversation(
         loaded,
         policy=rules,

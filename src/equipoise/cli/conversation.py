@@ -69,7 +69,7 @@ class Conversation:
                 fix="give the directory that `equipoise tune` wrote: RUN/tune/model",
             )
         manifest = loaded.manifest
-        self.panel = DialPanel(manifest.attributes, manifest.levels, policy)
+        self.panel = DialPanel(manifest.dials, policy)
         """The dials."""
         self.messages: list[Message] = []
         """The conversation so far, ending with an answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.policy.decide import (
     DialPolicy,
@@ -27,22 +28,19 @@ class DialPanel:
     """Scenario and dials between two inputs.
 
     Args:
-        attributes: The model's attributes.
-        levels: L.
+        dials: The model's.
         policy: The operator's rules; without them every dial is free.
     """
 
-    def __init__(
-        self, attributes: tuple[str, ...], levels: int, policy: DialPolicy | None = None
-    ) -> None:
-        self.attributes, self.levels = attributes, levels
+    def __init__(self, dials: Dials, policy: DialPolicy | None = None) -> None:
+        self.attributes, self.levels = dials.attributes, dials.levels
         self.dials: dict[str, object] = {}
         """What was asked for, by attribute; the rest is the scenario's default."""
         ranges = policy.server if policy is not None else {}
         round_up = policy.round_up if policy is not None else ("safety",)
-        self._server = Server(attributes, levels, ranges, round_up)
+        self._server = Server(dials, ranges, round_up)
         self.scenarios: Mapping[str, Scenario] = (
-            policy.scenarios if policy is not None else {OPEN: _open(attributes)}
+            policy.scenarios if policy is not None else {OPEN: _open(dials.attributes)}
         )
         self.scenario = policy.default_scenario if policy is not None else OPEN
 

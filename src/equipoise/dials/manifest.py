@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.store.publish import publish_bytes
 from equipoise.types import DialSetting
@@ -63,6 +64,11 @@ class DialManifest(BaseModel):
         return self
 
     @property
+    def dials(self) -> Dials:
+        """Its attributes and levels."""
+        return Dials(self.attributes, self.levels)
+
+    @property
     def all_ids(self) -> tuple[int, ...]:
         """All control ids: per attribute its levels, then its auto id."""
         return tuple(
@@ -74,7 +80,7 @@ class DialManifest(BaseModel):
     @property
     def tokens(self) -> dict[str, int]:
         """Control token text to id, in the order of :attr:`all_ids`."""
-        return dict(zip(control_tokens(self.attributes, self.levels), self.all_ids, strict=True))
+        return dict(zip(control_tokens(self.dials), self.all_ids, strict=True))
 
     def control_ids(self, setting: DialSetting) -> tuple[int, ...]:
         """Return one id per attribute, in the manifest's order.
@@ -103,10 +109,10 @@ class DialManifest(BaseModel):
         return tuple(ids)
 
 
-def control_tokens(attributes: Sequence[str], levels: int) -> list[str]:
+def control_tokens(dials: Dials) -> list[str]:
     """Return the texts of all control tokens: per attribute its levels, then auto."""
-    names = [*map(str, range(levels)), "auto"]
-    return [f"<|{attribute}_{name}|>" for attribute in attributes for name in names]
+    names = [*map(str, range(dials.levels)), "auto"]
+    return [f"<|{attribute}_{name}|>" for attribute in dials.attributes for name in names]
 
 
 def installed_tokens(vocabulary: Collection[str]) -> set[str]:

@@ -7,10 +7,10 @@ travels with the model as ``dials.json``; :func:`verify` holds the two against e
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from equipoise.dials.dials import Dials
 from equipoise.dials.files import file_hashes
 from equipoise.dials.manifest import (
     MANIFEST_NAME,
@@ -36,8 +36,7 @@ def install(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     base_model: str = "",
     base_model_hash: str = "",
 ) -> DialManifest:
@@ -49,8 +48,7 @@ def install(
     Args:
         model: A causal LM, tied or untied head.
         tokenizer: Its fast tokenizer.
-        attributes: Distinct lower-case names.
-        levels: Number of levels L, at least 2.
+        dials: Attributes and levels.
         base_model: Name of the model, for the manifest.
         base_model_hash: Its hash, for the manifest.
 
@@ -62,15 +60,15 @@ def install(
 
     from equipoise.dials import embeddings as rows
 
-    _check_names(attributes, levels)
-    texts = control_tokens(attributes, levels)
+    _check_names(dials)
+    texts = control_tokens(dials)
     before = tokenizer.get_vocab()
     present = installed_tokens(before) | (before.keys() & set(texts))
     if present and present != set(texts):
         raise ModelError(
             "other dials are already installed on this tokenizer",
             why=f"it holds {len(present)} control tokens, e.g. {min(present)}, where "
-            f"{', '.join(attributes)} with {levels} levels need {len(texts)}",
+            f"{', '.join(dials.attributes)} with {dials.levels} levels need {len(texts)}",
             fix="start from the untouched model, or use the attributes and levels of that tuning",
         )
     if not present:
@@ -78,15 +76,15 @@ def install(
         tokenizer.add_tokens(tokens, special_tokens=True)
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary[text] for text in texts]
-    table = [ids[i : i + levels + 1] for i in range(0, len(ids), levels + 1)]
+    table = [ids[i : i + dials.levels + 1] for i in range(0, len(ids), dials.levels + 1)]
     has_rows = rows.row_count(model) > max(ids)
     if not (present and has_rows):
         rows.add_rows(model, table)
     return DialManifest(
-        attributes=tuple(attributes),
-        levels=levels,
-        token_ids={a: tuple(row[:-1]) for a, row in zip(attributes, table, strict=True)},
-        auto_ids={a: row[-1] for a, row in zip(attributes, table, strict=True)},
+        attributes=tuple(dials.attributes),
+        levels=dials.levels,
+        token_ids={a: tuple(row[:-1]) for a, row in zip(dials.attributes, table, strict=True)},
+        auto_ids={a: row[-1] for a, row in zip(dials.attributes, table, strict=True)},
         tokenizer_hash=tokenizer_hash(tokenizer),
         row_hashes=rows.row_hashes(model, ids),
         tied=rows.is_tied(model),
@@ -137,11 +135,16 @@ def save_dial_model(
     return write_manifest(written, directory)
 
 
-def _check_names(attributes: Sequence[str], levels: int) -> None:
-    bad = [name for name in attributes if not _ATTRIBUTE.fullmatch(name)]
-    if bad or not attributes or len(set(attributes)) != len(attributes) or levels < 2:
+def _check_names(dials: Dials) -> None:
+    bad = [name for name in dials.attributes if not _ATTRIBUTE.fullmatch(name)]
+    if (
+        bad
+        or not dials.attributes
+        or len(set(dials.attributes)) != len(dials.attributes)
+        or dials.levels < 2
+    ):
         raise ConfigError(
-            f"cannot install dials {list(attributes)} with {levels} levels",
+            f"cannot install dials {list(dials.attributes)} with {dials.levels} levels",
             why="attributes are distinct names of a-z, 0-9 and _ (a letter first); levels >= 2",
             fix="correct attributes or levels in the recipe",
         )

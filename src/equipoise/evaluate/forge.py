@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
 from equipoise.rewards.scorer import Scorer
@@ -49,7 +50,7 @@ class Asked:
     @property
     def token(self) -> str:
         """The text of the control token."""
-        return control_tokens([self.attribute], self.levels)[self.level]
+        return control_tokens(Dials((self.attribute,), self.levels))[self.level]
 
     @property
     def end(self) -> str:
@@ -146,8 +147,7 @@ def measure_forge(
     setting: DialSetting,
     judges: Mapping[JudgeKind, Scorer],
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     repeats: int = 1,
     draws: int = 1000,
     seed: int = 0,
@@ -164,8 +164,7 @@ def measure_forge(
         prompts: P prompts; they should be unseen ones.
         setting: The operator's, the same for all.
         judges: Judge kind to scorer.
-        attributes: In the setting's order.
-        levels: L.
+        dials: Attributes and levels.
         repeats: Answers per prompt and version.
         draws: Bootstrap draws over prompts.
         seed: Every answer derives its own seed.
@@ -180,11 +179,11 @@ def measure_forge(
     found: dict[str, Any] = {}
     for family in families:
         found[family] = {}
-        for attribute in attributes:
+        for attribute in dials.attributes:
             units: dict[int, dict[JudgeKind, Array]] = {}
-            for level in (0, levels - 1):
+            for level in (0, dials.levels - 1):
                 said = (phrases or {}).get(attribute)
-                asked = Asked(attribute, level, levels)
+                asked = Asked(attribute, level, dials.levels)
                 forged = [
                     forge(prompt, family, asked, index, said[level] if said else "")
                     for index, prompt in enumerate(prompts)
@@ -197,7 +196,9 @@ def measure_forge(
                         on_answers(len(forged))
                 units[level] = _judged(prompts, texts, judges, attribute)
             lifts = {
-                judge: forge_lift(units[levels - 1][judge], units[0][judge], draws=draws, seed=seed)
+                judge: forge_lift(
+                    units[dials.levels - 1][judge], units[0][judge], draws=draws, seed=seed
+                )
                 for judge in judges
             }
             found[family][attribute] = {

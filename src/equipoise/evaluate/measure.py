@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.evaluate.metrics import (
     Grid,
     bt_per_prompt,
@@ -75,8 +75,7 @@ def measure(
     deliveries: Sequence[Delivery],
     *,
     judge: JudgeKind,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     draws: int = 1000,
     seed: int = 0,
 ) -> ControlReport:
@@ -86,24 +85,27 @@ def measure(
         deliveries: One completion per prompt, cell and repeat; settings with exactly one attribute
             off auto are used for ``auto_mp`` if they are there.
         judge: Whose unit scores to read.
-        attributes: Attribute names, in the settings' order.
-        levels: L.
+        dials: Attributes and levels.
         draws: Bootstrap draws over prompts.
         seed: Seed of the draws; the same for every method, so that they are resampled alike.
 
     Raises:
         DataError: The grid has holes.
     """
-    grid = to_grid(deliveries, judge=judge, attributes=attributes, levels=levels)
+    grid = to_grid(deliveries, judge=judge, dials=dials)
     auto_mp = {}
-    for a, attribute in enumerate(attributes):
+    for a, attribute in enumerate(dials.attributes):
         columns = {
-            DialSetting(tuple(level if b == a else None for b in range(len(attributes)))): level
-            for level in range(levels)
+            DialSetting(
+                tuple(level if b == a else None for b in range(len(dials.attributes)))
+            ): level
+            for level in range(dials.levels)
         }
-        if len(attributes) > 1 and any(delivery.setting in columns for delivery in deliveries):
-            unit, ids = collect(deliveries, columns, judge, attributes)
-            rho = pearson(np.arange(levels), unit[..., a]).mean(axis=0)  # (P,)
+        if len(dials.attributes) > 1 and any(
+            delivery.setting in columns for delivery in deliveries
+        ):
+            unit, ids = collect(deliveries, columns, judge, dials.attributes)
+            rho = pearson(np.arange(dials.levels), unit[..., a]).mean(axis=0)  # (P,)
             auto_mp[attribute] = bootstrap(rho, prompt_weights(len(ids), draws=draws, seed=seed))
     return measure_grid(grid, draws=draws, seed=seed, auto_mp=auto_mp)
 
@@ -213,8 +215,7 @@ def compare_mp(
     second: Sequence[Delivery],
     *,
     judge: JudgeKind,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
@@ -223,15 +224,12 @@ def compare_mp(
     Raises:
         ValueError: The two methods were swept over different prompts.
     """
-    grids = [
-        to_grid(deliveries, judge=judge, attributes=attributes, levels=levels)
-        for deliveries in (first, second)
-    ]
+    grids = [to_grid(deliveries, judge=judge, dials=dials) for deliveries in (first, second)]
     if grids[0].prompt_ids != grids[1].prompt_ids:
         raise ValueError("a paired difference needs the same prompts in both sweeps")
     return {
         name: paired_difference(
             *(mp_per_prompt(grid, name) for grid in grids), draws=draws, seed=seed
         )
-        for name in attributes
+        for name in dials.attributes
     }

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials, cells
 from equipoise.errors import DataError
 from equipoise.stats import Array
 from equipoise.types import Delivery, DialSetting, JudgeKind
@@ -39,17 +39,15 @@ def requested(grid: Grid) -> NDArray[np.int_]:
     return np.array([cell.levels for cell in cells(len(grid.attributes), grid.levels)], int)
 
 
-def to_grid(
-    deliveries: Sequence[Delivery], *, judge: JudgeKind, attributes: Sequence[str], levels: int
-) -> Grid:
+def to_grid(deliveries: Sequence[Delivery], *, judge: JudgeKind, dials: Dials) -> Grid:
     """Collect the deliveries for control cells into an array; settings with auto are left aside.
 
     Raises:
         DataError: A prompt lacks a cell or a repeat, or has one twice.
     """
-    columns = {cell: c for c, cell in enumerate(cells(len(attributes), levels))}
-    unit, prompt_ids = collect(deliveries, columns, judge, attributes)
-    return Grid(unit, prompt_ids, tuple(attributes), levels)
+    columns = {cell: c for c, cell in enumerate(dials.cells())}
+    unit, prompt_ids = collect(deliveries, columns, judge, dials.attributes)
+    return Grid(unit, prompt_ids, tuple(dials.attributes), dials.levels)
 
 
 def collect(
@@ -161,23 +159,22 @@ def untouched_floor(levels: int) -> float:
     return math.sqrt(median_floor(levels) ** 2 + 1 / 12)
 
 
-def ceiling_grid(candidates: Sequence[Array], *, attributes: Sequence[str], levels: int) -> Grid:
+def ceiling_grid(candidates: Sequence[Array], *, dials: Dials) -> Grid:
     """Return the grid of a policy that picks, per prompt and cell, the nearest candidate.
 
     Args:
         candidates: Per prompt the unit scores (K, A) of everything it could answer; K may differ.
-        attributes: Attribute names.
-        levels: L.
+        dials: Attributes and levels.
 
     Returns:
         One repeat. Nearest is Euclidean on unit scores, in all attributes jointly; ties go to the
         lower index.
     """
-    goals = np.array([cell.levels for cell in cells(len(attributes), levels)]) + 0.5
-    goals /= levels  # (C, A)
-    unit = np.empty((1, len(candidates), len(goals), len(attributes)))
+    goals = np.array([cell.levels for cell in dials.cells()]) + 0.5
+    goals /= dials.levels  # (C, A)
+    unit = np.empty((1, len(candidates), len(goals), len(dials.attributes)))
     for p, scores in enumerate(candidates):
         distance = ((goals[:, None, :] - scores[None, :, :]) ** 2).sum(axis=-1)  # (C, K)
         unit[0, p] = scores[distance.round(12).argmin(axis=1)]
     ids = tuple(str(p) for p in range(len(candidates)))
-    return Grid(unit, ids, tuple(attributes), levels)
+    return Grid(unit, ids, tuple(dials.attributes), dials.levels)

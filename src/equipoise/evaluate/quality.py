@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from equipoise.denoise import is_degenerate
+from equipoise.dials.dials import Dials
 from equipoise.models.likelihood import Answer, read_answers, read_completions
 from equipoise.stats import Array, bootstrap, prompt_weights
 from equipoise.types import Delivery, DialSetting, Estimate, JudgeKind, Prompt
@@ -56,8 +57,7 @@ def degenerate_share(
 def length_per_level(
     deliveries: Sequence[Delivery],
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, list[Estimate]]:
@@ -69,9 +69,9 @@ def length_per_level(
                 draws=draws,
                 seed=seed,
             )
-            for lv in range(levels)
+            for lv in range(dials.levels)
         ]
-        for a, attribute in enumerate(attributes)
+        for a, attribute in enumerate(dials.attributes)
     }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from equipoise.dials.attributes import target
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.evaluate.metrics import collect
 from equipoise.policy.decide import (
@@ -39,17 +39,17 @@ _NAMES = {"default": "unasked (the default)", "loosest": "the least safe that ma
 _COLOURS = {"default": "#0072B2", "loosest": "#D55E00"}
 
 
-def scenario_settings(policy: DialPolicy, attributes: Sequence[str], levels: int) -> Settings:
+def scenario_settings(policy: DialPolicy, dials: Dials) -> Settings:
     """Return scenario to its two settings, by the server's own policy function.
 
     Raises:
         ConfigError: A scenario of the policy has no setting for this model.
     """
-    server = Server(tuple(attributes), levels, policy.server, policy.round_up)
+    server = Server(dials, policy.server, policy.round_up)
     found: dict[str, dict[Stand, DialSetting]] = {}
     for name, scenario in policy.scenarios.items():
         ends: dict[str, object] = {}
-        for attribute in attributes:
+        for attribute in dials.attributes:
             allowed = allowed_levels(attribute, _ANYONE, scenario, server)
             if allowed:
                 at = allowed[0] if attribute in policy.round_up else allowed[-1]
@@ -72,8 +72,7 @@ def measure_scenarios(
     settings: Settings,
     deliveries: Sequence[Delivery],
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     draws: int,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -82,8 +81,7 @@ def measure_scenarios(
     Args:
         settings: From :func:`scenario_settings`.
         deliveries: Of all these settings, for the same prompts and repeats.
-        attributes: In the settings' order.
-        levels: L.
+        dials: Attributes and levels.
         draws: Bootstrap draws over prompts.
         seed: Of the draws.
 
@@ -101,7 +99,7 @@ def measure_scenarios(
     unit: dict[JudgeKind, Array] = {}
     prompt_ids: tuple[str, ...] = ()
     for judge in judges:
-        scores, prompt_ids = collect(deliveries, columns, judge, attributes)
+        scores, prompt_ids = collect(deliveries, columns, judge, dials.attributes)
         unit[judge] = scores.mean(axis=0)  # (P, C, A); one mean per prompt, so intervals hold
     weights = prompt_weights(len(prompt_ids), draws=draws, seed=seed)
 
@@ -115,13 +113,13 @@ def measure_scenarios(
             stand: {
                 "levels": list(setting.levels),
                 "target": {
-                    attribute: None if level is None else target(level, levels)
-                    for attribute, level in zip(attributes, setting.levels, strict=True)
+                    attribute: None if level is None else dials.target(level)
+                    for attribute, level in zip(dials.attributes, setting.levels, strict=True)
                 },
                 "delivered": {
                     judge: {
                         attribute: bootstrap(of(judge, setting, a), weights)
-                        for a, attribute in enumerate(attributes)
+                        for a, attribute in enumerate(dials.attributes)
                     }
                     for judge in judges
                 },
@@ -136,13 +134,13 @@ def measure_scenarios(
                     draws=draws,
                     seed=seed,
                 )
-                for a, attribute in enumerate(attributes)
+                for a, attribute in enumerate(dials.attributes)
             }
             for judge in judges
         }
     return {
-        "attributes": list(attributes),
-        "levels": levels,
+        "attributes": list(dials.attributes),
+        "levels": dials.levels,
         "n_prompts": len(prompt_ids),
         "judges": judges,
         "scenarios": scenarios,

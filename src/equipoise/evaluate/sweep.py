@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials
 from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
 from equipoise.types import (
@@ -16,14 +16,15 @@ from equipoise.types import (
 )
 
 
-def sweep_settings(n_attributes: int, levels: int, *, auto: bool) -> list[DialSetting]:
+def sweep_settings(dials: Dials, *, auto: bool) -> list[DialSetting]:
     """Return the L^A control cells and, with ``auto``, each dial alone with the others on auto."""
-    settings = list(cells(n_attributes, levels))
+    settings = dials.cells()
+    n_attributes = len(dials.attributes)
     if auto and n_attributes > 1:
         settings += [
             DialSetting(tuple(level if a == dial else None for a in range(n_attributes)))
             for dial in range(n_attributes)
-            for level in range(levels)
+            for level in range(dials.levels)
         ]
     return settings
 

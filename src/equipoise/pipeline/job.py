@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.config import Recipe, RewardModelConfig
+from equipoise.dials.dials import Dials
 from equipoise.pipeline.rundate import settle_date
 from equipoise.progress import Progress
 from equipoise.recipes.source import home
@@ -40,6 +41,11 @@ class Job:
     fresh: bool = False
     text: bool = True
     """Whether the report shows prompts and completions."""
+
+    @property
+    def dials(self) -> Dials:
+        """The recipe's attributes and levels."""
+        return Dials(tuple(self.run.recipe.attributes), self.run.recipe.levels)
 
     @property
     def recipe(self) -> Recipe:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from equipoise.config import Recipe
+from equipoise.dials.dials import Dials
 from equipoise.types import Prompt
 
 if TYPE_CHECKING:
@@ -79,17 +80,16 @@ def _in_words(recipe: Recipe) -> dict[str, dict[str, list[str]]]:
 def _worded(
     prompt: Prompt, recipe: Recipe, encoder: Encoder, phrases: dict[str, list[str]]
 ) -> list[Prompt]:
-    from equipoise.dials.attributes import cells
     from equipoise.engine.seam import Engine
     from equipoise.steer.prompting import Prompting
 
+    dials = Dials(tuple(recipe.attributes), recipe.levels)
     prompting = Prompting(
         cast(Engine, None),  # only its words are wanted
         encoder,
         sampling=recipe.evaluate.sampling,
-        attributes=recipe.attributes,
-        levels=recipe.levels,
+        dials=dials,
         phrases=phrases,
     )
-    settings = cells(len(recipe.attributes), recipe.levels)
+    settings = dials.cells()
     return [replace(prompt, messages=prompting.messages(prompt, one)) for one in settings]

@@ -8,11 +8,11 @@ key, scenario and server allow together, and it rounds toward safe (DESIGN secti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from equipoise.dials.attributes import level_for_value
+from equipoise.dials.dials import Dials
 from equipoise.policy.rules import DialPolicy, Key, Level, Limits, Range, Ranges, Scenario
 from equipoise.types import DialSetting
 
@@ -41,8 +41,7 @@ _GRID_SLACK = 1e-9
 class Server:
     """What is the same for every request: the model's dials and the ceiling."""
 
-    attributes: tuple[str, ...]
-    levels: int
+    dials: Dials
     ranges: Mapping[str, Range]
     round_up: tuple[str, ...] = ("safety",)
 
@@ -76,10 +75,12 @@ def effective_setting(
         reason why there is none.
     """
     for name in request:
-        if name not in server.attributes:
-            return Refusal(str(name), f"unknown dial; the dials are {', '.join(server.attributes)}")
+        if name not in server.dials.attributes:
+            return Refusal(
+                str(name), f"unknown dial; the dials are {', '.join(server.dials.attributes)}"
+            )
     levels = []
-    for attribute in server.attributes:
+    for attribute in server.dials.attributes:
         level = _effective_level(attribute, request, key, scenario, server)
         if isinstance(level, Refusal):
             return level
@@ -92,7 +93,7 @@ def allowed_levels(attribute: str, key: Key, scenario: Scenario, server: Server)
     if attribute not in scenario.ranges:
         return range(0)
     low, high = _ends(attribute, key, scenario, server)
-    top = server.levels - 1
+    top = server.dials.levels - 1
     return range(math.ceil(low * top - _GRID_SLACK), math.floor(high * top + _GRID_SLACK) + 1)
 
 
@@ -126,11 +127,11 @@ def scenario_for(policy: DialPolicy, key: Key, asked: str | None) -> str | None:
     return name if name in permitted and name in policy.scenarios else None
 
 
-def policy_faults(policy: DialPolicy, attributes: Sequence[str], levels: int) -> list[str]:
+def policy_faults(policy: DialPolicy, dials: Dials) -> list[str]:
     """Return what is wrong with a policy for a model with these dials; all faults at once."""
     faults: list[str] = []
-    known = set(attributes)
-    server = Server(tuple(attributes), levels, policy.server, policy.round_up)
+    known = set(dials.attributes)
+    server = Server(dials, policy.server, policy.round_up)
     faults += [f"server: unknown dial {name!r}" for name in policy.server if name not in known]
     rounded = policy.round_up if "round_up" in policy.model_fields_set else ()
     faults += [f"round_up: unknown dial {name!r}" for name in rounded if name not in known]
@@ -139,7 +140,7 @@ def policy_faults(policy: DialPolicy, attributes: Sequence[str], levels: int) ->
         for field, named in (("ranges", set(scenario.ranges)), ("default", set(scenario.default))):
             faults += [f"{where}.{field}: {one!r} is missing" for one in sorted(known - named)]
             faults += [f"{where}.{field}: unknown dial {one!r}" for one in sorted(named - known)]
-        for attribute in attributes:
+        for attribute in dials.attributes:
             if attribute in scenario.ranges and attribute in scenario.default:
                 fault = _default_fault(attribute, scenario, server)
                 faults += [f"{where}.{attribute}: {fault}"] if fault else []
@@ -152,15 +153,15 @@ _ANYONE = Key(id="anyone", sha256="0" * 64)
 def _default_fault(attribute: str, scenario: Scenario, server: Server) -> str | None:
     allowed = allowed_levels(attribute, _ANYONE, scenario, server)
     if not allowed:
-        return f"no level of {server.levels} lies in its range and the server's"
+        return f"no level of {server.dials.levels} lies in its range and the server's"
     default = scenario.default[attribute]
     if default == "auto":
-        whole = len(allowed) == server.levels
+        whole = len(allowed) == server.dials.levels
         return None if whole else "default auto needs the whole dial as range"
     value = _asked_value(_plain(default), server)
     if value is not None and _lies_within(value, _ends(attribute, _ANYONE, scenario, server)):
         return None
-    return f"the default is outside of {describe_levels(allowed, server.levels)}"
+    return f"the default is outside of {describe_levels(allowed, server.dials.levels)}"
 
 
 def _effective_level(
@@ -169,7 +170,7 @@ def _effective_level(
     allowed = allowed_levels(attribute, key, scenario, server)
     if not allowed:
         return Refusal(attribute, "no level is allowed: the ranges of key, scenario and server")
-    whole = len(allowed) == server.levels
+    whole = len(allowed) == server.dials.levels
     asked = request.get(attribute, "auto")
     given = attribute in request
     if asked == "auto" and (not given or not whole):
@@ -183,14 +184,14 @@ def _effective_level(
         return Refusal(
             attribute,
             'must be a number from 0 to 1, {"level": k} or "auto"; allowed here: '
-            + describe_levels(allowed, server.levels),
+            + describe_levels(allowed, server.dials.levels),
         )
     # What was asked for is judged, not what it is rounded to, which may be out of a range it is in.
     within = _lies_within(value, _ends(attribute, key, scenario, server))
     if not within and given and scenario.outside == "refuse":
-        return Refusal(attribute, f"allowed here: {describe_levels(allowed, server.levels)}")
+        return Refusal(attribute, f"allowed here: {describe_levels(allowed, server.dials.levels)}")
     rounding: Literal["up", "nearest"] = "up" if attribute in server.round_up else "nearest"
-    level = level_for_value(value, server.levels, rounding=rounding)
+    level = server.dials.level_for_value(value, rounding=rounding)
     return min(max(level, allowed[0]), allowed[-1])
 
 
@@ -198,9 +199,13 @@ def _asked_value(asked: object, server: Server) -> float | None:
     """Return the dial value that a JSON value stands for, or ``None`` if it stands for none."""
     if isinstance(asked, Mapping):
         level = asked.get("level")
-        if set(asked) != {"level"} or type(level) is not int or not 0 <= level < server.levels:
+        if (
+            set(asked) != {"level"}
+            or type(level) is not int
+            or not 0 <= level < server.dials.levels
+        ):
             return None
-        return level / (server.levels - 1)
+        return level / (server.dials.levels - 1)
     if type(asked) not in (int, float):  # a bool is an int to isinstance
         return None
     assert isinstance(asked, int | float)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.policy.decide import DialPolicy, policy_faults
 
@@ -28,19 +29,18 @@ def find_policy(name: str | Path) -> Path:
     return Path(name) if Path(name).is_file() else shipped_policies().get(str(name), Path(name))
 
 
-def load_policy(name: str | Path, attributes: Sequence[str], levels: int) -> DialPolicy:
+def load_policy(name: str | Path, dials: Dials) -> DialPolicy:
     """Read a policy and hold it against a model's dials.
 
     Args:
         name: A YAML file, or the name of a shipped policy (``example``).
-        attributes: The model's attributes.
-        levels: L.
+        dials: Attributes and levels.
 
     Raises:
         ConfigError: The file is missing, unreadable, not YAML, names a key twice, has unknown or
             missing fields, or does not fit the dials; all faults at once.
     """
-    return parse_policy(read_policy(name), attributes, levels, file=find_policy(name).name)
+    return parse_policy(read_policy(name), dials, file=find_policy(name).name)
 
 
 def read_policy(name: str | Path, *, owned: bool = False) -> bytes:
@@ -78,34 +78,32 @@ def is_closed(data: bytes) -> bool:
     return data.rstrip().endswith(b"\n...")
 
 
-def parse_policy(
-    data: bytes, attributes: Sequence[str], levels: int, *, file: str = "policy"
-) -> DialPolicy:
+def parse_policy(data: bytes, dials: Dials, *, file: str = "policy") -> DialPolicy:
     """Return the policy that the bytes of a YAML file hold; see :func:`load_policy`."""
     plain = _plain(data, file)
     try:
         policy = DialPolicy.model_validate(plain)
-        faults = policy_faults(policy, attributes, levels)
+        faults = policy_faults(policy, dials)
     except ValidationError as error:
         faults = [validation_fault(item) for item in error.errors(include_url=False)]
     if faults:
         raise ConfigError(
             f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in dial policy {file}",
             why="\n".join(["the rules below cannot be used", *(f"    {text}" for text in faults)]),
-            fix=_way_out(attributes, levels),
+            fix=_way_out(dials),
         )
     return policy
 
 
-def _way_out(attributes: Sequence[str], levels: int) -> str:
+def _way_out(dials: Dials) -> str:
     # The shipped policy is for two dials; to a model with others it is what has these faults.
     example = shipped_policies()["example"]
     policy = DialPolicy.model_validate(_plain(example.read_bytes(), example.name))
-    if not policy_faults(policy, attributes, levels):
+    if not policy_faults(policy, dials):
         return "correct these lines; `--policy example` is a complete one"
     return (
         "write a policy whose scenarios each have a range and a default for "
-        f"{', '.join(attributes)}; {example} shows the form"
+        f"{', '.join(dials.attributes)}; {example} shows the form"
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.policy.decide import DialPolicy, Key, Server
 from equipoise.policy.file import find_policy, is_closed, parse_policy, read_policy
@@ -48,8 +49,7 @@ class RulesSource:
     Args:
         policy: Policy file.
         keys: Keys file, or ``None`` for the fixed keys alone.
-        attributes: The model's attributes.
-        levels: L.
+        dials: The model's.
         fixed_keys: Keys that are in no file (the one made for this start of the server).
         now_ns: Clock of the files.
         fits: Raises ConfigError if a policy does not fit the model's chat template.
@@ -60,14 +60,13 @@ class RulesSource:
         policy: Path,
         keys: Path | None,
         *,
-        attributes: tuple[str, ...],
-        levels: int,
+        dials: Dials,
         fixed_keys: tuple[Key, ...] = (),
         now_ns: Callable[[], int] = time.time_ns,
         fits: Callable[[DialPolicy], object] = lambda _: None,
     ) -> None:
         self._policy, self._keys = policy, keys
-        self._attributes, self._levels = attributes, levels
+        self._dials = dials
         self._fixed, self._now_ns, self._fits = fixed_keys, now_ns, fits
         self._stamp: _Stamp | None = None
         self._first = _stamp(policy)
@@ -116,19 +115,19 @@ class RulesSource:
         """Return the rules, and whether the policy has an end mark."""
         data = read_policy(self._policy, owned=True)
         name = find_policy(self._policy).name
-        policy = parse_policy(data, self._attributes, self._levels, file=name)
+        policy = parse_policy(data, self._dials, file=name)
         self._fits(policy)
         keys = (*(read_keys(self._keys) if self._keys is not None else ()), *self._fixed)
         for key in keys:
-            unknown = sorted(set(key.ranges) - set(self._attributes))
+            unknown = sorted(set(key.ranges) - set(self._dials.attributes))
             if unknown:
                 # A misspelt range would narrow nothing.
                 raise ConfigError(
                     f"key {key.id} has a range for an unknown dial",
-                    why=f"the dials are {', '.join(self._attributes)}",
+                    why=f"the dials are {', '.join(self._dials.attributes)}",
                     fix="make the key anew with `equipoise keys new --range DIAL=MIN:MAX`",
                 )
-        server = Server(self._attributes, self._levels, policy.server, policy.round_up)
+        server = Server(self._dials, policy.server, policy.round_up)
         return Rules(policy, policy.hash, keys, server), is_closed(data)
 
     def _warn_of_lost_scenarios(self, rules: Rules) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from equipoise.config import DistilConfig
 from equipoise.denoise import is_degenerate
-from equipoise.dials.attributes import cell_of, target
+from equipoise.dials.dials import Dials
 from equipoise.errors import DataError
 from equipoise.types import ControlledExample, DialSetting, Prompt, ScoredCompletion
 
@@ -44,8 +44,7 @@ def distil(
     prompts: Mapping[str, Prompt],
     config: DistilConfig,
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     parses: Parses | None = None,
     fluency_drops: Sequence[float] | None = None,
 ) -> tuple[list[ControlledExample], MoecReport]:
@@ -58,8 +57,7 @@ def distil(
         config: ``data`` = ``moec`` (all steps), ``denoised`` (step 1 only) or ``raw`` (none). In
             all three, texts are shortened to finished sentences and cells weighted by
             ``balance_cap``.
-        attributes: Attribute names in the manifest's order.
-        levels: L.
+        dials: Attributes and levels.
         parses: A world's own parser, if it has one: what it cannot read is degenerate.
         fluency_drops: N: how much less likely, per token and in nats, the untouched model finds a
             completion than its own of that prompt; 0 for its own. NaN is dropped with the rest.
@@ -91,7 +89,7 @@ def distil(
             dropped[str(reason)] += 1
             continue
         seen.add((prompt.id, text))
-        setting = cell_of(unit, attributes, levels)
+        setting = dials.cell_of(unit)
         finished = completion.finish == "stop"
         by_prompt[prompt.id].append(ControlledExample(prompt, setting, text, finished, unit))
 
@@ -99,10 +97,10 @@ def distil(
     for prompt_id in sorted(by_prompt):
         examples = by_prompt[prompt_id]
         if config.data == "moec":
-            nearest = nearest_per_cell(examples, attributes, levels)
+            nearest = nearest_per_cell(examples, dials)
             dropped["not the nearest in its cell"] += len(examples) - len(nearest)
             examples = nearest
-            if not spans(examples, config.min_cells, len(attributes)):
+            if not spans(examples, config.min_cells, len(dials.attributes)):
                 dropped["prompt spans too few cells"] += len(examples)
                 continue
         kept += examples
@@ -115,15 +113,15 @@ def distil(
             "distil.min_cells",
         )
     weighted = _balanced(kept, config.balance_cap)
-    pool_cells = [cell_of(unit, attributes, levels) for unit in units]
+    pool_cells = [dials.cell_of(unit) for unit in units]
     report = MoecReport(
         n_pool=len(scored),
         n_kept=len(weighted),
         n_prompts_pool=len({s.completion.prompt_id for s in scored}),
         n_prompts_kept=len({e.prompt.id for e in weighted}),
         dropped=dict(sorted(dropped.items())),
-        grid_before=_grid(pool_cells, levels),
-        grid_after=_grid([e.setting for e in weighted], levels),
+        grid_before=_grid(pool_cells, dials.levels),
+        grid_after=_grid([e.setting for e in weighted], dials.levels),
     )
     return weighted, report
 
@@ -133,14 +131,14 @@ def _reader(parses: Parses | None, prompt: Prompt) -> Callable[[str], bool] | No
 
 
 def nearest_per_cell(
-    examples: Sequence[ControlledExample], attributes: Sequence[str], levels: int
+    examples: Sequence[ControlledExample], dials: Dials
 ) -> list[ControlledExample]:
     """Keep per cell the example nearest the cell's centre; ties go to the earlier sample."""
     best: dict[DialSetting, tuple[float, ControlledExample]] = {}
     for example in examples:
         distance = sum(
-            (example.unit[name] - target(int(level or 0), levels)) ** 2
-            for name, level in zip(attributes, example.setting.levels, strict=True)
+            (example.unit[name] - dials.target(int(level or 0))) ** 2
+            for name, level in zip(dials.attributes, example.setting.levels, strict=True)
         )
         if example.setting not in best or distance < best[example.setting][0]:
             best[example.setting] = (distance, example)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from equipoise.dials.dials import Dials
 from equipoise.protocol.wire import ChatRequest
 from equipoise.types import Finish
 
 _REF = "#/components/schemas/{model}"
 
 
-def document(model: str, dials: tuple[str, ...], levels: int) -> dict[str, Any]:
+def document(model: str, dials: Dials) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document.
 
     Args:
         model: Name of the served model.
-        dials: The model's attributes.
-        levels: L.
+        dials: The model's.
     """
     request = ChatRequest.model_json_schema(ref_template=_REF)
     schemas = request.pop("$defs", {})
@@ -25,7 +25,9 @@ def document(model: str, dials: tuple[str, ...], levels: int) -> dict[str, Any]:
             {"type": "number", "minimum": 0, "maximum": 1},
             {
                 "type": "object",
-                "properties": {"level": {"type": "integer", "minimum": 0, "maximum": levels - 1}},
+                "properties": {
+                    "level": {"type": "integer", "minimum": 0, "maximum": dials.levels - 1}
+                },
                 "required": ["level"],
                 "additionalProperties": False,
             },
@@ -34,7 +36,7 @@ def document(model: str, dials: tuple[str, ...], levels: int) -> dict[str, Any]:
     }
     request["properties"]["dials"] = {
         "type": "object",
-        "properties": dict.fromkeys(dials, dial),
+        "properties": dict.fromkeys(dials.attributes, dial),
         "additionalProperties": False,
     }
     request["properties"]["model"]["examples"] = [model]

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, JsonValue, StringConstraints, ValidationError
 
+from equipoise.dials.dials import Dials
 from equipoise.policy.file import validation_fault
 from equipoise.protocol.compat import NOT_HERE, NeutralFields, NullIsDefault, Only, Wire, Zero
 from equipoise.protocol.failures import RefusedError, as_name, bad_request
@@ -104,11 +105,11 @@ def _place(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return tuple(part if isinstance(part, int) else as_name(part) for part in kept)
 
 
-def in_words(setting: DialSetting, attributes: Sequence[str], levels: int) -> dict[str, Any]:
+def in_words(setting: DialSetting, dials: Dials) -> dict[str, Any]:
     """Return a setting as answers spell it: ``auto``, or level and dial value."""
     return {
-        attribute: "auto" if k is None else {"level": k, "value": round(k / (levels - 1), 6)}
-        for attribute, k in zip(attributes, setting.levels, strict=True)
+        attribute: "auto" if k is None else {"level": k, "value": round(k / (dials.levels - 1), 6)}
+        for attribute, k in zip(dials.attributes, setting.levels, strict=True)
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from equipoise.dials.attributes import cells, target
+from equipoise.dials.dials import Dials, target
 from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.rollouts import Ask
 from equipoise.seeds import derive_seed
@@ -54,8 +54,7 @@ class AskPlan:
 
     Args:
         prompts: Training prompts.
-        n_attributes: A.
-        levels: L.
+        dials: Attributes and levels.
         auto_rate: Probability per attribute.
         seed: Seed of the draws.
     """
@@ -64,13 +63,12 @@ class AskPlan:
         self,
         prompts: Sequence[Prompt],
         *,
-        n_attributes: int,
-        levels: int,
+        dials: Dials,
         auto_rate: float,
         seed: int,
     ) -> None:
         self._prompts, self._seed = list(prompts), seed
-        self._cells = cells(n_attributes, levels)
+        self._cells = dials.cells()
         # At rate 1 no attribute would ever be asked for.
         self._auto_rate = min(auto_rate, 0.9)
 

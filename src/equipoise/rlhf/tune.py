@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import DialManifest
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
@@ -70,12 +71,12 @@ def tune_by_rlhf(
         RewardError: See :func:`control_reward`.
     """
     rlhf, started = config.rlhf, time.monotonic()
-    attributes = list(scorer.reward_models)
+    dials = Dials(tuple(scorer.reward_models), levels)
     check_prompts(
         prompts,
         policy.encoder,
         positions(policy.model.config),
-        n_controls=len(attributes),
+        n_controls=len(dials.attributes),
         max_tokens=rlhf.sampling.max_tokens,
         setting="tune.rlhf.sampling.max_tokens",
     )
@@ -90,8 +91,7 @@ def tune_by_rlhf(
         policy,
         examples,
         config,
-        attributes=attributes,
-        levels=levels,
+        dials=dials,
         seed=seed,
         checkpoints=checkpoints / "warm-start",
         base_model=base_model,
@@ -116,8 +116,7 @@ def tune_by_rlhf(
     )
     plan = AskPlan(
         prompts,
-        n_attributes=len(attributes),
-        levels=levels,
+        dials=dials,
         auto_rate=config.auto_rate,
         seed=seed,
     )
@@ -157,8 +156,7 @@ def _begun(
     examples: Sequence[ControlledExample],
     config: TuneConfig,
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     seed: int,
     checkpoints: Path,
     base_model: str,
@@ -171,8 +169,7 @@ def _begun(
             policy,
             examples,
             config.model_copy(update=warm),
-            attributes=attributes,
-            levels=levels,
+            dials=dials,
             seed=seed,
             checkpoints=checkpoints,
             base_model=base_model,
@@ -181,8 +178,7 @@ def _begun(
         return tuned.model, tuned.manifest, tuned.curve
     model, manifest = with_dials(
         policy,
-        attributes=attributes,
-        levels=levels,
+        dials=dials,
         lora_rank=config.lora_rank,
         base_model=base_model,
         seed=seed,

@@ -86,7 +86,7 @@ async def metrics(house: House, request: Request) -> Response:
 async def openapi(house: House, request: Request) -> Response:
     """The OpenAPI document."""
     model = house.model
-    return _json(document(model.name, model.attributes, model.levels))
+    return _json(document(model.name, model.dials))
 
 
 async def models(house: House, request: Request) -> Response:

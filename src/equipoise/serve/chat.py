@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from equipoise.config import Sampling
+from equipoise.dials.dials import Dials
 from equipoise.encoding.template import check_prompt
 from equipoise.engine.seam import Generation
 from equipoise.errors import DataError, EncodingError, ModelError
@@ -41,8 +42,7 @@ class ServedModel:
     name: str
     hash: str
     encoder: Encoder
-    attributes: tuple[str, ...]
-    levels: int
+    dials: Dials
     vocab_size: int
     """Ids that exist in tokenizer and model."""
     context: int
@@ -131,7 +131,7 @@ def prepare(
     salt = hmac.new(salt_key, key.id.encode(), hashlib.sha256).hexdigest()
     applied = Applied(
         requested=request.dials,
-        effective=in_words(setting, model.attributes, model.levels),
+        effective=in_words(setting, model.dials),
         scenario=scenario_name,
         policy_hash=rules.policy_hash,
         model_hash=model.hash,

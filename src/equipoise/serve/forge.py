@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from equipoise.dials.dials import Dials
 from equipoise.pipeline.job import Job
 from equipoise.policy.decide import DialPolicy, Key, Server, allowed_levels
 from equipoise.policy.file import find_policy, load_policy
@@ -49,8 +50,8 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
 
     recipe, config = job.recipe, job.recipe.evaluate
     file = find_policy(policy_name)
-    policy = load_policy(file, recipe.attributes, recipe.levels)
-    scenario, setting = widest(policy, tuple(recipe.attributes), recipe.levels)
+    policy = load_policy(file, job.dials)
+    scenario, setting = widest(policy, job.dials)
     job.settle_threads()
     loaded = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
     judges = read_judges(job)
@@ -78,8 +79,7 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
             prompts,
             setting,
             judges,
-            attributes=recipe.attributes,
-            levels=recipe.levels,
+            dials=job.dials,
             repeats=repeats,
             draws=config.bootstrap,
             seed=recipe.seed,
@@ -99,13 +99,13 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
     return place / RESULT
 
 
-def widest(policy: DialPolicy, attributes: tuple[str, ...], levels: int) -> tuple[str, DialSetting]:
+def widest(policy: DialPolicy, dials: Dials) -> tuple[str, DialSetting]:
     """Return the scenario that allows the most cells, and the middle of its ranges."""
-    server = Server(attributes, levels, policy.server, policy.round_up)
+    server = Server(dials, policy.server, policy.round_up)
     key = _key("0" * 64, policy)
 
     def ranges(name: str) -> list[range]:
-        return [allowed_levels(a, key, policy.scenarios[name], server) for a in attributes]
+        return [allowed_levels(a, key, policy.scenarios[name], server) for a in dials.attributes]
 
     def room(name: str) -> int:
         cells = 1
@@ -132,8 +132,7 @@ def served(loaded: LoadedPolicy, file: Path, policy: DialPolicy) -> Iterator[tup
     source = RulesSource(
         file,
         None,
-        attributes=model.attributes,
-        levels=model.levels,
+        dials=model.dials,
         fixed_keys=(_key(digest(secret), policy),),
     )
     engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=_AT_ONCE)

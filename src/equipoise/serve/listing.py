@@ -20,7 +20,7 @@ def list_models(
         rules: In force.
         created: Unix seconds at which the server started.
     """
-    top = model.levels - 1
+    top = model.dials.levels - 1
     entries: dict[str, dict[str, Any]] = {}
     permitted = key.scenarios or (rules.policy.default_scenario,)
     names = [name for name in permitted if name in rules.policy.scenarios]
@@ -29,7 +29,7 @@ def list_models(
     for alias, name in plain + aliases:
         scenario = rules.policy.scenarios[name]
         ranges = {}
-        for attribute in model.attributes:
+        for attribute in model.dials.attributes:
             allowed = allowed_levels(attribute, key, scenario, rules.server)
             ranges[attribute] = (
                 {"min": allowed[0] / top, "max": allowed[-1] / top} if allowed else None
@@ -42,6 +42,6 @@ def list_models(
             "scenario": name,
             "why": scenario.why,
             "dials": ranges,
-            "levels": model.levels,
+            "levels": model.dials.levels,
         }
     return entries

@@ -103,8 +103,7 @@ def served_model(loaded: LoadedPolicy, name: str) -> ServedModel:
         name=name,
         hash=loaded.hash,
         encoder=loaded.encoder,
-        attributes=loaded.manifest.attributes,
-        levels=loaded.manifest.levels,
+        dials=loaded.manifest.dials,
         vocab_size=min(len(loaded.tokenizer), int(config.vocab_size)),
         context=positions(config) or 1 << 30,
     )
@@ -138,8 +137,7 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
         RulesSource,
         options.policy,
         options.keys,
-        attributes=model.attributes,
-        levels=model.levels,
+        dials=model.dials,
         fits=partial(check_policy, model),
     )
     source = read(fixed_keys=options.environment_keys)

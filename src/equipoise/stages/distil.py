@@ -43,8 +43,7 @@ def distil(job: Job) -> None:
             units,
             by_id,
             config,  # type: ignore[arg-type]
-            attributes=recipe.attributes,
-            levels=recipe.levels,
+            dials=job.dials,
             parses=parses,
             fluency_drops=drops,
         )

@@ -65,12 +65,12 @@ def evaluate(job: Job) -> None:
     intersections = check_unseen(job, prompts)
     judges = read_judges(job)
     n_attributes = len(recipe.attributes)
-    grid = sweep_settings(n_attributes, recipe.levels, auto=False)
+    grid = sweep_settings(job.dials, auto=False)
     for responder in responders(job, judges["optimization"], untouched):
         _sweep_one(job, stage, responder, prompts, judges, "deliveries", grid)
         # Auto is a control of its own: only a tuned policy has learnt one.
         if responder.name == "tuned" and recipe.evaluate.auto_sweep:
-            both = sweep_settings(n_attributes, recipe.levels, auto=True)
+            both = sweep_settings(job.dials, auto=True)
             _sweep_one(job, stage, responder, prompts, judges, ONE_DIAL, both[len(grid) :])
         if responder.name == "tuned":
             free = [DialSetting((None,) * n_attributes)]

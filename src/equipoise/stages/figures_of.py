@@ -41,8 +41,7 @@ def measures_of(
                     measure(
                         swept,
                         judge=judge,
-                        attributes=recipe.attributes,
-                        levels=recipe.levels,
+                        dials=job.dials,
                         draws=config.bootstrap,
                         seed=recipe.seed,
                     )
@@ -65,8 +64,7 @@ def measures_of(
                 found["tuned"],
                 found[other],
                 judge="generalization",
-                attributes=recipe.attributes,
-                levels=recipe.levels,
+                dials=job.dials,
                 draws=config.bootstrap,
                 seed=recipe.seed,
             )
@@ -133,7 +131,7 @@ def _ceiling(job: Job, scale: UnitScale, prompts: Sequence[Prompt]) -> dict[str,
         candidates = ceiling_candidates(prompts, scale, seed=recipe.seed)
     else:
         name, candidates = "best of pool by judge", _pool_candidates(job, scale)
-    grid = ceiling_grid(candidates, attributes=recipe.attributes, levels=recipe.levels)
+    grid = ceiling_grid(candidates, dials=job.dials)
     measured = measure_grid(grid, draws=recipe.evaluate.bootstrap, seed=recipe.seed)
     return {"name": name, "generalization": to_plain(measured)}
 

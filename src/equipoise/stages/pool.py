@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.config import Recipe
+from equipoise.dials.dials import Dials
 from equipoise.engine.seam import Engine
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
@@ -137,7 +138,6 @@ def generate(job: Job) -> None:
     stage = job.begin("generate", {"policy": policy_hash(recipe.model)})
     if stage is None:
         return
-    from equipoise.dials.attributes import cells
     from equipoise.engine.sample import TransformersEngine
     from equipoise.models.load import load_causal
     from equipoise.pool.generate import generate as sample
@@ -158,7 +158,7 @@ def generate(job: Job) -> None:
         config,
         seed=recipe.seed,
         done=done,
-        cells=cells(len(recipe.attributes), recipe.levels),
+        cells=job.dials.cells(),
         ask=_in_words(recipe, engine, policy.encoder) if config.prompted_per_prompt else None,
     )
     with job.progress.task("generate", len(train), done=len(done)) as advance:
@@ -179,8 +179,7 @@ def _in_words(recipe: Recipe, engine: Engine, encoder: Encoder) -> Ask:
         engine,
         encoder,
         sampling=recipe.generate.sampling,
-        attributes=recipe.attributes,
-        levels=recipe.levels,
+        dials=Dials(tuple(recipe.attributes), recipe.levels),
         phrases=recipe.generate.phrases,
     ).messages
 

@@ -41,11 +41,10 @@ def quality_of(
     untouched: LoadedPolicy,
 ) -> dict[str, Any]:
     """Return degenerate share, length per level, and fluency per cell of one method."""
-    from equipoise.dials.attributes import cells
     from equipoise.evaluate.quality import degenerate_share, fluency, length_per_level, per_setting
 
     recipe = job.recipe
-    grid = cells(len(recipe.attributes), recipe.levels)
+    grid = job.dials.cells()
     wanted, read = set(grid), set(spread(list(prompts), recipe.evaluate.fluency_prompts))
     shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
     values = fluency(shown, prompts, untouched.model, untouched.encoder)
@@ -57,9 +56,7 @@ def quality_of(
         "degenerate": to_plain(
             degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe), **draw)
         ),
-        "length": to_plain(
-            length_per_level(deliveries, attributes=recipe.attributes, levels=recipe.levels, **draw)
-        ),
+        "length": to_plain(length_per_level(deliveries, dials=job.dials, **draw)),
         "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
         "fluency_mean": to_plain(pooled.get(everything)),
     }

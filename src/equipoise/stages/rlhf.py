@@ -69,7 +69,7 @@ def _probe(job: Job) -> Probe:
         "generalization": _judges(job),
     }
     prompts = _watched_prompts(job)
-    settings = sweep_settings(len(recipe.attributes), recipe.levels, auto=False)
+    settings = sweep_settings(job.dials, auto=False)
 
     def probe(engine: TransformersEngine, encoder: Encoder) -> dict[str, float]:
         responder = TunedResponder(engine, encoder, sampling=recipe.evaluate.sampling)
@@ -91,8 +91,7 @@ def _probe(job: Job) -> Probe:
             measured = measure(
                 deliveries,
                 judge=kind,
-                attributes=recipe.attributes,
-                levels=recipe.levels,
+                dials=job.dials,
                 draws=0,
                 seed=0,
             )

@@ -43,14 +43,13 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
 
     recipe, tuned = job.recipe, job.run.done("tune").directory(MODEL)
     file = find_policy(policy_name)
-    policy = load_policy(file, recipe.attributes, recipe.levels)
-    settings = scenario_settings(policy, recipe.attributes, recipe.levels)
+    policy = load_policy(file, job.dials)
+    settings = scenario_settings(policy, job.dials)
     wanted = list(dict.fromkeys(s for stands in settings.values() for s in stands.values()))
     measured = measure_scenarios(
         settings,
         list(_deliveries(job, wanted)),
-        attributes=recipe.attributes,
-        levels=recipe.levels,
+        dials=job.dials,
         draws=recipe.evaluate.bootstrap,
         seed=recipe.seed,
     )

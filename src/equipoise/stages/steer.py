@@ -102,8 +102,7 @@ def regenerate(job: Job) -> None:
         policy.encoder,
         config,
         recipe.generate,
-        n_attributes=len(recipe.attributes),
-        levels=recipe.levels,
+        dials=job.dials,
         seed=recipe.seed,
         done=done,
     )

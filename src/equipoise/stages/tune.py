@@ -55,8 +55,7 @@ def tune(job: Job) -> None:
                 load_causal(recipe.model, rendering=job.rendering),
                 read_examples(job),
                 recipe.tune,
-                attributes=recipe.attributes,
-                levels=recipe.levels,
+                dials=job.dials,
                 seed=recipe.seed,
                 checkpoints=checkpoints,
                 base_model=job.run.recipe.model,
@@ -94,8 +93,7 @@ def _rehearse(job: Job, folder: Path) -> None:
             resolve_model(recipe.model),
             recipe.tune,
             folder,
-            attributes=recipe.attributes,
-            levels=recipe.levels,
+            dials=job.dials,
             rendering=job.rendering,
         )
 

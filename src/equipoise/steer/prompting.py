@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from equipoise.config import Sampling
-from equipoise.dials.attributes import target
+from equipoise.dials.dials import Dials, target
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Engine
 from equipoise.errors import ConfigError, DataError
@@ -91,8 +91,7 @@ class Prompting:
         encoder: Encoder,
         *,
         sampling: Sampling,
-        attributes: Sequence[str],
-        levels: int,
+        dials: Dials,
         phrases: Mapping[str, Sequence[str]] | None = None,
         placement: Literal["user", "system"] = "user",
         in_context: int = 0,
@@ -102,8 +101,8 @@ class Prompting:
         self.name = name
         self.tokens_through_model = 0
         self._engine, self._encoder, self._sampling = engine, encoder, sampling
-        self._attributes, self._levels = tuple(attributes), levels
-        self._phrases = _checked_phrases(phrases or {}, self._attributes, levels)
+        self._attributes, self._levels = tuple(dials.attributes), dials.levels
+        self._phrases = _checked_phrases(phrases or {}, dials)
         self._placement = placement
         n_prompts = len({example.prompt.id for example in examples})
         if in_context > n_prompts:
@@ -187,18 +186,21 @@ class Prompting:
         return self._shown[setting]
 
 
-def _checked_phrases(
-    phrases: Mapping[str, Sequence[str]], attributes: Sequence[str], levels: int
-) -> dict[str, list[str]]:
-    unknown = sorted(set(phrases) - set(attributes))
-    wrong = [name for name in attributes if name in phrases and len(phrases[name]) != levels]
+def _checked_phrases(phrases: Mapping[str, Sequence[str]], dials: Dials) -> dict[str, list[str]]:
+    unknown = sorted(set(phrases) - set(dials.attributes))
+    wrong = [
+        name for name in dials.attributes if name in phrases and len(phrases[name]) != dials.levels
+    ]
     if unknown or wrong:
         name = (unknown or wrong)[0]
         raise ConfigError(
             f"evaluate.phrases.{name} cannot be used",
-            why=f"no attribute has this name; there are {', '.join(attributes)}"
+            why=f"no attribute has this name; there are {', '.join(dials.attributes)}"
             if unknown
-            else f"it has {len(phrases[name])} sentences for {levels} levels",
+            else f"it has {len(phrases[name])} sentences for {dials.levels} levels",
             fix="give one sentence per level, lowest level first",
         )
-    return {name: list(phrases.get(name) or built_in_phrases(name, levels)) for name in attributes}
+    return {
+        name: list(phrases.get(name) or built_in_phrases(name, dials.levels))
+        for name in dials.attributes
+    }

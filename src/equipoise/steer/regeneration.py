@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from equipoise.config import GenerateConfig, RegenerateConfig
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import Dials
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Engine
 from equipoise.seeds import derive_seed
@@ -23,18 +23,16 @@ Wish = tuple[DialSetting, tuple[float, ...]]
 """A control cell and one strength per attribute."""
 
 
-def wishes(
-    prompt: Prompt, config: RegenerateConfig, *, n_attributes: int, levels: int, seed: int
-) -> list[Wish]:
+def wishes(prompt: Prompt, config: RegenerateConfig, *, dials: Dials, seed: int) -> list[Wish]:
     """Return the cells of one prompt's steered completions, as different as they can be.
 
     Level ``l`` of L gets the strength ``f·(2l/(L-1) - 1)`` for the factor ``f`` whose turn it is.
     """
     grid = [
         cell
-        for cell in cells(n_attributes, levels)
-        if any(_lean(level, levels) for level in cell.levels)
-        and (config.over == "cells" or all(abs(_lean(lv, levels)) == 1 for lv in cell.levels))
+        for cell in dials.cells()
+        if any(_lean(level, dials.levels) for level in cell.levels)
+        and (config.over == "cells" or all(abs(_lean(lv, dials.levels)) == 1 for lv in cell.levels))
     ]
     rng = np.random.default_rng(derive_seed(seed, "steered cells", prompt.id))
     first = int(rng.integers(len(config.factors)))
@@ -43,7 +41,9 @@ def wishes(
         for index in rng.permutation(len(grid)).tolist():
             factor = config.factors[(first + len(found)) % len(config.factors)]
             cell = grid[index]
-            found.append((cell, tuple(factor * _lean(level, levels) for level in cell.levels)))
+            found.append(
+                (cell, tuple(factor * _lean(level, dials.levels) for level in cell.levels))
+            )
     return found[: config.steered_per_prompt]
 
 
@@ -54,8 +54,7 @@ def regenerate(
     config: RegenerateConfig,
     sampled_as: GenerateConfig,
     *,
-    n_attributes: int,
-    levels: int,
+    dials: Dials,
     seed: int,
     done: Collection[int] = (),
 ) -> Iterator[tuple[int, list[tuple[Completion, tuple[float, ...]]]]]:
@@ -70,8 +69,7 @@ def regenerate(
         encoder: The model's encoder.
         config: How many, which cells, how strong.
         sampled_as: Sampling and batch size: those of the own pool.
-        n_attributes: A.
-        levels: L.
+        dials: Attributes and levels.
         seed: The recipe's seed.
         done: Numbers of the batches that exist; they are not yielded again.
 
@@ -83,10 +81,7 @@ def regenerate(
     for number, batch in enumerate(batches):
         if number in done:
             continue
-        wanted = [
-            wishes(prompt, config, n_attributes=n_attributes, levels=levels, seed=seed)
-            for prompt in batch
-        ]
+        wanted = [wishes(prompt, config, dials=dials, seed=seed) for prompt in batch]
         requests = [
             steered_request(
                 encoded[prompt.id],

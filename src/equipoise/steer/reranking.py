@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from equipoise.config import Sampling
-from equipoise.dials.attributes import target
+from equipoise.dials.dials import target
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Engine
 from equipoise.rewards.scorer import Scorer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from equipoise.config import TuneConfig
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import cells
 from equipoise.types import DialSetting
 
 

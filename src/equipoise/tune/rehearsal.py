@@ -6,13 +6,13 @@ What cannot be loaded again is found out here, in seconds, and not after hours o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import DialManifest, read_manifest, save_dial_model
 from equipoise.errors import EquipoiseError, ModelError, TrainingError
 from equipoise.models.cut import cut_config, empty_model, narrowest_model
@@ -62,8 +62,7 @@ def rehearse(
     folder: Path,
     *,
     lora_rank: int,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     rendering: Rendering = PLAIN,
 ) -> Path:
     """Tune a small base by one step, save it, load it, and compare; return the saved directory.
@@ -72,8 +71,7 @@ def rehearse(
         base: See :func:`small_base`.
         folder: For what is written; created.
         lora_rank: 0 = full weights.
-        attributes: Attribute names.
-        levels: L.
+        dials: Attributes and levels.
         rendering: What the chat template is given besides the turns.
 
     Raises:
@@ -86,10 +84,9 @@ def rehearse(
     policy = load_causal(str(base), device="cpu", rendering=rendering)
     tuned = tune(
         policy,
-        _examples(len(attributes), levels),
+        _examples(len(dials.attributes), dials.levels),
         config,
-        attributes=attributes,
-        levels=levels,
+        dials=dials,
         seed=0,
         checkpoints=folder / "checkpoints",
     )
@@ -98,8 +95,10 @@ def rehearse(
     again = load_causal(str(saved), device="cpu", rendering=rendering)
     rows = [
         [*again.encoder.prompt_ids(example.prompt.messages), *again.encoder.control_ids(setting)]
-        for example in _examples(len(attributes), levels)
-        for setting in (DialSetting((level,) * len(attributes)) for level in (0, levels - 1))
+        for example in _examples(len(dials.attributes), dials.levels)
+        for setting in (
+            DialSetting((level,) * len(dials.attributes)) for level in (0, dials.levels - 1)
+        )
     ]
     whole: Any = tuned.model
     own = whole.to("cpu")
@@ -120,8 +119,7 @@ def rehearse_policy(
     config: TuneConfig,
     folder: Path,
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     rendering: Rendering = PLAIN,
 ) -> None:
     """Rehearse the tuning of a model and check the disk; ``folder`` is removed afterwards.
@@ -130,8 +128,7 @@ def rehearse_policy(
         place: Directory or hub id of the whole model, whose weights are not read.
         config: How it will be tuned.
         folder: On the disk that checkpoints will be written to.
-        attributes: Attribute names.
-        levels: L.
+        dials: Attributes and levels.
         rendering: What the chat template is given besides the turns.
 
     Raises:
@@ -140,14 +137,13 @@ def rehearse_policy(
     whole = read_config(place)
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        dials = read_manifest(folder_of(place, weights=False))
-        base = small_base(whole, load_tokenizer(place), folder / "base", dials)
+        manifest = read_manifest(folder_of(place, weights=False))
+        base = small_base(whole, load_tokenizer(place), folder / "base", manifest)
         rehearse(
             base,
             folder / "tuned",
             lora_rank=config.lora_rank,
-            attributes=attributes,
-            levels=levels,
+            dials=dials,
             rendering=rendering,
         )
     except EquipoiseError as error:

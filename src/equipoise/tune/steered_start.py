@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equipoise.config import SteeredStartConfig
-from equipoise.dials.attributes import cells
+from equipoise.dials.dials import cells
 from equipoise.encoding.encode import Encoder
 from equipoise.models.layers import states_behind
 from equipoise.seeds import derive_seed

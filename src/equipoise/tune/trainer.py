@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import DialManifest, install
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.models.adapter import refuse_adapter
@@ -60,8 +61,7 @@ def tune(
     examples: Sequence[ControlledExample],
     config: TuneConfig,
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     seed: int,
     checkpoints: Path,
     base_model: str = "",
@@ -74,8 +74,7 @@ def tune(
         policy: The untouched model; it is changed in place.
         examples: The distilled set.
         config: Objective and budget.
-        attributes: Attribute names.
-        levels: L.
+        dials: Attributes and levels.
         seed: Everything random derives from it.
         checkpoints: Folder of the checkpoints; created if missing.
         base_model: Name of the untouched model, for the manifest.
@@ -87,15 +86,14 @@ def tune(
     """
     model, manifest = with_dials(
         policy,
-        attributes=attributes,
-        levels=levels,
+        dials=dials,
         lora_rank=config.lora_rank,
         base_model=base_model,
         seed=seed,
     )
     encoder = policy.encoder.with_dials(manifest)
-    plan = TuningPlan(examples, encoder, config, levels=levels, seed=seed)
-    check_room(plan.longest + len(attributes), 0, positions(model.config))
+    plan = TuningPlan(examples, encoder, config, levels=dials.levels, seed=seed)
+    check_room(plan.longest + len(dials.attributes), 0, positions(model.config))
     checkpoints.mkdir(parents=True, exist_ok=True)
     dtype = settled_dtype(checkpoints, config.dtype)
     started = time.monotonic()
@@ -109,7 +107,7 @@ def tune(
             encoder,
             steering,
             config.steered_start,
-            levels=levels,
+            levels=dials.levels,
             auto_rate=config.auto_rate,
             seed=seed,
             checkpoints=checkpoints / "start",
@@ -143,8 +141,7 @@ def tune(
 def with_dials(
     policy: LoadedPolicy,
     *,
-    attributes: Sequence[str],
-    levels: int,
+    dials: Dials,
     lora_rank: int,
     base_model: str,
     seed: int,
@@ -162,8 +159,7 @@ def with_dials(
     manifest = install(
         policy.model,
         policy.tokenizer,
-        attributes=attributes,
-        levels=levels,
+        dials=dials,
         base_model=base_model,
         base_model_hash=policy.hash,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.dials.attributes import cells, target
+from equipoise.dials.dials import Dials, cells, target
 from equipoise.pool.calibrate import Calibration
 from equipoise.seeds import derive_seed
 from equipoise.types import Completion, Estimate, Prompt, UnitScale
@@ -164,7 +164,7 @@ def measure_world(
     judged = [judge(read_request(by_id[c.prompt_id].messages), c.text) for c in pool]
     calibration = oracle_calibration(pool, by_id)
     ceiling = measure_grid(
-        ceiling_grid(ceiling_candidates(test, calibration), attributes=ATTRIBUTES, levels=levels)
+        ceiling_grid(ceiling_candidates(test, calibration), dials=Dials(ATTRIBUTES, levels))
     )
     wordings = sum(len(action.wordings) for action in ACTIONS.values())
     n_frames = len(FRAMES) + len(FOLLOW_UP_FRAMES)

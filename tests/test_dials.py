@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise.dials.attributes import cell_of, cells, level_for_value, level_of, target
+from equipoise.dials.dials import Dials, cells, level_for_value, level_of, target
 from equipoise.errors import ConfigError
 from equipoise.types import DialSetting
 
@@ -47,7 +47,7 @@ def test_unit_scores_out_of_range_are_refused(unit: float) -> None:
 
 def test_cell_of_follows_the_attribute_order() -> None:
     unit = {"safety": 0.0, "helpfulness": 0.99}
-    assert cell_of(unit, ["helpfulness", "safety"], 5) == DialSetting((4, 0))
+    assert Dials(["helpfulness", "safety"], 5).cell_of(unit) == DialSetting((4, 0))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from equipoise.errors import ConfigError
@@ -12,6 +13,30 @@ from equipoise.types import DialSetting
 
 # k/L * L may fall just short of k in floats (0.29 * 100); a border belongs to the upper level.
 _GRID_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Dials:
+    """The dials of a model: A attributes, in the manifest's order, with L levels each."""
+
+    attributes: tuple[str, ...]
+    levels: int
+
+    def cells(self) -> list[DialSetting]:
+        """Return all ``L ** A`` control cells, the last attribute moving fastest."""
+        return cells(len(self.attributes), self.levels)
+
+    def target(self, level: int) -> float:
+        """Return the unit score that a level asks for, see :func:`target`."""
+        return target(level, self.levels)
+
+    def cell_of(self, unit: Mapping[str, float]) -> DialSetting:
+        """Return the control cell that unit scores (attribute to [0, 1]) fall in."""
+        return DialSetting(tuple(level_of(unit[name], self.levels) for name in self.attributes))
+
+    def level_for_value(self, value: float, *, rounding: Literal["up", "nearest"]) -> int:
+        """Return the level that a dial value in [0, 1] stands for, see :func:`level_for_value`."""
+        return level_for_value(value, self.levels, rounding=rounding)
 
 
 def cells(n_attributes: int, levels: int) -> list[DialSetting]:
@@ -46,11 +71,6 @@ def level_of(unit: float, levels: int) -> int:
     if not 0.0 <= unit <= 1.0:
         raise ValueError(f"unit score {unit} is not in [0, 1]")
     return min(levels - 1, math.floor(unit * levels + _GRID_SLACK))
-
-
-def cell_of(unit: Mapping[str, float], attributes: Sequence[str], levels: int) -> DialSetting:
-    """Return the control cell that a completion's unit scores (attribute -> [0, 1]) fall in."""
-    return DialSetting(tuple(level_of(unit[attribute], levels) for attribute in attributes))
 
 
 def level_for_value(value: float, levels: int, *, rounding: Literal["up", "nearest"]) -> int:
