@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from equipoise import Message, Prompt, load_causal, merge, save_dial_model
 from equipoise.config import RlhfConfig, Sampling, SteeredStartConfig, TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.models.load import load_tokenizer, resolve_model
 from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.tune import tune_by_rlhf
