@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from equipoise.config import Sampling
 from equipoise.engine.sample import TransformersEngine
+from equipoise.engine.seam import Sampled
 from equipoise.models.load import LoadedPolicy
-from equipoise.types import Branch, GenerationRequest, Message, Sampled
+from equipoise.types import Branch, GenerationRequest, Message
 
 HI = (Message("user", "hi"),)
 TURNS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

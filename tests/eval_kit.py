@@ -9,7 +9,8 @@ import numpy as np
 
 from equipoise.config import Sampling
 from equipoise.dials.dials import Dials, cells
-from equipoise.types import Delivery, DialSetting, GenerationRequest, Message, Prompt, Sampled
+from equipoise.engine.seam import Sampled
+from equipoise.types import Delivery, DialSetting, GenerationRequest, Message, Prompt
 
 ATTRIBUTES = ("helpfulness", "safety")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8)

@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from equipoise.data.pairs import LabelledAnswer
 from equipoise.overlap import prompt_key
-from equipoise.types import Completion, LabelledAnswer, Message, PreferencePair, Prompt
+from equipoise.types import Completion, Message, PreferencePair, Prompt
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -24,7 +24,8 @@ from equipoise.evaluate.forge import (
     verdict,
 )
 from equipoise.rewards.scorer import Scorer
-from equipoise.types import Completion, DialSetting, Estimate, Message, Prompt
+from equipoise.stats import Estimate
+from equipoise.types import Completion, DialSetting, Message, Prompt
 from eval_kit import ATTRIBUTES, FakeRewardModel, Identity, prompt
 from tuning_kit import tiny_policy
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from equipoise.config import DistilConfig
 from equipoise.dials.dials import Dials
+from equipoise.engine.seam import Sampled
 from equipoise.errors import DataError
 from equipoise.pool.backdoor import back_door
 from equipoise.pool.moec import distil
@@ -17,7 +18,6 @@ from equipoise.types import (
     DialSetting,
     Message,
     Prompt,
-    Sampled,
     ScoredCompletion,
 )
 

@@ -9,19 +9,13 @@ from typing import Any
 import pytest
 
 from equipoise.dials.dials import Dials, cells
+from equipoise.engine.seam import Sampled
 from equipoise.errors import ConfigError, DataError, RewardError
 from equipoise.rewards.scorer import Scorer
 from equipoise.steer.prompting import Prompting, built_in_phrases
 from equipoise.steer.reranking import Candidates, Reranking, nearest
 from equipoise.steer.responders import Tuned, Untouched
-from equipoise.types import (
-    ControlledExample,
-    DialSetting,
-    Message,
-    Prompt,
-    Responder,
-    Sampled,
-)
+from equipoise.types import ControlledExample, DialSetting, Message, Prompt, Responder
 from eval_kit import (
     ATTRIBUTES,
     SAMPLING,

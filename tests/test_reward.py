@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from equipoise.config import FitRewardConfig, RewardModelConfig, SourceConfig
+from equipoise.data.pairs import LabelledAnswer
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError, ModelError, RewardError, TrainingError
 from equipoise.models import load
@@ -24,7 +25,7 @@ from equipoise.rewards.fit import fit_reward, split_by_prompt
 from equipoise.rewards.head import FrozenFeatures
 from equipoise.rewards.input import InputEncoder
 from equipoise.rewards.load import ClassifierReward, load_reward_model, reward_hash
-from equipoise.types import LabelledAnswer, Message, PreferencePair, Prompt
+from equipoise.types import Message, PreferencePair, Prompt
 from reward_kit import (
     bert_dir,
     byte_tokenizer,

@@ -19,7 +19,8 @@ from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_set
 from equipoise.policy.file import load_policy
 from equipoise.report.canvas import save
 from equipoise.report.render import plain
-from equipoise.types import DialSetting, Estimate
+from equipoise.stats import Estimate
+from equipoise.types import DialSetting
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy
 from pipeline_kit import blank_pictures, save_assets, tiny_recipe, write_recipe
 

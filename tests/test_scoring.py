@@ -16,12 +16,13 @@ import pytest
 
 from equipoise.config import RewardModelConfig
 from equipoise.dials.manifest import DialManifest
+from equipoise.engine.seam import Sampled
 from equipoise.errors import ConfigError, ServingError
 from equipoise.models.hashing import model_hash
 from equipoise.rewards.load import reward_hash
 from equipoise.rewards.scorer import Scorer
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError, load_scorer
-from equipoise.types import DialSetting, Finish, Message, Prompt, Sampled
+from equipoise.types import DialSetting, Finish, Message, Prompt
 from eval_kit import Identity
 from pipeline_kit import ATTRIBUTES, save_reward_model, tiny_recipe
 

@@ -237,7 +237,7 @@ import asyncio, threading
 from eval_kit import Identity
 from equipoise.rewards.scorer import Scorer
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError
-from equipoise.types import Sampled
+from equipoise.engine.seam import Sampled
 
 class Hanging:
     name = hash = "hanging"

@@ -33,8 +33,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.report.render import plain
+from equipoise.stats import Estimate
 from equipoise.store.shards import to_plain
-from equipoise.types import Estimate
 from test_rewind import grid_pool
 
 METHODS = (*TRAINING_FREE, *OBJECTIVES)

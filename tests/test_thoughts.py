@@ -20,7 +20,7 @@ from equipoise.encoding.encode import Encoder
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.engine.decode import LiveRows
 from equipoise.engine.sample import TransformersEngine
-from equipoise.engine.seam import Generation, Token
+from equipoise.engine.seam import Generation, Sampled, Token
 from equipoise.engine.text import AnswerText
 from equipoise.errors import ConfigError
 from equipoise.models.load import LoadedPolicy, load_causal
@@ -31,7 +31,7 @@ from equipoise.serve.chat import ServedModel
 from equipoise.serve.runner import check_policy
 from equipoise.store.rundir import RunDir
 from equipoise.tune.trainer import tune
-from equipoise.types import Branch, GenerationRequest, Message, Rendering, Sampled
+from equipoise.types import Branch, GenerationRequest, Message, Rendering
 from serve_kit import Door, dialled, example_policy, make_door, policy_text, running, served_model
 from test_serve_forging import job_of
 from tokenizer_kit import hostile

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.errors import DataError
-from equipoise.stats import Array, bootstrap, prompt_weights
-from equipoise.types import Estimate
+from equipoise.stats import Array, Estimate, bootstrap, prompt_weights
 
 LOW, HIGH = 10.0, 90.0
 """Percentiles between which a prompt's range lies: an odd completion makes no range."""

@@ -10,8 +10,7 @@ from typing import Any
 from benchmarks.paper.points import BEST, POOL, REFERENCE
 from benchmarks.paper.verdicts import gaps, minus, per_answer, placed, plain_estimate, verdicts
 
-from equipoise.stats import over_seeds
-from equipoise.types import Estimate
+from equipoise.stats import Estimate, over_seeds
 
 ATTRIBUTES = ("helpfulness", "safety")
 JUDGES = ("generalization", "optimization")

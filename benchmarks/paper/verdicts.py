@@ -12,8 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from equipoise.stats import over_seeds
-from equipoise.types import Estimate
+from equipoise.stats import Estimate, over_seeds
 
 Json = Mapping[str, Any]
 Part = tuple[Estimate, str | None]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.types import Estimate
-
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval and the count of units it was computed from."""
+
+    value: float
+    low: float
+    high: float
+    n: int
 
 
 def prompt_weights(n_prompts: int, *, draws: int, seed: int) -> Array:

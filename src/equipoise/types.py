@@ -100,10 +100,10 @@ class Judged:
 
     @property
     def sentences(self) -> str | None:
-        """The text to learn from, or None if there is none.
+        """The text to learn from, or None: then it is dropped from the pool.
 
-        A text cut by the token limit keeps its finished sentences and gets no end token; with no
-        finished sentence it is dropped from the pool. So is one whose thought did not end.
+        A text cut by the token limit keeps its finished sentences and gets no end token. One whose
+        thought did not end has none.
         """
         if self.finish == "stop":
             return self.text
@@ -111,10 +111,7 @@ class Judged:
 
     @property
     def judged(self) -> str:
-        """The text that a score is of, which is never none.
-
-        The pool that gave the unit scores their meaning was cut to finished sentences too.
-        """
+        """The text that a score is of, never none; the pool of the unit scale was cut too."""
         return self.sentences or self.text
 
 
@@ -195,25 +192,6 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
-class LabelledAnswer:
-    """A completion with an absolute label or score; higher is better."""
-
-    prompt: Prompt
-    completion: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval and the count of units it was computed from."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Branch:
     """One continuation of a prompt: control ids (may be empty) and its own seed."""
 
@@ -230,43 +208,6 @@ class GenerationRequest:
 
     prompt_ids: tuple[int, ...]
     branches: tuple[Branch, ...]
-
-
-@dataclass(frozen=True)
-class Sampled(Judged):
-    """One sampled continuation."""
-
-    token_ids: tuple[int, ...]
-    """Thoughts included, the end token left out."""
-    text: str
-    """The answer alone."""
-    finish: Finish
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens sampled, the end token included."""
-        return len(self.token_ids) + (self.finish == "stop")
-
-    def as_completion(
-        self,
-        prompt_id: str,
-        sample_index: int,
-        *,
-        model_hash: str,
-        setting: DialSetting | None = None,
-        round: int = 0,
-    ) -> Completion:
-        """Return the record of this continuation as a completion of a prompt."""
-        return Completion(
-            prompt_id=prompt_id,
-            sample_index=sample_index,
-            text=self.text,
-            finish=self.finish,
-            n_tokens=self.n_tokens,
-            model_hash=model_hash,
-            round=round,
-            setting=setting,
-        )
 
 
 @runtime_checkable

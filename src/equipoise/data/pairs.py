@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from equipoise.config import SourceConfig
@@ -20,7 +20,17 @@ from equipoise.data.skipped import Skipped
 from equipoise.data.sources import Place, Row, draw, read_items
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.types import LabelledAnswer, PreferencePair
+from equipoise.types import PreferencePair, Prompt
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """A completion with an absolute label or score; higher is better."""
+
+    prompt: Prompt
+    completion: str
+    score: float
+
 
 _WORKSHOP = "workshop://"
 _WORKSHOP_PAIRS = 12_000

@@ -20,11 +20,12 @@ import torch
 
 from equipoise.config import Sampling
 from equipoise.engine.draw import draw, uniform_stream
+from equipoise.engine.seam import Sampled
 from equipoise.errors import ModelError
 from equipoise.models.context import check_requests, positions
 from equipoise.models.layers import shifted
 from equipoise.models.vocabulary import masked_ids
-from equipoise.types import Finish, GenerationRequest, Sampled
+from equipoise.types import Finish, GenerationRequest
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from equipoise.config import Sampling
-from equipoise.types import Finish, GenerationRequest, Sampled
+from equipoise.types import Completion, DialSetting, Finish, GenerationRequest, Judged
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,43 @@ class Load:
     running: int
     queued: int
     slots: int
+
+
+@dataclass(frozen=True)
+class Sampled(Judged):
+    """One sampled continuation."""
+
+    token_ids: tuple[int, ...]
+    """Thoughts included, the end token left out."""
+    text: str
+    """The answer alone."""
+    finish: Finish
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens sampled, the end token included."""
+        return len(self.token_ids) + (self.finish == "stop")
+
+    def as_completion(
+        self,
+        prompt_id: str,
+        sample_index: int,
+        *,
+        model_hash: str,
+        setting: DialSetting | None = None,
+        round: int = 0,
+    ) -> Completion:
+        """Return the record of this continuation as a completion of a prompt."""
+        return Completion(
+            prompt_id=prompt_id,
+            sample_index=sample_index,
+            text=self.text,
+            finish=self.finish,
+            n_tokens=self.n_tokens,
+            model_hash=model_hash,
+            round=round,
+            setting=setting,
+        )
 
 
 class Engine(Protocol):

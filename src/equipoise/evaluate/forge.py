@@ -19,15 +19,8 @@ from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
 from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
-from equipoise.stats import Array, bootstrap, prompt_weights
-from equipoise.types import (
-    DialSetting,
-    Estimate,
-    JudgeKind,
-    Message,
-    Prompt,
-    Responder,
-)
+from equipoise.stats import Array, Estimate, bootstrap, prompt_weights
+from equipoise.types import DialSetting, JudgeKind, Message, Prompt, Responder
 
 Family = Literal["literal", "lookalike", "fragments", "wording"]
 FAMILIES: tuple[Family, ...] = ("literal", "lookalike", "fragments", "wording")

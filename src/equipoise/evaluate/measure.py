@@ -20,8 +20,8 @@ from equipoise.evaluate.metrics import (
     requested,
     to_grid,
 )
-from equipoise.stats import Array, bootstrap, paired_difference, prompt_weights
-from equipoise.types import Delivery, DialSetting, Estimate, JudgeKind
+from equipoise.stats import Array, Estimate, bootstrap, paired_difference, prompt_weights
+from equipoise.types import Delivery, DialSetting, JudgeKind
 
 
 @dataclass(frozen=True)

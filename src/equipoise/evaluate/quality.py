@@ -16,8 +16,8 @@ import numpy as np
 from equipoise.denoise import is_degenerate
 from equipoise.dials.dials import Dials
 from equipoise.models.likelihood import Answer, read_answers, read_completions
-from equipoise.stats import Array, bootstrap, prompt_weights
-from equipoise.types import Delivery, DialSetting, Estimate, JudgeKind, Prompt
+from equipoise.stats import Array, Estimate, bootstrap, prompt_weights
+from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from equipoise.stats import bootstrap, prompt_weights
-from equipoise.types import Delivery, Estimate
+from equipoise.stats import Estimate, bootstrap, prompt_weights
+from equipoise.types import Delivery
 
 
 def refusal_curves(

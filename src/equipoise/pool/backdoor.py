@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.types import ControlledExample, Estimate
+from equipoise.stats import Estimate
+from equipoise.types import ControlledExample
 
 _ALPHA = 0.5
 """Additive smoothing, in rows, of every predicted distribution over cells."""

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from equipoise.data.pairs import LabelledAnswer
 from equipoise.rewards.input import flatten
-from equipoise.types import Estimate, LabelledAnswer, PreferencePair
+from equipoise.stats import Estimate
+from equipoise.types import PreferencePair
 
 Floats = npt.NDArray[np.float64]
 Row = PreferencePair | LabelledAnswer

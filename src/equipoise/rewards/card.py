@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from equipoise.errors import ModelError
-from equipoise.types import Estimate
+from equipoise.stats import Estimate
 
 CARD = "reward.json"
 Pooling = Literal["model", "answer_mean"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.config import FitRewardConfig, RewardModelConfig
+from equipoise.data.pairs import LabelledAnswer
 from equipoise.errors import DataError, named
 from equipoise.models.load import load_tokenizer, model_hash, resolve_model
 from equipoise.overlap import prompt_key
@@ -26,7 +27,7 @@ from equipoise.rewards.classifier import longest_input, read_classifier, settle_
 from equipoise.rewards.input import InputEncoder
 from equipoise.rewards.load import load_reward_model
 from equipoise.seeds import derive_seed
-from equipoise.types import LabelledAnswer, PreferencePair, RewardModel
+from equipoise.types import PreferencePair, RewardModel
 
 if TYPE_CHECKING:
     from equipoise.rewards.training import EncodedRow

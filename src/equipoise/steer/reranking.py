@@ -18,18 +18,11 @@ import numpy as np
 from equipoise.config import Sampling
 from equipoise.dials.dials import target
 from equipoise.encoding.encode import Encoder
-from equipoise.engine.seam import Engine
+from equipoise.engine.seam import Engine, Sampled
 from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import setting_key
-from equipoise.types import (
-    Branch,
-    Completion,
-    DialSetting,
-    GenerationRequest,
-    Prompt,
-    Sampled,
-)
+from equipoise.types import Branch, Completion, DialSetting, GenerationRequest, Prompt
 
 _Key = tuple[int, str, str]  # seed, prompt id, setting
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from equipoise.dials.dials import Dials, cells, target
 from equipoise.pool.calibrate import Calibration
 from equipoise.seeds import derive_seed
-from equipoise.types import Completion, Estimate, Prompt, UnitScale
+from equipoise.stats import Estimate
+from equipoise.types import Completion, Prompt, UnitScale
 from equipoise.worlds.workshop.data import messages_for
 from equipoise.worlds.workshop.grammar import Request, base_intensities, plan, write
 from equipoise.worlds.workshop.oracle import judge, read_request
