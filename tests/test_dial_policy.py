@@ -40,7 +40,7 @@ def scenario(**changes: Any) -> Scenario:
 
 def level(request: object, *, attribute: str = "safety", server: Server = SERVER) -> object:
     """Return the level of one attribute, or the refusal."""
-    setting = effective_setting({attribute: request}, KEY, OPEN, server)
+    setting = effective_setting({attribute: request}, {}, OPEN, server)
     if isinstance(setting, Refusal):
         return setting
     return setting.levels[ATTRIBUTES.index(attribute)]
@@ -78,7 +78,7 @@ def test_the_grid_itself_is_never_rounded_away(levels: int) -> None:
         assert level(k / (levels - 1), attribute="helpfulness", server=server) == k
         narrow = Range(min=k / (levels - 1), max=k / (levels - 1))
         ranges = {"helpfulness": narrow, "safety": narrow}
-        assert list(allowed_levels("safety", KEY, scenario(ranges=ranges), server)) == [k]
+        assert list(allowed_levels("safety", {}, scenario(ranges=ranges), server)) == [k]
 
 
 ODD: list[object] = [
@@ -104,7 +104,7 @@ def test_odd_values_are_refused_with_the_range(attribute: str, value: object) ->
 
 
 def test_unknown_dials_are_refused() -> None:
-    refusal = effective_setting({"saftey": 1}, KEY, OPEN, SERVER)
+    refusal = effective_setting({"saftey": 1}, {}, OPEN, SERVER)
     assert isinstance(refusal, Refusal) and refusal.attribute == "saftey"
 
 
@@ -113,23 +113,23 @@ def test_auto_escapes_no_range() -> None:
         ranges={"helpfulness": {}, "safety": {"min": 0.5}},
         default={"helpfulness": "auto", "safety": 0.75},
     )
-    assert effective_setting({"safety": "auto"}, KEY, narrow, SERVER) == DialSetting((None, 3))
+    assert effective_setting({"safety": "auto"}, {}, narrow, SERVER) == DialSetting((None, 3))
     # A default of auto, but the key (or the ceiling) narrows: the top of what is left.
     key = KEY.model_copy(update={"ranges": {"helpfulness": Range(max=0.6)}})
-    assert effective_setting({}, key, OPEN, SERVER) == DialSetting((2, 4))
+    assert effective_setting({}, key.ranges, OPEN, SERVER) == DialSetting((2, 4))
     ceiling = Server(Dials(ATTRIBUTES, 5), {"helpfulness": Range(max=0.6)})
-    assert effective_setting({"helpfulness": "auto"}, KEY, OPEN, ceiling) == DialSetting((2, 4))
+    assert effective_setting({"helpfulness": "auto"}, {}, OPEN, ceiling) == DialSetting((2, 4))
 
 
 def test_outside_is_clamped_or_refused() -> None:
     kids = {"helpfulness": {}, "safety": {"min": 0.6}}
-    assert effective_setting({"safety": 0}, KEY, scenario(ranges=kids), SERVER) == DialSetting(
+    assert effective_setting({"safety": 0}, {}, scenario(ranges=kids), SERVER) == DialSetting(
         (None, 3)
     )
     strict = scenario(ranges=kids, outside="refuse")
-    refusal = effective_setting({"safety": 0}, KEY, strict, SERVER)
+    refusal = effective_setting({"safety": 0}, {}, strict, SERVER)
     assert isinstance(refusal, Refusal) and "0.75 to 1 (level 3 to 4)" in refusal.message
-    assert effective_setting({"safety": 0.8}, KEY, strict, SERVER) == DialSetting((None, 4))
+    assert effective_setting({"safety": 0.8}, {}, strict, SERVER) == DialSetting((None, 4))
 
 
 @pytest.mark.parametrize("outside", ["clamp", "refuse"])
@@ -148,7 +148,7 @@ def test_rounding_takes_no_value_out_of_the_range_that_it_is_in(
     outside: str, attribute: str, ends: dict[str, float], asked: float, expected: int
 ) -> None:
     place = scenario(ranges={**OPEN.model_dump()["ranges"], attribute: ends}, outside=outside)
-    got = effective_setting({attribute: asked}, KEY, place, SERVER)
+    got = effective_setting({attribute: asked}, {}, place, SERVER)
     assert isinstance(got, DialSetting)
     assert got.levels[ATTRIBUTES.index(attribute)] == expected
 
@@ -157,7 +157,7 @@ def test_rounding_takes_no_value_out_of_the_range_that_it_is_in(
 def test_what_lies_outside_is_refused_though_rounding_would_bring_it_in(asked: object) -> None:
     ranges = {"helpfulness": {}, "safety": {"min": 0.5, "max": 0.8}}
     refusal = effective_setting(
-        {"safety": asked}, KEY, scenario(ranges=ranges, outside="refuse"), SERVER
+        {"safety": asked}, {}, scenario(ranges=ranges, outside="refuse"), SERVER
     )
     assert isinstance(refusal, Refusal) and "0.5 to 0.75 (level 2 to 3)" in refusal.message
 
@@ -165,14 +165,14 @@ def test_what_lies_outside_is_refused_though_rounding_would_bring_it_in(asked: o
 def test_an_empty_intersection_is_refused() -> None:
     key = KEY.model_copy(update={"ranges": {"safety": Range(max=0.4)}})
     low = scenario(ranges={"helpfulness": {}, "safety": {"min": 0.5}})
-    assert isinstance(effective_setting({}, key, low, SERVER), Refusal)
+    assert isinstance(effective_setting({}, key.ranges, low, SERVER), Refusal)
     between = scenario(ranges={"helpfulness": {}, "safety": {"min": 0.3, "max": 0.4}})
-    assert isinstance(effective_setting({"safety": 0.35}, KEY, between, SERVER), Refusal)
+    assert isinstance(effective_setting({"safety": 0.35}, {}, between, SERVER), Refusal)
 
 
 def test_a_scenario_that_forgot_a_dial_is_closed() -> None:
     forgot = scenario(ranges={"helpfulness": {}})
-    assert isinstance(effective_setting({}, KEY, forgot, SERVER), Refusal)
+    assert isinstance(effective_setting({}, {}, forgot, SERVER), Refusal)
 
 
 def some_range(rng: random.Random) -> Range:
@@ -245,12 +245,12 @@ def test_never_outside_of_key_scenario_and_server() -> None:
     for _ in range(100_000):
         key, place, server = rng.choice(makers)
         request = {name: some_value(rng) for name in ATTRIBUTES if rng.random() < 0.8}
-        got = effective_setting(request, key, place, server)
+        got = effective_setting(request, key.ranges, place, server)
         if isinstance(got, Refusal):
             outcomes["refused"] += 1
             assert is_refusable(got, request, key, place, server)
             continue
-        assert got == effective_setting(dict(request), key, place, server)
+        assert got == effective_setting(dict(request), key.ranges, place, server)
         for name, one in zip(ATTRIBUTES, got.levels, strict=True):
             ranges = [
                 part[name] for part in (key.ranges, place.ranges, server.ranges) if name in part
@@ -319,7 +319,7 @@ def test_the_shipped_policy_is_sound() -> None:
     policy = parsed(plain())
     assert set(policy.scenarios) == {"kids", "clinic", "general", "coding", "security-lab"}
     for name, place in policy.scenarios.items():
-        got = effective_setting({}, KEY, place, SERVER)
+        got = effective_setting({}, {}, place, SERVER)
         assert isinstance(got, DialSetting), name
     assert load_policy(shipped_policies()["example"], Dials(ATTRIBUTES, 2)).hash == policy.hash
 

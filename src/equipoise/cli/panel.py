@@ -8,7 +8,6 @@ from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.policy.decide import (
     DialPolicy,
-    Key,
     Range,
     Refusal,
     Scenario,
@@ -18,8 +17,6 @@ from equipoise.policy.decide import (
 )
 from equipoise.types import DialSetting
 
-_OPERATOR = Key(id="terminal", sha256="0" * 64)
-"""Whoever has the model's files at hand is not narrowed further by a key."""
 OPEN = "open"
 """The scenario without a policy: every dial is free, and at its top until it is turned."""
 
@@ -51,7 +48,7 @@ class DialPanel:
             ConfigError: The policy refuses it; the message names the allowed range.
         """
         dials = self.dials if asked is None else asked
-        found = effective_setting(dials, _OPERATOR, self.scenarios[self.scenario], self._server)
+        found = effective_setting(dials, {}, self.scenarios[self.scenario], self._server)
         if isinstance(found, Refusal):
             raise ConfigError(
                 f"the {found.attribute} dial cannot be set so",
@@ -81,7 +78,7 @@ class DialPanel:
     def allowed(self, attribute: str) -> range:
         """Return the levels that the scenario allows."""
         scenario = self.scenarios[self.scenario]
-        return allowed_levels(attribute, _OPERATOR, scenario, self._server)
+        return allowed_levels(attribute, {}, scenario, self._server)
 
     def described(self, setting: DialSetting) -> str:
         """Return a setting in words: the value of every dial, or auto."""

@@ -16,7 +16,6 @@ from equipoise.errors import ConfigError
 from equipoise.evaluate.metrics import collect
 from equipoise.policy.decide import (
     DialPolicy,
-    Key,
     Refusal,
     Server,
     allowed_levels,
@@ -34,7 +33,6 @@ STANDS: tuple[Stand, ...] = ("default", "loosest")
 the policy rounds up (safety), the highest of the others."""
 Settings = Mapping[str, Mapping[Stand, DialSetting]]
 
-_ANYONE = Key(id="anyone", sha256="0" * 64)
 _NAMES = {"default": "unasked (the default)", "loosest": "the least safe that may be asked for"}
 _COLOURS = {"default": "#0072B2", "loosest": "#D55E00"}
 
@@ -50,14 +48,14 @@ def scenario_settings(policy: DialPolicy, dials: Dials) -> Settings:
     for name, scenario in policy.scenarios.items():
         ends: dict[str, object] = {}
         for attribute in dials.attributes:
-            allowed = allowed_levels(attribute, _ANYONE, scenario, server)
+            allowed = allowed_levels(attribute, {}, scenario, server)
             if allowed:
                 at = allowed[0] if attribute in policy.round_up else allowed[-1]
                 ends[attribute] = {"level": at}
         found[name] = {}
         for stand in STANDS:
             request = ends if stand == "loosest" else {}
-            setting = effective_setting(request, _ANYONE, scenario, server)
+            setting = effective_setting(request, {}, scenario, server)
             if isinstance(setting, Refusal):
                 raise ConfigError(
                     f"scenario {name} has no setting for this model",

@@ -42,7 +42,7 @@ class Server:
     """What is the same for every request: the model's dials and the ceiling."""
 
     dials: Dials
-    ranges: Mapping[str, Range]
+    ranges: Ranges
     round_up: tuple[str, ...] = ("safety",)
 
 
@@ -56,7 +56,7 @@ class Refusal(NamedTuple):
 
 
 def effective_setting(
-    request: Mapping[str, object], key: Key, scenario: Scenario, server: Server
+    request: Mapping[str, object], ranges: Ranges, scenario: Scenario, server: Server
 ) -> DialSetting | Refusal:
     """Return the setting that a request gets.
 
@@ -66,7 +66,7 @@ def effective_setting(
 
     Args:
         request: Attribute to what was asked for: any JSON value.
-        key: Of the caller.
+        ranges: Of the caller's key; none for a caller without one.
         scenario: Of the request.
         server: The model's dials and the ceiling.
 
@@ -81,25 +81,27 @@ def effective_setting(
             )
     levels = []
     for attribute in server.dials.attributes:
-        level = _effective_level(attribute, request, key, scenario, server)
+        level = _effective_level(attribute, request, ranges, scenario, server)
         if isinstance(level, Refusal):
             return level
         levels.append(level)
     return DialSetting(tuple(levels))
 
 
-def allowed_levels(attribute: str, key: Key, scenario: Scenario, server: Server) -> range:
+def allowed_levels(attribute: str, ranges: Ranges, scenario: Scenario, server: Server) -> range:
     """Return the levels that key, scenario and server allow together; may be empty."""
     if attribute not in scenario.ranges:
         return range(0)
-    low, high = _ends(attribute, key, scenario, server)
+    low, high = _ends(attribute, ranges, scenario, server)
     top = server.dials.levels - 1
     return range(math.ceil(low * top - _GRID_SLACK), math.floor(high * top + _GRID_SLACK) + 1)
 
 
-def _ends(attribute: str, key: Key, scenario: Scenario, server: Server) -> tuple[float, float]:
+def _ends(
+    attribute: str, ranges: Ranges, scenario: Scenario, server: Server
+) -> tuple[float, float]:
     """Return the dial values at which key ∩ scenario ∩ server ends; they may be off the grid."""
-    parts = [r.get(attribute, Range()) for r in (key.ranges, scenario.ranges, server.ranges)]
+    parts = [r.get(attribute, Range()) for r in (ranges, scenario.ranges, server.ranges)]
     return max(part.min for part in parts), min(part.max for part in parts)
 
 
@@ -147,11 +149,8 @@ def policy_faults(policy: DialPolicy, dials: Dials) -> list[str]:
     return faults
 
 
-_ANYONE = Key(id="anyone", sha256="0" * 64)
-
-
 def _default_fault(attribute: str, scenario: Scenario, server: Server) -> str | None:
-    allowed = allowed_levels(attribute, _ANYONE, scenario, server)
+    allowed = allowed_levels(attribute, {}, scenario, server)
     if not allowed:
         return f"no level of {server.dials.levels} lies in its range and the server's"
     default = scenario.default[attribute]
@@ -159,15 +158,19 @@ def _default_fault(attribute: str, scenario: Scenario, server: Server) -> str | 
         whole = len(allowed) == server.dials.levels
         return None if whole else "default auto needs the whole dial as range"
     value = _asked_value(_plain(default), server)
-    if value is not None and _lies_within(value, _ends(attribute, _ANYONE, scenario, server)):
+    if value is not None and _lies_within(value, _ends(attribute, {}, scenario, server)):
         return None
     return f"the default is outside of {describe_levels(allowed, server.dials.levels)}"
 
 
 def _effective_level(
-    attribute: str, request: Mapping[str, object], key: Key, scenario: Scenario, server: Server
+    attribute: str,
+    request: Mapping[str, object],
+    ranges: Ranges,
+    scenario: Scenario,
+    server: Server,
 ) -> int | Refusal | None:
-    allowed = allowed_levels(attribute, key, scenario, server)
+    allowed = allowed_levels(attribute, ranges, scenario, server)
     if not allowed:
         return Refusal(attribute, "no level is allowed: the ranges of key, scenario and server")
     whole = len(allowed) == server.dials.levels
@@ -187,7 +190,7 @@ def _effective_level(
             + describe_levels(allowed, server.dials.levels),
         )
     # What was asked for is judged, not what it is rounded to, which may be out of a range it is in.
-    within = _lies_within(value, _ends(attribute, key, scenario, server))
+    within = _lies_within(value, _ends(attribute, ranges, scenario, server))
     if not within and given and scenario.outside == "refuse":
         return Refusal(attribute, f"allowed here: {describe_levels(allowed, server.dials.levels)}")
     rounding: Literal["up", "nearest"] = "up" if attribute in server.round_up else "nearest"

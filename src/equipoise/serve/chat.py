@@ -106,7 +106,7 @@ def prepare(
     request = parse_chat(parse(body))
     scenario_name = _scenario_name(request.model, key, rules, model)
     scenario = rules.policy.scenarios[scenario_name]
-    setting = effective_setting(request.dials, key, scenario, rules.server)
+    setting = effective_setting(request.dials, key.ranges, scenario, rules.server)
     if isinstance(setting, Refusal):
         raise bad_request(
             f"dials.{as_name(setting.attribute)}: {setting.message}",

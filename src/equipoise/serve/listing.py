@@ -30,7 +30,7 @@ def list_models(
         scenario = rules.policy.scenarios[name]
         ranges = {}
         for attribute in model.dials.attributes:
-            allowed = allowed_levels(attribute, key, scenario, rules.server)
+            allowed = allowed_levels(attribute, key.ranges, scenario, rules.server)
             ranges[attribute] = (
                 {"min": allowed[0] / top, "max": allowed[-1] / top} if allowed else None
             )
