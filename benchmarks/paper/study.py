@@ -86,10 +86,10 @@ def over(seeds: Sequence[Json], path: str) -> Estimate:
     return over_seeds([_at(one, path) for one in seeds])
 
 
-def _at(one: Any, path: str) -> float:
-    for key in path.split("."):
+def _at(one: Any, path: str, end: str = "value") -> float:
+    for key in (*path.split("."), end):
         one = one[key]
-    return math.nan if one["value"] is None else float(one["value"])
+    return math.nan if one is None else float(one)
 
 
 def _estimates(seeds: Sequence[Json]) -> Named:
@@ -150,11 +150,8 @@ def _of_seeds(found: Sequence[Json], path: str) -> Estimate:
     """Return the mean over seeds; of a single one its own interval, which is over prompts."""
     if len(found) > 1:
         return over(found, path)
-    one: Any = found[0]
-    for key in path.split("."):
-        one = one[key]
-    value, low, high = (math.nan if one[k] is None else one[k] for k in ("value", "low", "high"))
-    return Estimate(value, low, high, one["n"])
+    value, low, high, n = (_at(found[0], path, end) for end in ("value", "low", "high", "n"))
+    return Estimate(value, low, high, int(n))
 
 
 def cost(seeds: Sequence[Json]) -> dict[str, Any]:
