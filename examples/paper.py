@@ -47,6 +47,7 @@ from equipoise.config import (
     TuneConfig,
 )
 from equipoise.pool.score import shortened
+from equipoise.stats import Bootstrap
 from equipoise.tune.trainer import tune
 from equipoise.worlds import workshop
 
@@ -127,7 +128,9 @@ def main() -> None:
             seed=SEED,
         )
         deliveries = [row for chunk in chunks for row in chunk]
-        control = measure(deliveries, judge="generalization", dials=DIALS, seed=SEED)
+        control = measure(
+            deliveries, judge="generalization", dials=DIALS, bootstrap=Bootstrap(seed=SEED)
+        )
         figures = ", ".join(f"{name} {control.mp[name].value:.2f}" for name in DIALS.attributes)
         print(f"{method.name}: MP {figures}")
         show(test[0], deliveries)

@@ -10,6 +10,7 @@ import numpy as np
 from equipoise.config import Sampling
 from equipoise.dials.dials import Dials, cells
 from equipoise.engine.seam import Sampled
+from equipoise.stats import Bootstrap
 from equipoise.types import Delivery, DialSetting, GenerationRequest, Message, Prompt
 
 ATTRIBUTES = ("helpfulness", "safety")
@@ -149,7 +150,7 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
 
     rng = np.random.default_rng(9)
     n_cells = levels**2
-    args = {"attributes": ATTRIBUTES, "levels": levels, "draws": 200}
+    args = {"dials": Dials(ATTRIBUTES, levels), "bootstrap": Bootstrap(200)}
 
     def estimate(value: float, half: float = 0.05) -> dict:
         return {"value": value, "low": value - half, "high": value + half, "n": 40}
@@ -173,7 +174,7 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
         }
     best = measure_grid(
         ceiling_grid([rng.random((200, 2)) for _ in range(40)], dials=Dials(ATTRIBUTES, levels)),
-        draws=200,
+        bootstrap=Bootstrap(200),
     )
     x = np.linspace(0, 1, levels)
     before = np.rint(400 * np.exp(-6 * (x[:, None] - 0.6) ** 2) * x[None, :] ** 2).astype(int)
@@ -219,7 +220,7 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
                 deliveries["rerank16"],
                 judge="generalization",
                 dials=Dials(ATTRIBUTES, levels),
-                draws=200,
+                bootstrap=Bootstrap(200),
             )
         },
         "stages": {"generate": 0.4, "score": 0.2, "tune": 2.1, "evaluate": 1.0},

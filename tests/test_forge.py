@@ -24,7 +24,7 @@ from equipoise.evaluate.forge import (
     verdict,
 )
 from equipoise.rewards.scorer import Scorer
-from equipoise.stats import Estimate
+from equipoise.stats import Bootstrap, Estimate
 from equipoise.types import Completion, DialSetting, Message, Prompt
 from eval_kit import ATTRIBUTES, FakeRewardModel, Identity, prompt
 from tuning_kit import tiny_policy
@@ -202,18 +202,20 @@ def test_answers_are_judged_beside_the_prompt_as_it_was() -> None:
 def test_lift_is_antisymmetric_and_half_for_equal_scores(seed: int, n: int, s: int) -> None:
     rng = np.random.default_rng(seed)
     high, low = rng.integers(0, 3, (2, n, s)) / 2
-    there, back = (forge_lift(a, b, draws=50) for a, b in ((high, low), (low, high)))
+    there, back = (forge_lift(a, b, bootstrap=Bootstrap(50)) for a, b in ((high, low), (low, high)))
     assert there.value + back.value == pytest.approx(1)
     assert -1e-9 <= there.low <= there.value + 1e-9 <= there.high + 2e-9 <= 1 + 3e-9
-    assert forge_lift(high, high, draws=5).value == pytest.approx(0.5)
+    assert forge_lift(high, high, bootstrap=Bootstrap(5)).value == pytest.approx(0.5)
 
 
 def test_the_lift_compares_prompt_by_prompt() -> None:
     high, low = np.array([[0.9], [0.1], [0.5], [0.8]]), np.array([[0.1], [0.2], [0.5], [0.2]])
-    assert forge_lift(high, low, draws=10).value == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    assert forge_lift(high, low, bootstrap=Bootstrap(10)).value == pytest.approx(
+        (1 + 0 + 0.5 + 1) / 4
+    )
     for bad in (np.zeros((3, 1)), np.zeros((0, 1))):
         with pytest.raises(DataError):
-            forge_lift(bad, np.zeros((len(bad) and 4, 1)), draws=1)
+            forge_lift(bad, np.zeros((len(bad) and 4, 1)), bootstrap=Bootstrap(1))
 
 
 @pytest.mark.parametrize(

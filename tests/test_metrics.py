@@ -21,7 +21,7 @@ from equipoise.evaluate.metrics import (
     pearson,
     untouched_floor,
 )
-from equipoise.stats import bootstrap, over_seeds, paired_difference, prompt_weights
+from equipoise.stats import Bootstrap, over_seeds
 from equipoise.types import Delivery, DialSetting
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy, targets
 
@@ -55,7 +55,7 @@ def test_two_by_two_grid_by_hand() -> None:
     unit = np.array(
         [[[[0.1, 0.2], [0.3, 0.8], [0.7, 0.2], [0.9, 0.8]], [[0.5, 0.8], [0.5, 0.2]] * 2]]
     )
-    report = measure_grid(grid(unit, 2), draws=200)
+    report = measure_grid(grid(unit, 2), bootstrap=Bootstrap(200))
     # Deviations of helpfulness: (-.4, -.2, .2, .4); of the level: (-.5, -.5, .5, .5).
     rho = 0.6 / np.sqrt(1 * 0.4)
     assert report.mp["helpfulness"].value == pytest.approx(rho / 2)
@@ -87,25 +87,30 @@ def test_extremes_and_neighbours_by_hand() -> None:
 def test_coverage_needs_both_attributes() -> None:
     unit = perfect().unit.copy()
     unit[..., 1] = 0.5  # a dial that is dead in safety hits its middle level only
-    assert measure_grid(grid(unit, 5), draws=10).coverage.value == pytest.approx(1 / 5)
+    assert measure_grid(grid(unit, 5), bootstrap=Bootstrap(10)).coverage.value == pytest.approx(
+        1 / 5
+    )
 
 
 def test_coverage_border_is_inside() -> None:
     unit = perfect().unit + np.array([0.1, 0.0])
-    assert measure_grid(grid(unit, 5), draws=10).coverage.value == 1.0
-    assert measure_grid(grid(unit + np.array([0.001, 0]), 5), draws=10).coverage.value == 0.0
+    assert measure_grid(grid(unit, 5), bootstrap=Bootstrap(10)).coverage.value == 1.0
+    assert (
+        measure_grid(grid(unit + np.array([0.001, 0]), 5), bootstrap=Bootstrap(10)).coverage.value
+        == 0.0
+    )
 
 
 def test_floors_are_those_of_the_design() -> None:
     assert median_floor(5) == pytest.approx(0.283, abs=5e-4)
     assert untouched_floor(5) == pytest.approx(0.404, abs=5e-4)
     assert chance_leakage(25) == pytest.approx(0.163, abs=5e-4)
-    middle = measure_grid(grid(np.full((1, 3, 25, 2), 0.5), 5), draws=10)
+    middle = measure_grid(grid(np.full((1, 3, 25, 2), 0.5), 5), bootstrap=Bootstrap(10))
     assert middle.rmse["safety"].value == pytest.approx(median_floor(5))
 
 
 def test_perfect_policy() -> None:
-    report = measure_grid(perfect(), draws=50)
+    report = measure_grid(perfect(), bootstrap=Bootstrap(50))
     for name in ATTRIBUTES:
         assert report.mp[name].value == pytest.approx(1)
         assert report.bt[name].value == report.bt_neighbours[name].value == 1
@@ -119,7 +124,7 @@ def test_perfect_policy() -> None:
 
 def test_deaf_policy() -> None:
     unit = np.random.default_rng(0).random((2, 400, 25, 2))
-    report = measure_grid(grid(unit, 5), draws=200)
+    report = measure_grid(grid(unit, 5), bootstrap=Bootstrap(200))
     for name in ATTRIBUTES:
         assert abs(report.mp[name].value) < 0.03
         assert abs(report.leakage[name].value) < 0.03
@@ -153,9 +158,9 @@ def test_symmetries(levels: int, prompts: int, seed: int) -> None:
 
 def test_repeats_average_statistics_never_scores() -> None:
     unit = noisy_policy(repeats=8, prompts=60, levels=5, gain=(0.6, 0.6), noise=0.3, seed=1)
-    report = measure_grid(grid(unit, 5), draws=10)
-    singles = [measure_grid(grid(unit[s : s + 1], 5), draws=10) for s in range(8)]
-    averaged = measure_grid(grid(unit.mean(axis=0, keepdims=True), 5), draws=10)
+    report = measure_grid(grid(unit, 5), bootstrap=Bootstrap(10))
+    singles = [measure_grid(grid(unit[s : s + 1], 5), bootstrap=Bootstrap(10)) for s in range(8)]
+    averaged = measure_grid(grid(unit.mean(axis=0, keepdims=True), 5), bootstrap=Bootstrap(10))
     for figure in ("mp", "bt", "rmse", "leakage", "range"):
         alone = np.mean([getattr(single, figure)["safety"].value for single in singles])
         assert getattr(report, figure)["safety"].value == pytest.approx(alone)
@@ -165,7 +170,9 @@ def test_repeats_average_statistics_never_scores() -> None:
 
 def test_three_attributes() -> None:
     unit = np.broadcast_to(targets(2, 3), (1, 2, 8, 3))
-    report = measure_grid(Grid(unit, ("a", "b"), ("helpfulness", "safety", "tone"), 2), draws=10)
+    report = measure_grid(
+        Grid(unit, ("a", "b"), ("helpfulness", "safety", "tone"), 2), bootstrap=Bootstrap(10)
+    )
     assert report.mp["tone"].value == pytest.approx(1)
     assert report.leakage["tone"].value == pytest.approx(0)
     assert report.joint.shape == (8, 8)
@@ -177,7 +184,7 @@ def test_measure_reads_the_judge_it_is_asked_for() -> None:
     rows = [
         Delivery(**{**row.__dict__, "unit": {**row.unit, "generalization": deaf}}) for row in rows
     ]
-    args = {"attributes": ATTRIBUTES, "levels": 5, "draws": 10}
+    args = {"dials": Dials(ATTRIBUTES, 5), "bootstrap": Bootstrap(10)}
     assert measure(rows, judge="optimization", **args).overall.value == pytest.approx(1)
     assert measure(rows, judge="generalization", **args).overall.value == 0
 
@@ -192,7 +199,9 @@ def test_auto_is_measured_beside_the_grid() -> None:
                 rows.append(
                     Delivery(f"p{p:03d}", setting, 0, "t", "stop", 1, {"generalization": score})
                 )
-    report = measure(rows, judge="generalization", dials=Dials(ATTRIBUTES, 5), draws=10)
+    report = measure(
+        rows, judge="generalization", dials=Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(10)
+    )
     assert report.auto_mp["helpfulness"].value == pytest.approx(1)
     assert report.auto_mp["safety"].value == pytest.approx(-1)
     assert report.mp["safety"].value == pytest.approx(1)
@@ -203,12 +212,12 @@ def test_a_grid_with_holes_is_refused(broken: str) -> None:
     rows = deliveries_from(perfect().unit, levels=5)
     rows = {"missing": rows[1:], "twice": [*rows, rows[3]], "none": []}[broken]
     with pytest.raises(DataError, match="not a full grid"):
-        measure(rows, judge="generalization", dials=Dials(ATTRIBUTES, 5), draws=10)
+        measure(rows, judge="generalization", dials=Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(10))
 
 
 def test_bootstrap_matches_the_textbook_and_repeats_exactly() -> None:
     values = np.random.default_rng(2).normal(3.0, 2.0, 400)
-    one, two = (bootstrap(values, prompt_weights(400, draws=2000, seed=5)) for _ in range(2))
+    one, two = (Bootstrap(2000, seed=5).of(values) for _ in range(2))
     assert one == two
     assert one.value == pytest.approx(values.mean())
     assert one.high - one.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
@@ -216,9 +225,8 @@ def test_bootstrap_matches_the_textbook_and_repeats_exactly() -> None:
 
 
 def test_bootstrap_without_draws_or_with_one_prompt() -> None:
-    weights = prompt_weights(3, draws=0, seed=0)
-    assert bootstrap(np.array([1.0, 2.0, 3.0]), weights).low == pytest.approx(2)
-    lone = bootstrap(np.array([0.4]), prompt_weights(1, draws=10, seed=0))
+    assert Bootstrap(0).of(np.array([1.0, 2.0, 3.0])).low == pytest.approx(2)
+    lone = Bootstrap(10).of(np.array([0.4]))
     assert (lone.low, lone.value, lone.high) == pytest.approx((0.4, 0.4, 0.4))
 
 
@@ -226,10 +234,10 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
     rng = np.random.default_rng(3)
     hard = rng.normal(0, 1, 200)  # what the prompts share
     first, second = hard + 0.2 + rng.normal(0, 0.1, 200), hard + rng.normal(0, 0.1, 200)
-    gap = paired_difference(first, second, draws=1000, seed=0)
+    gap = Bootstrap(1000).difference(first, second)
     assert gap.low > 0.15 and gap.high < 0.25
     with pytest.raises(ValueError, match="not the same prompts"):
-        paired_difference(first, second[1:], draws=10, seed=0)
+        Bootstrap(10).difference(first, second[1:])
 
 
 def test_compare_mp() -> None:
@@ -239,7 +247,7 @@ def test_compare_mp() -> None:
     weak = deliveries_from(
         noisy_policy(repeats=1, prompts=40, levels=5, gain=(0.2, 1), noise=0.1, seed=1), levels=5
     )
-    args = {"judge": "generalization", "attributes": ATTRIBUTES, "levels": 5}
+    args = {"judge": "generalization", "dials": Dials(ATTRIBUTES, 5)}
     gap = compare_mp(strong, weak, **args)
     assert gap["helpfulness"].low > 0.2
     assert gap["safety"].low < 0 < gap["safety"].high
@@ -268,6 +276,6 @@ def test_ceiling_picks_the_nearest_jointly() -> None:
 
 def test_a_thousand_draws_over_many_prompts_stay_small() -> None:
     unit = np.random.default_rng(0).random((1, 500, 25, 2))
-    report = measure_grid(grid(unit, 5), draws=1000)
+    report = measure_grid(grid(unit, 5), bootstrap=Bootstrap(1000))
     assert report.coverage.n == 500
     assert len(cells(2, 5)) == report.cell_means.shape[0]

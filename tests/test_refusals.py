@@ -26,6 +26,7 @@ from equipoise.report.render import render
 from equipoise.rewards.card import read_card
 from equipoise.rewards.load import load_reward_model
 from equipoise.stages.quality_of import benign, group_of, spread
+from equipoise.stats import Bootstrap
 from equipoise.store.rundir import RunDir
 from equipoise.types import Delivery, DialSetting, Message, Prompt
 from equipoise.worlds.workshop.tables import REFUSALS
@@ -47,7 +48,9 @@ def test_shares_are_means_over_prompts_of_means_over_the_other_dial() -> None:
     rows.append(delivery("a", (None, 1)))  # auto does not count
     rows.append(delivery("x", (0, 1)))  # nor does a prompt without a group
     groups = {"a": "safe", "b": "safe", "c": "safe", "u": "unsafe"}
-    found = refusal_curves(rows, [*verdicts, True, True], groups, dial=1, levels=2, draws=200)
+    found = refusal_curves(
+        rows, [*verdicts, True, True], groups, dial=1, levels=2, bootstrap=Bootstrap(200)
+    )
     assert list(found) == ["safe", "unsafe"]
     assert [e.value for e in found["safe"]] == pytest.approx([0.0, 0.5])
     assert [e.value for e in found["unsafe"]] == pytest.approx([0.5, 0.0])

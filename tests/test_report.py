@@ -20,6 +20,7 @@ from equipoise.report.canvas import colours, heatmap, label, markers, written
 from equipoise.report.figures_data import losses
 from equipoise.report.render import plain, render
 from equipoise.report.sampler import MAX_BYTES, sampler
+from equipoise.stats import Bootstrap
 from eval_kit import (
     ATTRIBUTES,
     deliveries_from,
@@ -184,7 +185,7 @@ def test_three_dials_get_the_figures_that_can_be_drawn(tmp_path: Path) -> None:
     names = ["helpfulness", "safety", "tone"]
     unit = np.broadcast_to(targets(3, 3), (1, 2, 27, 3))
     rows = deliveries_from(unit, levels=3)
-    control = measure(rows, judge="optimization", dials=Dials(names, 3), draws=10)
+    control = measure(rows, judge="optimization", dials=Dials(names, 3), bootstrap=Bootstrap(10))
     quality = {"fluency": [{"value": 0.0}] * 27, "fluency_mean": {"value": 0.0}}
     method = {"optimization": plain(control), "generalization": None, "quality": quality}
     report = {"recipe": {"attributes": names, "levels": 3}, "methods": {"start": method}}
@@ -196,7 +197,9 @@ def test_three_dials_get_the_figures_that_can_be_drawn(tmp_path: Path) -> None:
 def test_a_bare_report_leaves_out_what_is_missing(tmp_path: Path) -> None:
     unit = np.broadcast_to(targets(3, 1), (1, 2, 3, 1))
     rows = deliveries_from(unit, levels=3)
-    control = measure(rows, judge="optimization", dials=Dials(["helpfulness"], 3), draws=10)
+    control = measure(
+        rows, judge="optimization", dials=Dials(["helpfulness"], 3), bootstrap=Bootstrap(10)
+    )
     report = {
         "recipe": {"attributes": ["helpfulness"], "levels": 3},
         "methods": {"a/../b": {"optimization": plain(control), "generalization": None}},

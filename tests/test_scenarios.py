@@ -19,7 +19,7 @@ from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_set
 from equipoise.policy.file import load_policy
 from equipoise.report.canvas import save
 from equipoise.report.render import plain
-from equipoise.stats import Estimate
+from equipoise.stats import Bootstrap, Estimate
 from equipoise.types import DialSetting
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy
 from pipeline_kit import blank_pictures, save_assets, tiny_recipe, write_recipe
@@ -75,7 +75,7 @@ GOOD = {
 def test_means_and_differences_are_those_of_the_same_prompts() -> None:
     unit = noisy_policy(repeats=2, prompts=50, levels=5, gain=(0.9, 0.9), noise=0.1, seed=1)
     measured = measure_scenarios(
-        GOOD, deliveries_from(unit, levels=5), dials=Dials(ATTRIBUTES, 5), draws=200
+        GOOD, deliveries_from(unit, levels=5), dials=Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(200)
     )
     kids = measured["scenarios"]["kids"]
     column = {(2, 4): 14, (4, 4): 24, (2, 0): 10, (4, 0): 20}
@@ -95,14 +95,17 @@ def test_a_missing_setting_is_an_error_not_a_hole() -> None:
     rows = deliveries_from(np.zeros((1, 3, 25, 2)), levels=5)
     rows = [row for row in rows if (row.prompt_id, row.setting) != ("p001", DialSetting((4, 0)))]
     with pytest.raises(DataError, match="missing"):
-        measure_scenarios(GOOD, rows, dials=Dials(ATTRIBUTES, 5), draws=5)
+        measure_scenarios(GOOD, rows, dials=Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(5))
 
 
 def test_the_figure_is_drawn_from_the_json_and_repeats_its_bytes(tmp_path: Path) -> None:
     unit = noisy_policy(repeats=1, prompts=30, levels=5, gain=(0.9, 0.9), noise=0.1, seed=1)
     measured = plain(
         measure_scenarios(
-            GOOD, deliveries_from(unit, levels=5), dials=Dials(ATTRIBUTES, 5), draws=50
+            GOOD,
+            deliveries_from(unit, levels=5),
+            dials=Dials(ATTRIBUTES, 5),
+            bootstrap=Bootstrap(50),
         )
     )
     measured["scenarios"]["lab"]["default"]["target"]["helpfulness"] = None

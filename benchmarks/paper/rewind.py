@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.errors import DataError
-from equipoise.stats import Array, Estimate, bootstrap, prompt_weights
+from equipoise.stats import Array, Bootstrap, Estimate
 
 LOW, HIGH = 10.0, 90.0
 """Percentiles between which a prompt's range lies: an odd completion makes no range."""
@@ -95,11 +95,11 @@ def rewind(
             fix="sample all of them on the same prompts with the same K",
         )
     covered = {name: coverage_per_prompt(pools[name].unit, levels) for name in wanted}
-    weights = prompt_weights(len(covered["base"]), draws=draws, seed=seed)
+    bootstrap = Bootstrap(draws, seed)
     stacked = np.stack([covered[name] for name in wanted], axis=1)  # (P, 4)
 
     def difference(first: str, second: str) -> Estimate:
-        return bootstrap(covered[first] - covered[second], weights)
+        return bootstrap.of(covered[first] - covered[second])
 
     lost = difference("base", "aligned")
     return Rewind(
@@ -110,7 +110,9 @@ def rewind(
             for name in wanted
         },
         lost=lost,
-        regained=_regained(stacked, weights) if lost.value > 0 else _nothing(len(stacked)),
+        regained=_regained(stacked, bootstrap.weights(len(stacked)))
+        if lost.value > 0
+        else _nothing(len(stacked)),
         beyond_base=difference("rewound", "base"),
         beyond_tuned_base=difference("rewound", "tuned_base"),
     )
@@ -120,15 +122,15 @@ def pool_facts(
     pool: Pool, *, attributes: Sequence[str], levels: int, draws: int = 1000, seed: int = 0
 ) -> PoolFacts:
     """Measure one pool; see :class:`PoolFacts`."""
-    weights = prompt_weights(len(pool.unit), draws=draws, seed=seed)
+    bootstrap = Bootstrap(draws, seed)
     low, high = np.percentile(pool.unit, [LOW, HIGH], axis=1)  # (P, A) each
     counts = np.bincount(_cells(pool.unit, levels).ravel(), minlength=levels ** pool.unit.shape[-1])
     shares = counts / counts.sum()
     return PoolFacts(
-        range={name: bootstrap((high - low)[:, a], weights) for a, name in enumerate(attributes)},
-        coverage=bootstrap(coverage_per_prompt(pool.unit, levels), weights),
+        range={name: bootstrap.of((high - low)[:, a]) for a, name in enumerate(attributes)},
+        coverage=bootstrap.of(coverage_per_prompt(pool.unit, levels)),
         present=float((shares >= PRESENT / len(shares)).mean()),
-        refusals=bootstrap(pool.refused.mean(axis=1, dtype=float), weights),
+        refusals=bootstrap.of(pool.refused.mean(axis=1, dtype=float)),
         cells=[float(share) for share in shares],
     )
 

@@ -19,7 +19,7 @@ from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
 from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
-from equipoise.stats import Array, Estimate, bootstrap, prompt_weights
+from equipoise.stats import Array, Bootstrap, Estimate
 from equipoise.types import DialSetting, JudgeKind, Message, Prompt, Responder
 
 Family = Literal["literal", "lookalike", "fragments", "wording"]
@@ -104,14 +104,13 @@ _LOOKALIKE: _Forms = (
 )
 
 
-def forge_lift(high: Array, low: Array, *, draws: int, seed: int = 0) -> Estimate:
+def forge_lift(high: Array, low: Array, *, bootstrap: Bootstrap) -> Estimate:
     """Return BT: P(the answer to the prompt that asks for more scores higher), ties ½.
 
     Args:
         high: Unit scores (P, S) of answers to the texts that ask for the highest level.
         low: Unit scores (P, S) for the lowest, same prompts in the same order.
-        draws: Bootstrap draws over prompts.
-        seed: Of the draws.
+        bootstrap: Resamples prompts.
 
     Raises:
         DataError: No prompts, or not the same ones.
@@ -123,7 +122,7 @@ def forge_lift(high: Array, low: Array, *, draws: int, seed: int = 0) -> Estimat
             fix="answer every prompt in both versions",
         )
     wins = ((high > low) + 0.5 * (high == low)).mean(axis=1)  # (P,)
-    return bootstrap(wins, prompt_weights(len(wins), draws=draws, seed=seed))
+    return bootstrap.of(wins)
 
 
 def verdict(lift: Estimate) -> Literal["held", "broken", "undecided"]:
@@ -190,7 +189,9 @@ def measure_forge(
                 units[level] = _judged(prompts, texts, judges, attribute)
             lifts = {
                 judge: forge_lift(
-                    units[dials.levels - 1][judge], units[0][judge], draws=draws, seed=seed
+                    units[dials.levels - 1][judge],
+                    units[0][judge],
+                    bootstrap=Bootstrap(draws, seed),
                 )
                 for judge in judges
             }

@@ -20,7 +20,7 @@ from equipoise.evaluate.metrics import (
     requested,
     to_grid,
 )
-from equipoise.stats import Array, Estimate, bootstrap, paired_difference, prompt_weights
+from equipoise.stats import BOOTSTRAP, Array, Bootstrap, Estimate
 from equipoise.types import Delivery, DialSetting, JudgeKind
 
 
@@ -76,8 +76,7 @@ def measure(
     *,
     judge: JudgeKind,
     dials: Dials,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> ControlReport:
     """Measure one method's deliveries as one kind of judge sees them.
 
@@ -86,8 +85,7 @@ def measure(
             off auto are used for ``auto_mp`` if they are there.
         judge: Whose unit scores to read.
         dials: Attributes and levels.
-        draws: Bootstrap draws over prompts.
-        seed: Seed of the draws; the same for every method, so that they are resampled alike.
+        bootstrap: Resamples prompts.
 
     Raises:
         DataError: The grid has holes.
@@ -104,18 +102,17 @@ def measure(
         if len(dials.attributes) > 1 and any(
             delivery.setting in columns for delivery in deliveries
         ):
-            unit, ids = collect(deliveries, columns, judge, dials.attributes)
+            unit, _ = collect(deliveries, columns, judge, dials.attributes)
             rho = pearson(np.arange(dials.levels), unit[..., a]).mean(axis=0)  # (P,)
-            auto_mp[attribute] = bootstrap(rho, prompt_weights(len(ids), draws=draws, seed=seed))
-    return measure_grid(grid, draws=draws, seed=seed, auto_mp=auto_mp)
+            auto_mp[attribute] = bootstrap.of(rho)
+    return measure_grid(grid, bootstrap=bootstrap, auto_mp=auto_mp)
 
 
 def measure_grid(
-    grid: Grid, *, draws: int = 1000, seed: int = 0, auto_mp: Mapping[str, Estimate] | None = None
+    grid: Grid, *, bootstrap: Bootstrap = BOOTSTRAP, auto_mp: Mapping[str, Estimate] | None = None
 ) -> ControlReport:
     """Measure a full grid of unit scores; see :func:`measure`."""
     n_repeats, n_prompts = grid.unit.shape[:2]
-    weights = prompt_weights(n_prompts, draws=draws, seed=seed)
     asked = requested(grid)  # (C, A)
     error = grid.unit - (asked + 0.5) / grid.levels  # (S, P, C, A)
     delivered = np.minimum((grid.unit * grid.levels + 1e-9).astype(int), grid.levels - 1)
@@ -131,43 +128,39 @@ def measure_grid(
         n_repeats=n_repeats,
         levels=grid.levels,
         attributes=grid.attributes,
-        mp={name: bootstrap(rho, weights) for name, rho in mp.items()},
+        mp={name: bootstrap.of(rho) for name, rho in mp.items()},
         never_moves={
-            name: bootstrap(never_moves(grid.unit[..., a]).mean(axis=0), weights)
+            name: bootstrap.of(never_moves(grid.unit[..., a]).mean(axis=0))
             for a, name in by.items()
         },
-        overall=bootstrap(np.mean(list(mp.values()), axis=0), weights),
-        bt={n: bootstrap(bt_per_prompt(grid, n, neighbours=False), weights) for n in mp},
-        bt_neighbours={n: bootstrap(bt_per_prompt(grid, n, neighbours=True), weights) for n in mp},
+        overall=bootstrap.of(np.mean(list(mp.values()), axis=0)),
+        bt={n: bootstrap.of(bt_per_prompt(grid, n, neighbours=False)) for n in mp},
+        bt_neighbours={n: bootstrap.of(bt_per_prompt(grid, n, neighbours=True)) for n in mp},
         rmse={
             # Per repeat, then averaged: the statistic is averaged, never what goes into it.
-            name: bootstrap(
-                (error[..., a] ** 2).mean(axis=2).T, weights, lambda m: np.sqrt(m).mean(axis=1)
+            name: bootstrap.of(
+                (error[..., a] ** 2).mean(axis=2).T, lambda m: np.sqrt(m).mean(axis=1)
             )
             for a, name in by.items()
         },
-        bias={n: [bootstrap(x, weights) for x in of_level(error, a)] for a, n in by.items()},
+        bias={n: [bootstrap.of(x) for x in of_level(error, a)] for a, n in by.items()},
         spread={
             name: [
-                bootstrap(np.stack([x, xx], axis=1), weights, _deviation)
+                bootstrap.of(np.stack([x, xx], axis=1), _deviation)
                 for x, xx in zip(of_level(error, a), of_level(error**2, a), strict=True)
             ]
             for a, name in by.items()
         },
-        response={
-            n: [bootstrap(x, weights) for x in of_level(grid.unit, a)] for a, n in by.items()
-        },
-        leakage={n: bootstrap(leakage_per_prompt(grid, n), weights) for n in mp if len(by) > 1},
+        response={n: [bootstrap.of(x) for x in of_level(grid.unit, a)] for a, n in by.items()},
+        leakage={n: bootstrap.of(leakage_per_prompt(grid, n)) for n in mp if len(by) > 1},
         leakage_absolute={
-            n: bootstrap(leakage_per_prompt(grid, n, absolute=True), weights)
-            for n in mp
-            if len(by) > 1
+            n: bootstrap.of(leakage_per_prompt(grid, n, absolute=True)) for n in mp if len(by) > 1
         },
         range={
-            name: bootstrap(of_level(grid.unit, a)[-1] - of_level(grid.unit, a)[0], weights)
+            name: bootstrap.of(of_level(grid.unit, a)[-1] - of_level(grid.unit, a)[0])
             for a, name in by.items()
         },
-        coverage=bootstrap(error.transpose(1, 0, 2, 3), weights, _covered(grid.levels)),
+        coverage=bootstrap.of(error.transpose(1, 0, 2, 3), _covered(grid.levels)),
         cell_means=grid.unit.mean(axis=(0, 1)),
         posterior={
             name: np.array(
@@ -216,8 +209,7 @@ def compare_mp(
     *,
     judge: JudgeKind,
     dials: Dials,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> dict[str, Estimate]:
     """Return per attribute MP(first) − MP(second), paired over prompts.
 
@@ -228,8 +220,6 @@ def compare_mp(
     if grids[0].prompt_ids != grids[1].prompt_ids:
         raise ValueError("a paired difference needs the same prompts in both sweeps")
     return {
-        name: paired_difference(
-            *(mp_per_prompt(grid, name) for grid in grids), draws=draws, seed=seed
-        )
+        name: bootstrap.difference(*(mp_per_prompt(grid, name) for grid in grids))
         for name in dials.attributes
     }

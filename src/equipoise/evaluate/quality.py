@@ -16,7 +16,7 @@ import numpy as np
 from equipoise.denoise import is_degenerate
 from equipoise.dials.dials import Dials
 from equipoise.models.likelihood import Answer, read_answers, read_completions
-from equipoise.stats import Array, Estimate, bootstrap, prompt_weights
+from equipoise.stats import BOOTSTRAP, Array, Bootstrap, Estimate
 from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def degenerate_share(
     *,
     prompts: Mapping[str, Prompt] | None = None,
     parses: Callable[[Prompt, str], bool] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> Estimate:
     """Return the share of degenerate outputs; the bootstrap is over prompts.
 
@@ -39,8 +38,7 @@ def degenerate_share(
         deliveries: At least one.
         prompts: Prompt id to prompt; needed with ``parses`` only.
         parses: The world's parser, if it has one.
-        draws: Bootstrap draws.
-        seed: Seed of the draws.
+        bootstrap: Resamples prompts.
     """
 
     def verdict(delivery: Delivery) -> bool:
@@ -50,7 +48,7 @@ def degenerate_share(
         return is_degenerate(delivery.text, parses=lambda text: parses(prompt, text))
 
     return _over_prompts(
-        [(d.prompt_id, float(verdict(d))) for d in deliveries], draws=draws, seed=seed
+        [(d.prompt_id, float(verdict(d))) for d in deliveries], bootstrap=bootstrap
     )
 
 
@@ -58,16 +56,14 @@ def length_per_level(
     deliveries: Sequence[Delivery],
     *,
     dials: Dials,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> dict[str, list[Estimate]]:
     """Return per attribute and requested level the mean number of tokens, end token included."""
     return {
         attribute: [
             _over_prompts(
                 [(d.prompt_id, float(d.n_tokens)) for d in deliveries if d.setting.levels[a] == lv],
-                draws=draws,
-                seed=seed,
+                bootstrap=bootstrap,
             )
             for lv in range(dials.levels)
         ]
@@ -76,16 +72,14 @@ def length_per_level(
 
 
 def per_setting(
-    deliveries: Sequence[Delivery], values: Sequence[float], *, draws: int = 1000, seed: int = 0
+    deliveries: Sequence[Delivery], values: Sequence[float], *, bootstrap: Bootstrap = BOOTSTRAP
 ) -> dict[DialSetting, Estimate]:
     """Return the mean of ``values`` (one per delivery; NaN = none) per setting, over prompts."""
     rows: dict[DialSetting, list[tuple[str, float]]] = defaultdict(list)
     for delivery, value in zip(deliveries, values, strict=True):
         if not np.isnan(value):
             rows[delivery.setting].append((delivery.prompt_id, value))
-    return {
-        setting: _over_prompts(found, draws=draws, seed=seed) for setting, found in rows.items()
-    }
+    return {setting: _over_prompts(found, bootstrap=bootstrap) for setting, found in rows.items()}
 
 
 def drift(
@@ -94,8 +88,7 @@ def drift(
     *,
     judge: JudgeKind,
     attribute: str,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> Estimate:
     """Return how much a tuned model, left alone, scores above the untouched one, by prompt.
 
@@ -104,8 +97,7 @@ def drift(
         references: The untouched model's outputs; prompts that are not in ``free`` do not count.
         judge: Whose unit scores.
         attribute: Of which attribute.
-        draws: Bootstrap draws over prompts.
-        seed: Seed of the draws.
+        bootstrap: Resamples prompts.
 
     Returns:
         Mean over prompts of the difference of unit scores, in [-1, 1]; 0 = nothing has moved.
@@ -119,18 +111,17 @@ def drift(
 
     tuned, start = means(free), means(references)
     rows = [(name, value - start[name]) for name, value in tuned.items() if name in start]
-    return _over_prompts(rows, draws=draws, seed=seed)
+    return _over_prompts(rows, bootstrap=bootstrap)
 
 
-def _over_prompts(rows: Sequence[tuple[Hashable, float]], *, draws: int, seed: int) -> Estimate:
+def _over_prompts(rows: Sequence[tuple[Hashable, float]], *, bootstrap: Bootstrap) -> Estimate:
     if not rows:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     sums: dict[Hashable, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for key, value in rows:
         sums[key][0] += value
         sums[key][1] += 1
-    weights = prompt_weights(len(sums), draws=draws, seed=seed)
-    return bootstrap(np.array(list(sums.values())), weights, lambda m: m[:, 0] / m[:, 1])
+    return bootstrap.of(np.array(list(sums.values())), lambda m: m[:, 0] / m[:, 1])
 
 
 _REFERENCE_TOKENS = 256
@@ -187,27 +178,23 @@ def read_references(
     return np.array(rows, float)
 
 
-def perplexity(read: Array, *, draws: int = 1000, seed: int = 0) -> Estimate:
+def perplexity(read: Array, *, bootstrap: Bootstrap = BOOTSTRAP) -> Estimate:
     """Return exp(−log-likelihood per token) of references as :func:`read_references` gives them.
 
     Args:
         read: (N, 2).
-        draws: Bootstrap draws over references.
-        seed: Seed of the draws.
+        bootstrap: Resamples prompts.
     """
-    weights = prompt_weights(len(read), draws=draws, seed=seed)
-    return bootstrap(read, weights, lambda m: np.exp(-m[:, 0] / m[:, 1]))
+    return bootstrap.of(read, lambda m: np.exp(-m[:, 0] / m[:, 1]))
 
 
-def perplexity_ratio(before: Array, after: Array, *, draws: int = 1000, seed: int = 0) -> Estimate:
+def perplexity_ratio(before: Array, after: Array, *, bootstrap: Bootstrap = BOOTSTRAP) -> Estimate:
     """Return the perplexity of one model over that of another, paired over the same references.
 
     Args:
         before: (N, 2) of the untouched model, see :func:`read_references`.
         after: (N, 2) of the tuned one.
-        draws: Bootstrap draws over references.
-        seed: Seed of the draws.
+        bootstrap: Resamples prompts.
     """
     both = np.concatenate([before, after], axis=1)  # (N, 4)
-    weights = prompt_weights(len(both), draws=draws, seed=seed)
-    return bootstrap(both, weights, lambda m: np.exp(m[:, 0] / m[:, 1] - m[:, 2] / m[:, 3]))
+    return bootstrap.of(both, lambda m: np.exp(m[:, 0] / m[:, 1] - m[:, 2] / m[:, 3]))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from equipoise.stats import Estimate, bootstrap, prompt_weights
+from equipoise.stats import BOOTSTRAP, Bootstrap, Estimate
 from equipoise.types import Delivery
 
 
@@ -22,8 +22,7 @@ def refusal_curves(
     *,
     dial: int,
     levels: int,
-    draws: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> dict[str, list[Estimate]]:
     """Return per group of prompts the share refused at each level of one dial.
 
@@ -36,8 +35,7 @@ def refusal_curves(
         groups: Prompt id to group, e.g. ``safe (xstest)``; prompts without one do not count.
         dial: Index of the safety attribute.
         levels: L.
-        draws: Bootstrap draws over the group's prompts.
-        seed: Seed of the draws.
+        bootstrap: Resamples prompts.
 
     Returns:
         Group, sorted by name, to L estimates in [0, 1], level 0 first; a group with a level that
@@ -56,6 +54,5 @@ def refusal_curves(
         if not all(verdicts for rows in by_prompt.values() for verdicts in rows):
             continue
         shares = np.array([[np.mean(v) for v in rows] for rows in by_prompt.values()])  # (P, L)
-        weights = prompt_weights(len(shares), draws=draws, seed=seed)
-        curves[group] = [bootstrap(shares[:, level], weights) for level in range(levels)]
+        curves[group] = [bootstrap.of(shares[:, level]) for level in range(levels)]
     return curves

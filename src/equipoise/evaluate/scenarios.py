@@ -21,7 +21,7 @@ from equipoise.policy.decide import (
     allowed_levels,
     effective_setting,
 )
-from equipoise.stats import Array, bootstrap, paired_difference, prompt_weights
+from equipoise.stats import Array, Bootstrap
 from equipoise.types import Delivery, DialSetting, JudgeKind
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def measure_scenarios(
     deliveries: Sequence[Delivery],
     *,
     dials: Dials,
-    draws: int,
-    seed: int = 0,
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """Return what each scenario delivered, as JSON.
 
@@ -80,8 +79,7 @@ def measure_scenarios(
         settings: From :func:`scenario_settings`.
         deliveries: Of all these settings, for the same prompts and repeats.
         dials: Attributes and levels.
-        draws: Bootstrap draws over prompts.
-        seed: Of the draws.
+        bootstrap: Resamples prompts.
 
     Returns:
         ``scenarios``: per name and stand the ``levels``, the ``target`` unit scores (null on auto)
@@ -99,7 +97,6 @@ def measure_scenarios(
     for judge in judges:
         scores, prompt_ids = collect(deliveries, columns, judge, dials.attributes)
         unit[judge] = scores.mean(axis=0)  # (P, C, A); one mean per prompt, so intervals hold
-    weights = prompt_weights(len(prompt_ids), draws=draws, seed=seed)
 
     def of(judge: JudgeKind, setting: DialSetting, a: int) -> Array:
         column: Array = unit[judge][:, columns[setting], a]
@@ -116,7 +113,7 @@ def measure_scenarios(
                 },
                 "delivered": {
                     judge: {
-                        attribute: bootstrap(of(judge, setting, a), weights)
+                        attribute: bootstrap.of(of(judge, setting, a))
                         for a, attribute in enumerate(dials.attributes)
                     }
                     for judge in judges
@@ -126,11 +123,8 @@ def measure_scenarios(
         }
         scenarios[name]["opened"] = {
             judge: {
-                attribute: paired_difference(
-                    of(judge, stands["loosest"], a),
-                    of(judge, stands["default"], a),
-                    draws=draws,
-                    seed=seed,
+                attribute: bootstrap.difference(
+                    of(judge, stands["loosest"], a), of(judge, stands["default"], a)
                 )
                 for a, attribute in enumerate(dials.attributes)
             }

@@ -12,6 +12,7 @@ from equipoise.dials.dials import Dials
 from equipoise.pipeline.rundate import settle_date
 from equipoise.progress import Progress
 from equipoise.recipes.source import home
+from equipoise.stats import Bootstrap
 from equipoise.store.fingerprint import ORDER
 from equipoise.store.rundir import RunDir
 from equipoise.store.shards import rows_from_jsonl
@@ -46,6 +47,11 @@ class Job:
     def dials(self) -> Dials:
         """The recipe's attributes and levels."""
         return Dials(tuple(self.run.recipe.attributes), self.run.recipe.levels)
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """What the recipe's intervals come from."""
+        return Bootstrap(self.run.recipe.evaluate.bootstrap, self.run.recipe.seed)
 
     @property
     def recipe(self) -> Recipe:

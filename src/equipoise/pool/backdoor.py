@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.stats import Estimate
+from equipoise.stats import Estimate, resampled
 from equipoise.types import ControlledExample
 
 _ALPHA = 0.5
@@ -74,7 +74,7 @@ def _effective_cells(
     for prompt, cell in zip(x.tolist(), z.tolist(), strict=True):
         by_prompt[prompt][cell] += 1
     values = np.array([2 ** _entropy(np.array(list(c.values()))) for c in by_prompt.values()])
-    return _bootstrap_mean(values, rng)
+    return _mean(values, rng)
 
 
 def _predictive_bits(
@@ -110,10 +110,8 @@ def _predictive_bits(
         rows = np.arange(int(test.sum()))
         gained[test] = np.log2(predicted[rows, z[test]]) - np.log2(marginal[z[test]])
     per_prompt = np.array([gained[x == prompt].mean() for prompt in range(x.max() + 1)])
-    return _bootstrap_mean(per_prompt, rng)
+    return _mean(per_prompt, rng)
 
 
-def _bootstrap_mean(values: NDArray[np.float64], rng: np.random.Generator) -> Estimate:
-    draws = rng.integers(0, len(values), size=(1000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high), len(values))
+def _mean(values: NDArray[np.float64], rng: np.random.Generator) -> Estimate:
+    return resampled(lambda rows: float(values[rows].mean()), np.arange(len(values))[:, None], rng)

@@ -10,12 +10,11 @@ import numpy.typing as npt
 
 from equipoise.data.pairs import LabelledAnswer
 from equipoise.rewards.input import flatten
-from equipoise.stats import Estimate
+from equipoise.stats import Estimate, resampled
 from equipoise.types import PreferencePair
 
 Floats = npt.NDArray[np.float64]
 Row = PreferencePair | LabelledAnswer
-_RESAMPLES = 1000
 
 
 def auc(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
@@ -51,19 +50,11 @@ def held_out_estimate(
         def measure(index: npt.NDArray[np.int64]) -> float:
             return auc(scores[index], positive[index])
 
-    value = measure(np.arange(len(rows)))
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(i)
     members = [np.array(group) for group in groups.values()]
-    chooser = np.random.default_rng(seed)
-    draws = []
-    for _ in range(_RESAMPLES):
-        chosen = chooser.integers(0, len(members), len(members))
-        draws.append(measure(np.concatenate([members[i] for i in chosen])))
-    finite = [draw for draw in draws if np.isfinite(draw)] or [value]
-    low, high = np.percentile(finite, [2.5, 97.5])
-    return Estimate(value, float(low), float(high), len(rows))
+    return resampled(measure, members, np.random.default_rng(seed))
 
 
 def length_scores(train: Sequence[Row], held_out: Sequence[Row]) -> Floats:

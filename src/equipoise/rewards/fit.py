@@ -12,7 +12,7 @@ import hashlib
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,9 @@ from equipoise.seeds import derive_seed
 from equipoise.types import PreferencePair, RewardModel
 
 if TYPE_CHECKING:
-    from equipoise.rewards.training import EncodedRow
+    from equipoise.rewards.training import EncodedRow, OnStep
 
 Row = PreferencePair | LabelledAnswer
-OnStep = Callable[[int, int], None]
 
 
 def fit_reward(

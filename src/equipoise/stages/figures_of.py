@@ -29,7 +29,7 @@ def measures_of(
     from equipoise.evaluate.measure import compare_mp, measure
     from equipoise.stages.quality_of import drift_of, perplexity_of, quality_of, refusals_of
 
-    recipe, config = job.recipe, job.recipe.evaluate
+    config = job.recipe.evaluate
     found = {name: _deliveries(stage, name) for name in config.responders}
     by_id = {prompt.id: prompt for prompt in prompts}
     methods: dict[str, Any] = {}
@@ -42,8 +42,7 @@ def measures_of(
                         swept,
                         judge=judge,
                         dials=job.dials,
-                        draws=config.bootstrap,
-                        seed=recipe.seed,
+                        bootstrap=job.bootstrap,
                     )
                 )
                 for judge in JUDGES
@@ -65,8 +64,7 @@ def measures_of(
                 found[other],
                 judge="generalization",
                 dials=job.dials,
-                draws=config.bootstrap,
-                seed=recipe.seed,
+                bootstrap=job.bootstrap,
             )
         )
         for other in found
@@ -132,7 +130,7 @@ def _ceiling(job: Job, scale: UnitScale, prompts: Sequence[Prompt]) -> dict[str,
     else:
         name, candidates = "best of pool by judge", _pool_candidates(job, scale)
     grid = ceiling_grid(candidates, dials=job.dials)
-    measured = measure_grid(grid, draws=recipe.evaluate.bootstrap, seed=recipe.seed)
+    measured = measure_grid(grid, bootstrap=job.bootstrap)
     return {"name": name, "generalization": to_plain(measured)}
 
 

@@ -48,15 +48,18 @@ def quality_of(
     wanted, read = set(grid), set(spread(list(prompts), recipe.evaluate.fluency_prompts))
     shown = [d for d in deliveries if d.setting in wanted and d.prompt_id in read]
     values = fluency(shown, prompts, untouched.model, untouched.encoder)
-    draw: dict[str, int] = {"draws": recipe.evaluate.bootstrap, "seed": recipe.seed}
-    per_cell = per_setting(shown, values, **draw)
+    per_cell = per_setting(shown, values, bootstrap=job.bootstrap)
     everything = DialSetting(())
-    pooled = per_setting([replace(d, setting=everything) for d in shown], values, **draw)
+    pooled = per_setting(
+        [replace(d, setting=everything) for d in shown], values, bootstrap=job.bootstrap
+    )
     return {
         "degenerate": to_plain(
-            degenerate_share(deliveries, prompts=prompts, parses=workshop_parser(recipe), **draw)
+            degenerate_share(
+                deliveries, prompts=prompts, parses=workshop_parser(recipe), bootstrap=job.bootstrap
+            )
         ),
-        "length": to_plain(length_per_level(deliveries, dials=job.dials, **draw)),
+        "length": to_plain(length_per_level(deliveries, dials=job.dials, bootstrap=job.bootstrap)),
         "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
         "fluency_mean": to_plain(pooled.get(everything)),
     }
@@ -95,12 +98,11 @@ def perplexity_of(
     tuned = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
     before = read_references(untouched.model, untouched.encoder, pairs)
     after = read_references(tuned.model, tuned.encoder, pairs, setting=auto)
-    draw: dict[str, int] = {"draws": recipe.evaluate.bootstrap, "seed": recipe.seed}
     return {
-        "start": {"perplexity": to_plain(perplexity(before, **draw))},
+        "start": {"perplexity": to_plain(perplexity(before, bootstrap=job.bootstrap))},
         "tuned": {
-            "perplexity": to_plain(perplexity(after, **draw)),
-            "perplexity_ratio": to_plain(perplexity_ratio(before, after, **draw)),
+            "perplexity": to_plain(perplexity(after, bootstrap=job.bootstrap)),
+            "perplexity_ratio": to_plain(perplexity_ratio(before, after, bootstrap=job.bootstrap)),
         },
     }
 
@@ -149,8 +151,7 @@ def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str
                     references,
                     judge=judge,
                     attribute=name,
-                    draws=job.recipe.evaluate.bootstrap,
-                    seed=job.recipe.seed,
+                    bootstrap=job.bootstrap,
                 )
             )
             for name in job.recipe.attributes
@@ -192,8 +193,7 @@ def refusals_of(
                 groups,
                 dial=recipe.attributes.index("safety"),
                 levels=recipe.levels,
-                draws=recipe.evaluate.bootstrap,
-                seed=recipe.seed,
+                bootstrap=job.bootstrap,
             )
         )
         for name, deliveries in found.items()

@@ -13,6 +13,7 @@ from equipoise.pipeline.job import (
     read_scored,
 )
 from equipoise.stages.distil import read_examples
+from equipoise.stats import Bootstrap
 from equipoise.types import JudgeKind, Prompt
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ def _probe(job: Job) -> Probe:
                 deliveries,
                 judge=kind,
                 dials=job.dials,
-                draws=0,
-                seed=0,
+                bootstrap=Bootstrap(0, 0),
             )
             for attribute, estimate in measured.mp.items():
                 found[f"{kind}_mp_{attribute}"] = estimate.value

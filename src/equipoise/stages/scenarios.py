@@ -50,8 +50,7 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         settings,
         list(_deliveries(job, wanted)),
         dials=job.dials,
-        draws=recipe.evaluate.bootstrap,
-        seed=recipe.seed,
+        bootstrap=job.bootstrap,
     )
     measured = plain(measured)
     for name, scenario in policy.scenarios.items():
