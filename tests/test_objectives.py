@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -15,46 +14,10 @@ from equipoise.encoding.encode import Encoder
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import LOOK_EVERY, ControlledBatch, TuningPlan, collate
 from equipoise.tune.lora import add_lora
-from equipoise.tune.objectives import exmate, preferred, running_mean
+from equipoise.tune.objectives import preferred
 from equipoise.tune.prefix import branch_log_likelihoods
-from equipoise.tune.trainer import objective, tune, weight_at
+from equipoise.tune.trainer import objective, tune
 from tuning_kit import ATTRIBUTES, examples, tiny_policy
-
-EXISTS = torch.ones(2, 1, dtype=torch.bool)
-ONES = torch.ones(2)
-
-
-def m_of(values: list[list[float]]) -> torch.Tensor:
-    return torch.tensor(values, requires_grad=True)
-
-
-def test_relative_weight_makes_the_pull_w_whatever_the_model_finds_likely() -> None:
-    """exp(m') is .1 for one model, .9 for the other: both pull with w at first."""
-    for effect in (0.1, 0.9):
-        m = m_of([[-1.0, math.log(effect)], [-1.0, math.log(effect)]])
-        loss = exmate(m, ONES, EXISTS, weight=0.7, relative=True)
-        assert loss.pull.item() == pytest.approx(0.7)
-        loss.loss.backward()
-        # d/dm' of w·exp(m')/r with r = exp(m') held fixed: w for the mean, w/2 per example.
-        assert m.grad[:, 1].tolist() == pytest.approx([0.35, 0.35])
-        assert m.grad[:, 0].tolist() == pytest.approx([-0.5, -0.5])
-
-
-def test_relative_weight_fades_as_counterfactuals_become_unlikely() -> None:
-    m = m_of([[-1.0, math.log(0.02)]] * 2)
-    usual = 0.9 * 0.2 + 0.1 * 0.02
-    loss = exmate(m, ONES, EXISTS, weight=1.0, relative=True, usual_effect=0.2)
-    assert loss.pull.item() == pytest.approx(0.02 / usual)
-    assert loss.effect.item() == pytest.approx(0.02)
-    plain = exmate(m, ONES, EXISTS, weight=1.0, usual_effect=0.2)  # the paper's own form
-    assert plain.pull.item() == pytest.approx(0.02)
-
-
-def test_running_mean_starts_with_its_first_value_and_skips_what_is_missing() -> None:
-    nan = float("nan")
-    assert running_mean(None, 0.3) == running_mean(nan, 0.3) == 0.3
-    assert running_mean(0.3, nan) == 0.3
-    assert running_mean(0.3, 0.1) == pytest.approx(0.28)
 
 
 def test_preferred_counts_wins_and_half_of_ties() -> None:
@@ -62,12 +25,6 @@ def test_preferred_counts_wins_and_half_of_ties() -> None:
     exists = torch.tensor([[True, True], [True, False]])
     assert preferred(sums, exists).item() == pytest.approx(1.5 / 3)
     assert preferred(sums, torch.zeros(2, 2, dtype=torch.bool)).isnan()
-
-
-def test_weight_rises_on_a_line_in_the_warm_up() -> None:
-    config = TuneConfig(weight=2.0, weight_warm_up=4)
-    assert [weight_at(step, config) for step in (1, 2, 4, 9)] == [0.5, 1.0, 2.0, 2.0]
-    assert weight_at(1, TuneConfig(weight=2.0)) == 2.0
 
 
 def batch_of(config: TuneConfig, policy: LoadedPolicy) -> tuple[ControlledBatch, Encoder]:
@@ -81,7 +38,7 @@ def batch_of(config: TuneConfig, policy: LoadedPolicy) -> tuple[ControlledBatch,
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_is_applied_where_a_label_stands_and_nowhere_else(lora: bool, tied: bool) -> None:
     policy = tiny_policy(tied=tied)
-    config = TuneConfig(n_counterfactuals=2, batch_size=6, steps=1)
+    config = TuneConfig(batch_size=6, steps=1)
     batch, encoder = batch_of(config, policy)
     model = policy.model
     if lora:
@@ -103,11 +60,8 @@ def test_the_head_is_applied_where_a_label_stands_and_nowhere_else(lora: bool, t
     assert model(batch.input_ids[:, :3]).logits.shape[:2] == (6, 3)  # the hook is gone
 
 
-def test_relative_exmate_learns_to_prefer_the_asked_cell(tmp_path: Path) -> None:
+def test_exmate_learns_to_prefer_the_asked_cell(tmp_path: Path) -> None:
     config = TuneConfig(
-        counterfactual="far",
-        weight_relative=True,
-        weight_warm_up=5,
         steps=40,
         batch_size=8,
         learning_rate=2e-2,

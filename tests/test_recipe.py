@@ -139,6 +139,20 @@ def test_overrides_are_typed_by_yaml_and_checked_like_the_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("tune.weight_relative=true", "unknown key `weight_relative`; it went: leave it out"),
+        ("tune.n_counterfactuals=1", "unknown key `n_counterfactuals`; it went: leave it out"),
+        ("tune.counterfactual=far", "it went; use `uniform` or `one_attribute`"),
+    ],
+)
+def test_an_option_that_went_is_refused_with_what_to_do(
+    tmp_path: Path, flag: str, said: str
+) -> None:
+    assert said in why(tmp_path, GOOD, flag)
+
+
+@pytest.mark.parametrize(
     "item",
     [
         "tune.steps",
@@ -208,8 +222,8 @@ def test_values_are_what_they_look_like(
         ("tune.learning_rate", ".inf"),
         ("tune.learning_rate", "1e999"),
         ("tune.weight", ".nan"),
-        ("tune.weight_relative", "yes"),
-        ("tune.weight_relative", "1"),
+        ("evaluate.auto_sweep", "yes"),
+        ("evaluate.auto_sweep", "1"),
         ("judges.safety.sign", "true"),
         ("distil.balance_cap", ".inf"),
     ],

@@ -103,7 +103,9 @@ def test_what_babbles_is_dropped_with_its_reason(data: str, kept: int) -> None:
 def steered_recipe(root: Path, **changes: Any) -> dict[str, Any]:
     plain = tiny_recipe(save_assets(root / "assets"), **changes)
     plain["prompts"]["n_dev"] = 2
-    plain["steer"] = {"strengths": [-2, 2], "max_fluency_drop": None}
+    plain["steer"] = {
+        "directions": "difference_of_means", "strengths": [-2, 2], "max_fluency_drop": None,
+    }  # fmt: skip
     plain["regenerate"] = {"steered_per_prompt": 4}
     return plain
 

@@ -234,6 +234,50 @@ def test_stored_fields_get_the_defaults_of_later_ones() -> None:
     assert with_new_defaults(gone, now) == gone
 
 
+OLD_TUNE = {"weight_relative": False, "weight_warm_up": 0, "n_counterfactuals": 1}
+
+
+def test_a_run_outlives_an_option_that_went(tmp_path: Path) -> None:
+    """Stored before ExMATE's options went and the default of `steer.directions` changed."""
+    now = recipe(steer={"directions": "difference_of_means"}, tune={"steps": 7})
+    plain = now.model_dump(mode="json")
+    plain["tune"] |= OLD_TUNE
+    del plain["steer"]["directions"]
+    (tmp_path / "recipe.json").write_text(json.dumps(plain))
+    assert stored_recipe(tmp_path) == now
+    with RunDir.open(tmp_path, now) as run:
+        finished_prompts(run)
+        run.begin("generate").finish()
+    # So do its stages.
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(plain))
+    old = with_new_defaults({"tune": plain["tune"], "steer": plain["steer"]}, now)
+    assert diff(old["tune"], now.tune.model_dump(mode="json")) == []
+    assert diff(old["steer"], now.steer.model_dump(mode="json") if now.steer else None) == []
+    with RunDir.open(tmp_path, now) as run:
+        assert run.is_done("generate")
+
+
+@pytest.mark.parametrize(
+    ("tune", "said"),
+    [({"weight_relative": True}, "weight_relative: True"), ({"counterfactual": "far"}, "'far'")],
+)
+def test_a_run_that_used_what_went_is_refused_with_the_way_to_make_it_anew(
+    tmp_path: Path, tune: dict[str, Any], said: str
+) -> None:
+    plain = recipe().model_dump(mode="json")
+    plain["tune"] |= OLD_TUNE | tune
+    (tmp_path / "recipe.json").write_text(json.dumps(plain))
+    with pytest.raises(RunError) as caught:
+        stored_recipe(tmp_path)
+    assert said in caught.value.why
+    assert f"equipoise run RECIPE --dir {tmp_path} --fresh" in caught.value.fix
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune/half").write_text("of an hour")
+    with pytest.raises(RunError, match="--fresh"), RunDir.open(tmp_path, recipe()):
+        pass
+
+
 def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
     with RunDir.open(tmp_path / "run", recipe()) as run:
         finished_prompts(run)

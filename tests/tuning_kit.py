@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from equipoise.config import TuneConfig
 from equipoise.encoding.encode import Encoder
 from equipoise.models.load import LoadedPolicy
-from equipoise.tune.batch import TuningPlan, collate
+from equipoise.tune.batch import Presentation, collate
 from equipoise.tune.objectives import mean_of
 from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.types import ControlledExample, DialSetting, Message, Prompt
@@ -78,13 +77,29 @@ def examples(n_prompts: int = 6) -> list[ControlledExample]:
     ]
 
 
+def presented(
+    example: ControlledExample, encoder: Encoder, others: Sequence[DialSetting]
+) -> Presentation:
+    """An example under its own setting, and under others."""
+    completion = encoder.completion_ids(example.text, finished=example.finished)
+    controls = [encoder.control_ids(setting) for setting in (example.setting, *others)]
+    return Presentation(
+        tuple(encoder.prompt_ids(example.prompt.messages)),
+        tuple((*ids, *completion) for ids in controls),
+        n_control=len(controls[0]),
+        weight=example.weight,
+    )
+
+
 def lead_of_the_asked_cell(model: Any, encoder: Encoder) -> torch.Tensor:
     """Return, per example, m(y | x, right cell) minus the mean over its prompt's other cells."""
-    config = TuneConfig(
-        counterfactual="observed", n_counterfactuals=3, auto_rate=0.0, steps=1, batch_size=24
+    corners = [DialSetting((hp, sf)) for hp in (0, 4) for sf in (0, 4)]
+    batch = collate(
+        [
+            presented(one, encoder, [other for other in corners if other != one.setting])
+            for one in examples()
+        ]
     )
-    plan = TuningPlan(examples(), encoder, config, levels=5, seed=0)
-    batch = collate([plan[i] for i in range(len(plan))])
     assert batch.exists.all()
     with torch.no_grad():
         m = mean_of(*branch_log_likelihoods(model, batch))  # (24, 4)

@@ -158,8 +158,8 @@ class ScoreConfig(RecipeConfig):
 class SteerConfig(RecipeConfig):
     """Directions from the scored pool, and the strength that each level needs."""
 
-    directions: Literal["difference_of_means", "natural_gradient"] = "difference_of_means"
-    """What sets good completions apart inside, or what buys most score per nat of likelihood."""
+    directions: Literal["difference_of_means", "natural_gradient"] = "natural_gradient"
+    """What buys most score per nat of likelihood, or what sets good completions apart inside."""
     damping: Annotated[float, Field(gt=0.0)] = 1.0
     """Of the natural gradient; a larger one trusts the pool less."""
     layer: Annotated[int, Field(ge=0)] | None = None
@@ -255,13 +255,7 @@ class TuneConfig(RecipeConfig):
     objective: Literal["clm", "exmate", "rlhf"] = "exmate"
     weight: Annotated[float, Field(ge=0.0)] = 1.0
     """``w`` of the counterfactual term."""
-    weight_relative: bool = False
-    """ExMATE: divide the counterfactual term by a running mean of exp(m'), so that ``weight`` means
-    the same for every model."""
-    weight_warm_up: Annotated[int, Field(ge=0)] = 0
-    """Steps over which ``weight`` rises from 0."""
-    counterfactual: Literal["uniform", "one_attribute", "far", "observed"] = "uniform"
-    n_counterfactuals: Positive = 1
+    counterfactual: Literal["uniform", "one_attribute", "observed"] = "uniform"
     exp_of: Literal["example", "batch"] = "example"
     """exp of each example's mean log-likelihood, or of the batch mean."""
     steps: Annotated[int, Field(ge=0)] = 400

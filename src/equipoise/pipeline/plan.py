@@ -111,7 +111,7 @@ def estimate(job: Job, speed: Speed) -> dict[str, float]:
         counts[prompt.split] += 1
     drawn = recipe.generate.completions_per_prompt + recipe.generate.prompted_per_prompt
     pool, length = counts["train"] * drawn, recipe.generate.sampling.max_tokens
-    branches = 1 + tune.n_counterfactuals * (tune.objective == "exmate")
+    branches = 1 + (tune.objective == "exmate")
     row = speed.prompt_tokens + branches * length
     judged, rewards = _pass_size(recipe.judges, job), _pass_size(recipe.reward_models, job)
     n_prompts = min(counts[config.split], config.max_prompts or counts[config.split])

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from equipoise.config import Recipe
+from equipoise.recipes import gone
 
 Place = tuple[str | int, ...]
 """A position in the recipe: keys and list indices."""
@@ -30,14 +31,16 @@ def explain(item: Any) -> str:
     key, kind = str(place[-1]) if place else "", item["type"]
     if kind == "extra_forbidden":
         names = field_names(place[:-1])
-        close = nearest(key, names)
-        return f"unknown key `{key}`; " + (close or f"known here: {', '.join(names)}")
+        hint = gone.advice(place) or nearest(key, names)
+        return f"unknown key `{key}`; " + (hint or f"known here: {', '.join(names)}")
     if kind == "missing":
         return f"`{_dotted(place)}` is missing"
     message = str(item["msg"])
     expected = item.get("ctx", {}).get("expected")
     if kind == "literal_error" and isinstance(item["input"], str):
-        close = nearest(item["input"], re.findall(r"'([^']*)'", str(expected)))
+        close = gone.advice(place, item["input"]) or nearest(
+            item["input"], re.findall(r"'([^']*)'", str(expected))
+        )
         message += f"; {close}" if close else ""
     return f"`{_dotted(place)}` is {item['input']!r}: {message}"
 

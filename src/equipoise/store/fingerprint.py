@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from equipoise.config import Recipe
+from equipoise.recipes.gone import in_todays_fields
 from equipoise.recipes.source import settled_paths
 
 STAGES = (
@@ -128,12 +129,13 @@ def with_new_defaults(old: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     fields = Recipe.model_fields
     required = {name: plain for name, plain in recipe.model_dump(mode="json").items()
                 if fields[name].is_required()}  # fmt: skip
+    old = in_todays_fields(old)
     try:
         full = settled_paths(Recipe.model_validate({**required, **old}), None).model_dump(
             mode="json"
         )
     except ValidationError:
-        return dict(old)
+        return old
     return {**old, **full}
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
+from equipoise.recipes.gone import in_todays_fields, refused
 from equipoise.recipes.source import settled_paths
 from equipoise.store.fingerprint import (
     ORDER,
@@ -246,10 +247,18 @@ def stored_recipe(path: Path) -> Recipe:
     """Return the recipe that a run directory was made with.
 
     Raises:
-        RunError: There is none, or it cannot be read.
+        RunError: There is none, or it cannot be read, or asks for what is no longer done.
     """
     try:
-        return Recipe.model_validate(read_json(path / "recipe.json"))
+        stored = read_json(path / "recipe.json")
+        if isinstance(stored, dict) and (lines := refused(stored)):
+            raise RunError(
+                f"{path} was made with an option that went",
+                why="\n".join(lines),
+                fix="make it anew, by a recipe without it: equipoise run RECIPE --dir "
+                f"{path} --fresh",
+            )
+        return Recipe.model_validate(in_todays_fields(stored))
     except (OSError, ValueError) as error:
         raise RunError(
             f"cannot read the recipe of {path}",

@@ -29,17 +29,17 @@ def counterfactuals(
     levels: int,
     rng: np.random.Generator,
 ) -> list[DialSetting]:
-    """Draw up to ``n_counterfactuals`` distinct settings ζ' ≠ ζ; auto attributes stay auto.
+    """Draw a setting ζ' ≠ ζ; auto attributes stay auto.
 
     Args:
         asked: ζ, possibly with attributes on auto.
         occupied: Cells of the other completions of the same prompt (for ``observed``).
-        config: Kind and number.
+        config: Which settings are drawn from.
         levels: L.
         rng: The presentation's own stream.
 
     Returns:
-        Distinct settings; none if every attribute is on auto, or if nothing was observed.
+        One setting; none if every attribute is on auto, or if nothing was observed.
     """
 
     def masked(cell: DialSetting) -> DialSetting:
@@ -51,12 +51,7 @@ def counterfactuals(
     others = sorted({masked(cell) for cell in source} - {asked}, key=_order)
     if config.counterfactual == "one_attribute":
         others = [other for other in others if _n_different(asked, other) == 1]
-    if config.counterfactual == "far":
-        others = [other for other in others if _distance(asked, other) >= min(2, levels - 1)]
-    if not others:
-        return []
-    picked = rng.permutation(len(others))[: config.n_counterfactuals]
-    return [others[i] for i in picked]
+    return [others[rng.permutation(len(others))[0]]] if others else []
 
 
 def _order(setting: DialSetting) -> tuple[int, ...]:
@@ -65,9 +60,3 @@ def _order(setting: DialSetting) -> tuple[int, ...]:
 
 def _n_different(one: DialSetting, other: DialSetting) -> int:
     return sum(a != b for a, b in zip(one.levels, other.levels, strict=True))
-
-
-def _distance(one: DialSetting, other: DialSetting) -> int:
-    """Return the largest difference of level over the attributes that are not on auto."""
-    pairs = zip(one.levels, other.levels, strict=True)
-    return max(abs(a - b) for a, b in pairs if a is not None and b is not None)

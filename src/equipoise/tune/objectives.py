@@ -13,9 +13,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-LOOSE = 0.9
-"""Share of the old value in the running mean of exp(m')."""
-
 
 class Loss(NamedTuple):
     """A loss and what it was made of; all are scalars, and all but the loss are detached."""
@@ -27,8 +24,6 @@ class Loss(NamedTuple):
     """Mean m(y | x, ζ') over branches that exist; nan without any."""
     pull: Tensor
     """The second term; for ExMATE w·exp(m(y | x, ζ')), the weight of its gradient."""
-    effect: Tensor
-    """Mean exp(m(y | x, ζ')) over branches that exist; nan without any."""
 
 
 def token_log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
@@ -77,8 +72,6 @@ def exmate(
     *,
     weight: float,
     exp_of: Literal["example", "batch"] = "example",
-    relative: bool = False,
-    usual_effect: float | None = None,
 ) -> Loss:
     """Likelihood plus counterfactual: ``-m(y | x, ζ) + w·exp(m(y | x, ζ'))``.
 
@@ -90,10 +83,6 @@ def exmate(
         weight: ``w`` >= 0.
         exp_of: exp of each example's mean log-likelihood (ours), or of the batch mean (the
             source's code).
-        relative: Divide the second term by a running mean of exp(m'), so that w means the same for
-            a model that finds everything unlikely (a real one: exp(m') about .1) as for one in a
-            small world. False: the paper's own form.
-        usual_effect: That running mean before this batch; this batch is added to it first.
     """
     counted = _counted(weights, exists)
     total = counted.sum().clamp(min=1e-12)
@@ -101,17 +90,8 @@ def exmate(
         effect = (m[:, 1:].exp() * counted).sum() / total
     else:
         effect = ((m[:, 1:] * counted).sum() / total).exp() * (counted.sum() > 0)
-    scale = running_mean(usual_effect, effect.item()) if relative else 1.0
-    pull = weight * effect / max(scale, 1e-12)
-    loss = _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
-    return loss._replace(effect=torch.where(counted.sum() > 0, effect.detach(), torch.nan))
-
-
-def running_mean(before: float | None, now: float) -> float:
-    """Return the running mean of exp(m'), the newest value included; the first value starts it."""
-    if before is None or before != before:
-        return now
-    return before if now != now else LOOSE * before + (1 - LOOSE) * now
+    pull = weight * effect
+    return _loss(pull - _weighted_mean(m[:, 0], weights), pull, m, weights, exists)
 
 
 def _loss(loss: Tensor, pull: Tensor, m: Tensor, weights: Tensor, exists: Tensor) -> Loss:
@@ -123,7 +103,6 @@ def _loss(loss: Tensor, pull: Tensor, m: Tensor, weights: Tensor, exists: Tensor
             _weighted_mean(m[:, 0], weights),
             (m[:, 1:] * counted).sum() / total,
             pull.detach(),
-            (m[:, 1:].exp() * counted).sum() / total,
         )
 
 

@@ -20,14 +20,7 @@ from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
 from equipoise.tune.lora import add_lora
-from equipoise.tune.objectives import (
-    Loss,
-    clm,
-    exmate,
-    mean_of,
-    preferred,
-    running_mean,
-)
+from equipoise.tune.objectives import Loss, clm, exmate, mean_of, preferred
 from equipoise.tune.ordered import OrderedTrainer
 from equipoise.tune.prefix import branch_log_likelihoods
 from equipoise.tune.steered_start import ShiftDirections, steered_start
@@ -46,9 +39,9 @@ class Tuned:
     tokenizer: PreTrainedTokenizerBase
     manifest: DialManifest
     curve: list[dict[str, float]]
-    """Per step: loss, m of the asked and the counterfactual setting, pull, running mean of exp(m')
-    (``usual``), share of branches whose asked cell is preferred (nan where none was looked at;
-    fresh examples while ``epoch`` <= 1), epochs and tokens so far."""
+    """Per step: loss, m of the asked and the counterfactual setting, pull, share of branches whose
+    asked cell is preferred (nan where none was looked at; fresh examples while ``epoch`` <= 1),
+    epochs and tokens so far."""
     start_curve: Curve
     """Of a steered start, see :func:`equipoise.tune.steered_start.steered_start`; else empty."""
     dtype: str
@@ -196,9 +189,7 @@ class DialTrainer(OrderedTrainer):
         last = self.curve[-1] if self.curve else {}
         step = self.state.global_step + 1
         batch, config = ControlledBatch(**inputs), self.tune_config
-        loss, right = objective(
-            model, batch, config, weight=weight_at(step, config), usual_effect=last.get("usual")
-        )
+        loss, right = objective(model, batch, config)
         self.stop_unless_finite(
             loss.loss,
             why="the model's log-likelihoods overflowed, most often from a learning rate or a "
@@ -212,7 +203,6 @@ class DialTrainer(OrderedTrainer):
                 "asked": loss.asked.item(),
                 "counterfactual": loss.counterfactual.item(),
                 "pull": loss.pull.item(),
-                "usual": running_mean(last.get("usual"), loss.effect.item()),
                 "preferred": right.item(),
                 "epoch": step * config.batch_size / self.n_examples,
                 "tokens": last.get("tokens", 0) + int((inputs["branch_ids"] >= 0).sum()),
@@ -221,44 +211,19 @@ class DialTrainer(OrderedTrainer):
         return (loss.loss, None) if return_outputs else loss.loss
 
 
-def objective(
-    model: Any,
-    batch: ControlledBatch,
-    config: TuneConfig,
-    *,
-    weight: float | None = None,
-    usual_effect: float | None = None,
-) -> tuple[Loss, Tensor]:
+def objective(model: Any, batch: ControlledBatch, config: TuneConfig) -> tuple[Loss, Tensor]:
     """Return the objective of one batch under ``model``, and how often it prefers the asked cell.
 
     Args:
         model: The policy.
         batch: Asked and counterfactual branches.
         config: Which objective.
-        weight: ``w`` of this step; the config's by default.
-        usual_effect: The running mean of exp(m') before this step, for ``weight_relative``.
     """
     sums, counts = branch_log_likelihoods(model, batch)
     m, weights, exists = mean_of(sums, counts), batch.weights, batch.exists
-    w = config.weight if weight is None else weight
     right = preferred(sums.detach(), exists)
     if config.objective == "exmate":
-        loss = exmate(
-            m,
-            weights,
-            exists,
-            weight=w,
-            exp_of=config.exp_of,
-            relative=config.weight_relative,
-            usual_effect=usual_effect,
-        )
+        loss = exmate(m, weights, exists, weight=config.weight, exp_of=config.exp_of)
     else:
         loss = clm(m, weights, exists)
     return loss, right
-
-
-def weight_at(step: int, config: TuneConfig) -> float:
-    """Return ``w`` of a step, counted from 1: it rises on a straight line in the warm-up."""
-    if not config.weight_warm_up:
-        return config.weight
-    return config.weight * min(1.0, step / config.weight_warm_up)
