@@ -62,6 +62,14 @@ def test_a_checkpoint_holds_the_adapter_and_no_table_of_the_base(adapter: Path) 
     assert all(torch.equal(resumed[name], weight) for name, weight in final.items())
 
 
+def test_two_processes_write_the_same_adapter(adapter: Path) -> None:
+    """peft holds the names in a set, whose order is another in every process."""
+    checkpoints = sorted(adapter.parent.glob("checkpoints/checkpoint-*"))
+    for place in (adapter, *checkpoints):
+        names = json.loads((place / "adapter_config.json").read_text())["target_modules"]
+        assert len(names) > 3 and names == sorted(names)
+
+
 def test_the_base_is_found_from_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

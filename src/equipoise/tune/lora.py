@@ -62,6 +62,9 @@ def add_lora(
             revision=revision,
         ),
     )
+    # peft keeps these names in a set and writes them in its order, another in every process.
+    adapter = wrapped.peft_config["default"]
+    adapter.target_modules = sorted(adapter.target_modules)
     # Left to itself, peft asks the hub at every checkpoint whether the embedding was resized, and
     # then saves embedding and head whole. The control rows are in the adapter already.
     wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
