@@ -25,7 +25,7 @@ from benchmarks.results import shaped, write
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from equipoise import Message, Prompt, load_causal, merge, save_dial_model
-from equipoise.config import RlhfConfig, Sampling, SteeredStartConfig, TuneConfig
+from equipoise.config import RlhfConfig, SamplingConfig, SteeredStartConfig, TuneConfig
 from equipoise.dials.dials import Dials
 from equipoise.models.load import load_tokenizer, resolve_model
 from equipoise.rewards.scorer import Scorer
@@ -138,7 +138,7 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
             kl_limit=1e9,
             probe_every=0,
             checkpoint_every=2,
-            sampling=Sampling(max_tokens=6, top_k=0),
+            sampling=SamplingConfig(max_tokens=6, top_k=0),
         ),
     )
     common: dict[str, Any] = {
