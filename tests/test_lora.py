@@ -70,6 +70,10 @@ def test_two_processes_write_the_same_adapter(adapter: Path) -> None:
         assert len(names) > 3 and names == sorted(names)
 
 
+def test_no_readme_tells_where_the_base_lies_on_this_machine(adapter: Path) -> None:
+    assert not list(adapter.rglob("*.md")) and not list(adapter.parent.rglob("checkpoint-*/*.md"))
+
+
 def test_the_base_is_found_from_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
