@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST_NAME = "dials.json"
+FORMAT = 1
+"""Of the ``dials.json`` that is written here. Those of before have no number, and are read."""
 _CONTROL_TOKEN = re.compile(r"<\|([a-z][a-z0-9_]*)_(auto|\d+)\|>")
 _HASH_PROBE = "Two dials: 3 x 4 = 12!\n  naïve ﬁgures, 漢字 and 🙂\t'end'"
 
@@ -29,6 +31,8 @@ class DialManifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    format: int | None = None
+    """See :data:`FORMAT`; ``None`` in a directory of before, and until it is written."""
     attributes: tuple[str, ...] = Field(min_length=1)
     levels: int = Field(ge=2)
     token_ids: dict[str, tuple[int, ...]]
@@ -127,7 +131,8 @@ def installed_tokens(vocabulary: Collection[str]) -> set[str]:
 
 def write_manifest(manifest: DialManifest, directory: Path) -> DialManifest:
     """Write ``dials.json``; a crash leaves the old file or the new one. Return what is in it."""
-    whole = manifest.model_copy(update={"digest": manifest_digest(manifest)})
+    whole = manifest.model_copy(update={"format": FORMAT})
+    whole = whole.model_copy(update={"digest": manifest_digest(whole)})
     text = json.dumps(whole.model_dump(mode="json"), indent=1) + "\n"
     publish_bytes(directory / MANIFEST_NAME, text.encode())
     return whole
@@ -135,8 +140,14 @@ def write_manifest(manifest: DialManifest, directory: Path) -> DialManifest:
 
 def manifest_digest(manifest: DialManifest) -> str:
     """Return the SHA-256 of all fields but the digest itself."""
-    fields = manifest.model_dump(mode="json", exclude={"digest"})
+    fields = _fields(manifest)
+    del fields["digest"]
     return hashlib.sha256(_canonical(fields).encode()).hexdigest()
+
+
+def _fields(manifest: DialManifest) -> dict[str, Any]:
+    """Return what stands in ``dials.json``, which is without a format in one of before."""
+    return manifest.model_dump(mode="json", exclude={"format"} if manifest.format is None else None)
 
 
 def _canonical(fields: object) -> str:
@@ -147,7 +158,7 @@ def read_manifest(directory: Path) -> DialManifest | None:
     """Return the manifest of a model directory, or None if it has no ``dials.json``.
 
     Raises:
-        ConfigError: If the file is damaged.
+        ConfigError: If the file is damaged, or of a format that this version does not know.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
@@ -162,11 +173,17 @@ def read_manifest(directory: Path) -> DialManifest | None:
             why=f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}",
             fix="copy dials.json from the directory that `equipoise tune` wrote",
         ) from error
+    if manifest.format not in (None, FORMAT):
+        raise ConfigError(
+            f"{path} has format {manifest.format}",
+            why=f"this version of Equipoise knows format {FORMAT} and what was written before it",
+            fix="use the version that wrote it, or tune anew: `equipoise run RECIPE --dir NEW_RUN`",
+        )
     # Before there was a digest there was no list of files either.
     if (manifest.files or manifest.digest) and (
         manifest.digest != manifest_digest(manifest)
         # A field left out, or a number as a text, would be read as if it were not.
-        or _canonical(json.loads(content)) != _canonical(manifest.model_dump(mode="json"))
+        or _canonical(json.loads(content)) != _canonical(_fields(manifest))
     ):
         raise ConfigError(
             f"{path} is not a usable manifest",
