@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from batcher_kit import KINDS, alone, decode, dialled, fresh, generation
 from equipoise.config import Sampling
 from equipoise.engine.batcher import ContinuousBatcher
+from equipoise.engine.cache import keys_values
 from equipoise.engine.decode import LiveRows
 from equipoise.engine.draw import Row, draw
 from equipoise.engine.sample import TransformersEngine
@@ -96,14 +97,14 @@ def test_columns_are_given_back_when_the_longest_row_leaves() -> None:
     long = generation(0, prompt_ids=tuple(range(5, 65)))
     short = generation(0, prompt_ids=(5, 6, 7))
     first, second = live.join([long, short])
-    assert live._mask.shape == (2, 62)
+    assert live.batch is not None and live.batch.mask.shape == (2, 62)
     assert isinstance(first, Row) and isinstance(second, Row)
     live.leave([first])
     assert live.rows == [second]
-    assert live._mask.tolist() == [[1] * 5]
-    assert live._cache is not None and live._cache.layers[0].keys.shape[2] == 5
+    assert live.batch.mask.tolist() == [[1] * 5]
+    assert keys_values(live.batch.cache)[0][0].shape[2] == 5
     live.leave([second])
-    assert live._cache is None
+    assert live.batch is None
 
 
 def test_nothing_masked_is_sampled_whatever_the_bias() -> None:

@@ -10,6 +10,7 @@ from equipoise.config import GenerateConfig, Sampling, SamplingConfig
 from equipoise.dials.dials import Dials, cells
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
+from equipoise.engine.draw import draw
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import ModelError
 from equipoise.pool.generate import generate
@@ -121,18 +122,11 @@ def test_control_ids_are_never_sampled() -> None:
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
-    one = engine()
-    n_vocabulary = one.model.config.vocab_size
-    logits = torch.full((1, n_vocabulary), -30.0)
-    usable = [i for i in range(n_vocabulary) if i not in one.encoder.masked_ids][:3]
-    logits[0, usable] = torch.tensor([0.5, 0.3, 0.2]).log()
-    sampling = Sampling(temperature=1.0, top_p=0.7, top_k=3, max_tokens=1)
-    drawn = [
-        int(one._draw(logits.clone(), np.array([u]), sampling)[0])
-        for u in np.linspace(0, 0.999, 200)
-    ]
-    assert set(drawn) == set(usable[:2])
-    assert drawn.count(usable[0]) == pytest.approx(125, abs=2)  # 0.5 / 0.8 of 200
+    logits = torch.full((200, 90), -30.0)
+    logits[:, [7, 11, 40]] = torch.tensor([0.5, 0.3, 0.2]).log()
+    drawn = draw(logits, torch.linspace(0, 0.999, 200), temperature=1.0, top_p=0.7, top_k=3)
+    assert set(drawn.tolist()) == {7, 11}
+    assert drawn.tolist().count(7) == pytest.approx(125, abs=2)  # 0.5 / 0.8 of 200
 
 
 def test_generate_repeats_the_same_bytes_when_some_prompts_are_done() -> None:

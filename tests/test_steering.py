@@ -78,33 +78,34 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
         layer_index(tiny_policy().model, 2)
 
 
-def test_zero_strengths_change_no_bit_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[torch.Tensor]] = []
-    draw = TransformersEngine._draw
-
-    def watch(self: Any, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen[-1].append(logits.clone())
-        return draw(self, logits, *rest)
-
-    monkeypatch.setattr(TransformersEngine, "_draw", watch)
+def test_zero_strengths_change_no_bit_of_the_logits() -> None:
     ids = tuple(tiny_policy().encoder.prompt_ids(prompt(3).messages))
-    for strengths in ((), (0.0, 0.0)):
-        seen.append([])
-        branches = [Branch((), seed, strengths) for seed in range(6)]
-        # A steered row beside them, so that the hook is at work on the rows of zeros as well.
-        branches.append(Branch((), 99, (0.0, 5.0)))
-        steered_engine().generate([GenerationRequest(ids, tuple(branches))], SAMPLING)
-    plain = TransformersEngine(
-        tiny_policy().model, tiny_policy().encoder, model_hash="h", batch_size=32
+
+    def seen(engine: TransformersEngine, branches: list[Branch]) -> list[torch.Tensor]:
+        """Logits (R, V) of every forward."""
+        found: list[torch.Tensor] = []
+        handle = engine.model.register_forward_hook(
+            lambda module, args, output: found.append(output.logits[:, -1].clone())
+        )
+        rows = engine.generate([GenerationRequest(ids, tuple(branches))], SAMPLING)[0]
+        handle.remove()
+        assert {row.finish for row in rows} == {"length"}  # so they keep their places
+        return found
+
+    # A steered row beside them, so that the hook is at work on the rows of zeros as well.
+    beside = Branch((), 99, (0.0, 5.0))
+    empty = seen(steered_engine(), [*(Branch((), seed) for seed in range(6)), beside])
+    zeros = seen(steered_engine(), [*(Branch((), seed, (0.0, 0.0)) for seed in range(6)), beside])
+    policy = tiny_policy()
+    plain = seen(
+        TransformersEngine(policy.model, policy.encoder, model_hash="h", batch_size=32),
+        [*(Branch((), seed) for seed in range(6)), Branch((), 99)],
     )
-    seen.append([])
-    branches = [Branch((), seed) for seed in range(7)]
-    plain.generate([GenerationRequest(ids, tuple(branches))], SAMPLING)
-    for one, other, third in zip(*seen, strict=False):
-        n = min(6, len(one), len(third))
-        assert torch.equal(one[:n], other[:n])
-        if len(one) == len(third):
-            assert torch.equal(one[:n], third[:n])
+    assert len(empty) == SAMPLING.max_tokens
+    for one, other, third in zip(empty, zeros, plain, strict=True):
+        assert torch.equal(one[:6], other[:6])
+        assert torch.equal(one[:6], third[:6])
+    assert not torch.equal(empty[-1][6], plain[-1][6])
 
 
 def test_rows_keep_their_own_strengths_when_others_leave() -> None:
@@ -115,7 +116,7 @@ def test_rows_keep_their_own_strengths_when_others_leave() -> None:
     strengths = [tuple(rng.normal(0, 2, 2)) for _ in range(24)]
     seeds = [derive_seed("s", i) for i in range(24)]
     hot = Sampling(temperature=3.0, top_p=1.0, top_k=0, max_tokens=40)
-    engine._end_ids = frozenset(range(0, 400, 9))  # rows end soon, at different steps
+    engine.encoder.eos_ids = frozenset(range(0, 400, 9))  # rows end soon, at different steps
     together = engine.generate([steered_request(ids, strengths, seeds)], hot)[0]
     lengths = {one.n_tokens for one in together}
     assert len(lengths) > 8

@@ -1,9 +1,8 @@
-"""The keys and values of rows that stand left-padded in one cache: begin, stack, keep.
+"""What rows keep between two tokens, and the prompts that are not computed again.
 
-Every layer keeps all positions, also a sliding one, so that rows can be laid side by side; the
-model's own mask still makes a sliding layer look at its window only.
-
-Prompts whose keys and values are kept, so that one that begins alike is not computed again.
+The keys and values of all rows stand left-padded in one cache. Every layer keeps all positions,
+also a sliding one, so that rows can be laid side by side; the model's own mask still makes a
+sliding layer look at its window only.
 
 A prefix is shared only under one salt, which the server derives from the key: how fast an answer
 comes would otherwise tell one client what another has asked (CVE-2025-46570 in another server).
@@ -12,21 +11,42 @@ comes would otherwise tell one client what another has asked (CVE-2025-46570 in 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-
 Item = TypeVar("Item")
+State = TypeVar("State")
 KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
-"""Per layer, each (R, heads, T, head width)."""
+"""Per layer, keys and values, each (R, heads, T, head width)."""
+
+
+def keys_values(cache: Any) -> KeysValues:
+    """Return the keys and values of every layer of a cache of ``transformers``."""
+    return [(layer.keys, layer.values) for layer in _layers(cache)]
+
+
+def _layers(cache: Any) -> list[Any]:
+    layers: list[Any] = cache.layers
+    return layers
+
+
+def cache_of(layers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """Return a cache of ``transformers`` that begins with these keys and values."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys, values, number)
+    return cache
 
 
 def begin(held: Sequence[KeysValues | None], lengths: Sequence[int]) -> DynamicCache:
@@ -36,99 +56,87 @@ def begin(held: Sequence[KeysValues | None], lengths: Sequence[int]) -> DynamicC
         held: Per row the state of a kept prompt (one row each), or None.
         lengths: Per row how many of its positions to take; 0 where there is none.
     """
-    from transformers import DynamicCache
+    width = max(lengths)
+    taken = [(s, n) for s, n in zip(held, lengths, strict=True) if s is not None and n]
+    pattern = taken[0][0] if width else []
 
-    cache, width = DynamicCache(), max(lengths)
-    if not width:
-        return cache
-    pattern = next(state for state in held if state is not None)
-    for number, kinds in enumerate(pattern):
-        both = []
-        for which, like in enumerate(kinds):
-            rows = like.new_zeros(len(held), like.shape[1], width, like.shape[3])
-            for row, (state, length) in enumerate(zip(held, lengths, strict=True)):
-                if state is not None and length:
-                    rows[row, :, width - length :] = state[number][which][0, :, :length]
-            both.append(rows)
-        cache.update(both[0], both[1], number)
-    return cache
+    def rows(number: int, which: int) -> torch.Tensor:
+        like = pattern[number][which]
+        padded = like.new_zeros(len(held), like.shape[1], width, like.shape[3])  # (R, H, width, D)
+        for row, (state, n) in enumerate(zip(held, lengths, strict=True)):
+            if state is not None and n:
+                padded[row, :, width - n :] = state[number][which][0, :, :n]
+        return padded
+
+    return cache_of((rows(number, 0), rows(number, 1)) for number in range(len(pattern)))
 
 
-def cut(cache: DynamicCache, row: int, start: int, end: int) -> KeysValues:
-    """Return some positions of one row of every layer, as tensors of their own."""
-    return [
-        (
-            layer.keys[row : row + 1, :, start:end].clone(),
-            layer.values[row : row + 1, :, start:end].clone(),
-        )
-        for layer in _layers(cache)
-    ]
+@dataclass
+class Batch:
+    """Rows side by side: what the model has computed of them, and what comes next."""
 
+    cache: DynamicCache
+    mask: torch.Tensor  # (R, T), 1 for a token; the padding is on the left
+    logits: torch.Tensor | None  # (R, V), float32; None from a draw to the next step
+    shift: torch.Tensor  # (R, D), what steering adds behind its layer; (R, 0) without steering
 
-def stack(caches: Sequence[DynamicCache], lead: Sequence[int]) -> DynamicCache:
-    """Lay the rows of several caches below each other, each behind ``lead`` empty positions."""
-    merged = caches[0]
-    for number, layer in enumerate(_layers(merged)):
-        parts = [_layers(cache)[number] for cache in caches]
-        layer.keys = _stacked([part.keys for part in parts], lead)
-        layer.values = _stacked([part.values for part in parts], lead)
-    return merged
+    def select(self, source: torch.Tensor, shift: torch.Tensor) -> Batch:
+        """Return rows (N,) of these, as often as they are named; these stay as they are."""
+        assert self.logits is not None, "what a step has computed is selected before it is drawn"
+        layers = ((k[source], v[source]) for k, v in keys_values(self.cache))  # (N, H, T, D)
+        return Batch(cache_of(layers), self.mask[source], self.logits[source], shift)
+
+    def stack(self, below: Batch) -> None:
+        """Lay other rows below these, all padded on the left to one width."""
+        assert self.logits is not None and below.logits is not None, "rows join before a draw"
+        width = max(self.mask.shape[1], below.mask.shape[1])
+        lead = [width - self.mask.shape[1], width - below.mask.shape[1]]
+        self.mask = torch.cat([pad(self.mask, (lead[0], 0)), pad(below.mask, (lead[1], 0))])
+        self.logits = torch.cat([self.logits, below.logits])
+        self.shift = torch.cat([self.shift, below.shift])
+        for layer, other in zip(_layers(self.cache), keys_values(below.cache), strict=True):
+            layer.keys = _stacked([layer.keys, other[0]], lead)
+            layer.values = _stacked([layer.values, other[1]], lead)
+
+    def keep(self, kept: Sequence[int], rows: Sequence[Item]) -> list[Item]:
+        """Keep some rows, in some order, and no column that none of them uses.
+
+        Rows from the end take the places of those that leave: cheaper than copying all that stay.
+
+        Returns:
+            What belongs to the kept rows, in their new order.
+        """
+        n, device = len(kept), self.mask.device
+        movers, places = [i for i in kept if i >= n], sorted({*range(n)} - {*kept})
+        source, target = torch.tensor(movers, device=device), torch.tensor(places, device=device)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if places:
+                tensor[target] = tensor[source]
+            return tensor[:n]
+
+        self.mask, self.shift = moved(self.mask), moved(self.shift)
+        lead = self.mask.shape[1] - int(self.mask.sum(1).max())
+        self.mask = self.mask[:, lead:]
+        self.logits = None if self.logits is None else moved(self.logits)
+        for layer in _layers(self.cache):
+            layer.keys = moved(layer.keys)[:, :, lead:]
+            layer.values = moved(layer.values)[:, :, lead:]
+        order = list(range(len(rows)))
+        for place, mover in zip(places, movers, strict=True):
+            order[place] = mover
+        return [rows[i] for i in order[:n]]
 
 
 def _stacked(parts: Sequence[torch.Tensor], lead: Sequence[int]) -> torch.Tensor:
     _, heads, n, width = parts[0].shape
-    whole = parts[0].new_zeros(sum(map(len, parts)), heads, lead[0] + n, width)
+    whole = parts[0].new_zeros(sum(map(len, parts)), heads, lead[0] + n, width)  # (R, H, T, D)
     at = 0
     for part, empty in zip(parts, lead, strict=True):
         whole[at : at + len(part), :, empty:] = part
         at += len(part)
     return whole
 
-
-@dataclass(frozen=True)
-class Move:
-    """Rows from the end take the places of those that leave: cheaper than copying all that stay."""
-
-    n: int
-    """Rows that stay."""
-    rows: tuple[int, ...]
-    """Those of them that stand behind the first n."""
-    places: tuple[int, ...]
-    """Where they go."""
-
-    @classmethod
-    def keeping(cls, kept: Sequence[int]) -> Move:
-        """Return the move after which the kept rows, in some order, are all there are."""
-        n = len(kept)
-        return cls(n, tuple(i for i in kept if i >= n), tuple(sorted({*range(n)} - {*kept})))
-
-    def of_list(self, items: Sequence[Item]) -> list[Item]:
-        """Return the items that stay, in their new order."""
-        moved = list(items)
-        for place, row in zip(self.places, self.rows, strict=True):
-            moved[place] = moved[row]
-        return moved[: self.n]
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the rows that stay; the tensor is overwritten."""
-        if self.places:
-            tensor[list(self.places)] = tensor[list(self.rows)]
-        return tensor[: self.n]
-
-
-def keep(cache: DynamicCache | None, move: Move, lead: int) -> None:
-    """Keep some rows, and drop the first ``lead`` positions, which none of them uses."""
-    for layer in _layers(cache):
-        layer.keys = move.of(layer.keys)[:, :, lead:]
-        layer.values = move.of(layer.values)[:, :, lead:]
-
-
-def _layers(cache: Any) -> list[Any]:
-    layers: list[Any] = cache.layers
-    return layers
-
-
-State = TypeVar("State")
 
 MIN_SHARED = 8
 """Shorter prefixes are not worth copying: every chat begins with the same few markers."""
@@ -143,22 +151,21 @@ class Counters:
     tokens_saved: int = 0
 
 
+@dataclass
 class PrefixCache(Generic[State]):
     """Least recently used prompts with what the model computed of them.
 
     Not safe for threads: the model's thread is its only user.
-
-    Args:
-        max_tokens: Prompt tokens kept over all entries; 0 switches the cache off.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.tokens = 0
-        """Tokens held now."""
-        self.counters = Counters()
-        self._entries: OrderedDict[tuple[str, tuple[int, ...]], State] = OrderedDict()
-        self._arrays: dict[tuple[str, tuple[int, ...]], NDArray[np.int64]] = {}
+    max_tokens: int
+    """Prompt tokens kept over all entries; 0 switches the cache off."""
+    tokens: int = 0
+    """Tokens held now."""
+    counters: Counters = field(default_factory=Counters)
+    _entries: OrderedDict[tuple[str, tuple[int, ...]], tuple[NDArray[np.int64], State]] = field(
+        default_factory=OrderedDict
+    )
 
     def match(self, salt: str, ids: tuple[int, ...]) -> tuple[int, State | None]:
         """Return the longest shared prefix: its length, and the state of the entry that has it.
@@ -174,7 +181,7 @@ class PrefixCache(Generic[State]):
         self._entries.move_to_end(key)
         self.counters.hits += 1
         self.counters.tokens_saved += length
-        return length, self._entries[key]
+        return length, self._entries[key][1]
 
     def shared(self, salt: str, ids: tuple[int, ...]) -> int:
         """Return how much of a prompt :meth:`match` would find, and count nothing."""
@@ -192,8 +199,7 @@ class PrefixCache(Generic[State]):
                 self._drop(key)
         while self.tokens + len(ids) > self.max_tokens:
             self._drop(next(iter(self._entries)))
-        self._entries[salt, ids] = state
-        self._arrays[salt, ids] = np.asarray(ids, np.int64)
+        self._entries[salt, ids] = np.asarray(ids, np.int64), state
         self.tokens += len(ids)
 
     def _longest(
@@ -201,20 +207,17 @@ class PrefixCache(Generic[State]):
     ) -> tuple[int, tuple[str, tuple[int, ...]] | None]:
         wanted = np.asarray(ids, np.int64)
         best, found = 0, None
-        for key, held in self._arrays.items():
+        for key, (held, _) in self._entries.items():
             # Only an entry that agrees where the best so far ends can be better: most are not.
             if key[0] != salt or key[1][best : best + 1] != ids[best : best + 1]:
                 continue
-            if (length := _shared(held, wanted)) > best:
+            length = min(len(held), len(wanted))
+            differ = held[:length] != wanted[:length]
+            length = int(differ.argmax()) if differ.any() else length
+            if length > best:
                 best, found = length, key
         return (best, found) if best >= MIN_SHARED else (0, None)
 
     def _drop(self, key: tuple[str, tuple[int, ...]]) -> None:
-        del self._entries[key], self._arrays[key]
+        del self._entries[key]
         self.tokens -= len(key[1])
-
-
-def _shared(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
-    length = min(len(first), len(second))
-    differ = first[:length] != second[:length]
-    return int(differ.argmax()) if differ.any() else length

@@ -1,23 +1,24 @@
-"""The rows that are decoded together: they join and leave between two tokens.
+"""The one decoder: rows join, draw, advance and leave.
 
-Only one thread may use a :class:`LiveRows`. The keys and values of all rows stand left-padded in
-one cache; newcomers are computed together, each behind the longest prefix that its salt has in the
-prefix cache, and then laid below the others. Attention never crosses rows.
+Self-generation, the server and the terminal chat all decode with it. Only one thread may use a
+:class:`LiveRows`. Newcomers are computed together, each behind the longest prefix that its salt has
+in the prefix cache, and then laid below the others. Attention never crosses rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
 
-from equipoise.engine import cache as keyvalues
-from equipoise.engine.cache import KeysValues, Move, PrefixCache
-from equipoise.engine.draw import Row, bias_of, pick, uniform_stream
+from equipoise.engine.cache import Batch, KeysValues, PrefixCache, begin, keys_values
+from equipoise.engine.draw import Row, pick
 from equipoise.engine.seam import Generation, Token
 from equipoise.errors import ModelError, ServingError
+from equipoise.models.layers import shifted
 from equipoise.models.vocabulary import masked_ids
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ class LiveRows:
     Args:
         model: A causal LM in evaluation mode.
         encoder: Its encoder: end ids, masked ids.
-        prefixes: Shared prompts.
+        prefixes: Shared prompts; by default none are kept from one call to the next.
+        steering: Vectors (A, D) and the index of the layer behind which
+            ``Generation.strengths`` of them are added, at every control and sampled position of a
+            row, never in its prompt.
 
     Raises:
         ModelError: The model keeps more than keys and values between two tokens.
@@ -45,6 +49,8 @@ class LiveRows:
         model: PreTrainedModel,
         encoder: Encoder,
         prefixes: PrefixCache[KeysValues] | None = None,
+        *,
+        steering: tuple[torch.Tensor, int] | None = None,
     ) -> None:
         config = model.config.get_text_config()
         unknown = set(getattr(config, "layer_types", None) or ()) - _CACHED
@@ -56,180 +62,200 @@ class LiveRows:
                 fix="serve it with another engine; see docs/serving.md",
             )
         self.model, self.rows = model, list[Row]()
-        self._encoder = encoder
+        self.batch: Batch | None = None
+        """Of :attr:`rows`, in their order."""
         self.prefixes = prefixes if prefixes is not None else PrefixCache[KeysValues](0)
+        self._encoder, self._steering = encoder, steering
         self._masked = masked_ids(encoder, model).to(model.device)
         self._end_ids = frozenset(encoder.eos_ids)
-        self._cache: DynamicCache | None = None
-        self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (R, T)
-        self._logits: torch.Tensor | None = None  # (R, V), float32; None from draw to advance
 
-    @torch.inference_mode()
     def join(self, generations: Sequence[Generation]) -> list[Row | Exception]:
         """Compute the prompts of newcomers and add them; a failing one leaves the others alone.
 
         Returns:
             Per generation its row, or what went wrong with it.
         """
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, g in enumerate(generations):
+            # All are fed as many ids as the longest of those computed together.
+            new = len(g.given_ids) - self.prefixes.shared(g.prefix_salt, g.prompt_ids)
+            alike.setdefault((len(g.control_ids), new.bit_length()), []).append(i)
         found: dict[int, Row | Exception] = {}
-        for batch in self._waves(generations):
-            given = [generations[i] for i in batch]
+        for together in alike.values():
             try:
-                found.update(zip(batch, self._add(given), strict=True))
+                found.update(
+                    zip(together, self._add([generations[i] for i in together]), strict=True)
+                )
             except Exception as error:
-                if len(batch) == 1:
-                    found[batch[0]] = error
-                    continue
-                for i in batch:  # one by one, so that only the one at fault fails
+                found.update(dict.fromkeys(together, error))
+            if len(together) > 1 and isinstance(found[together[0]], Exception):
+                for i in together:  # one by one, so that only the one at fault fails
                     try:
-                        found[i] = self._add([generations[i]])[0]
+                        (found[i],) = self._add([generations[i]])
                     except Exception as own:
                         found[i] = own
         return [found[i] for i in range(len(generations))]
 
     @torch.inference_mode()
+    def read(self, prompts: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> Batch:
+        """Compute prompts in one forward, and keep them for others under their salts.
+
+        All of them are fed the same number of ids, so that none has a gap behind its prefix: one
+        with a longer prefix in the cache recomputes the end of it.
+
+        Args:
+            prompts: Salt, prompt, and ids that belong behind it for this one row.
+
+        Returns:
+            One row per prompt, of which :meth:`branch` makes rows in flight.
+        """
+        wholes = [(*prompt, *behind) for _, prompt, behind in prompts]
+        held = [self.prefixes.match(salt, prompt) for salt, prompt, _ in prompts]
+        # The last position has to be computed for its logits, whatever is held.
+        fed = max(
+            len(whole) - min(shared, len(whole) - 1)
+            for whole, (shared, _) in zip(wholes, held, strict=True)
+        )
+        reused = [max(0, len(whole) - fed) for whole in wholes]
+        width = max(reused) + fed
+        ids = torch.zeros(len(wholes), fed, dtype=torch.long)  # (R, fed)
+        mask = torch.zeros(len(wholes), width, dtype=torch.long)  # (R, T)
+        for row, (whole, known) in enumerate(zip(wholes, reused, strict=True)):
+            ids[row, fed - len(whole) + known :] = torch.tensor(whole[known:], dtype=torch.long)
+            mask[row, width - len(whole) :] = 1
+        cache, mask = begin([state for _, state in held], reused), mask.to(self.model.device)
+        nothing = mask.new_zeros(len(mask), 0)
+        batch = Batch(cache, mask, self._forward(ids, cache, mask), nothing)
+        if self.prefixes.max_tokens:
+            for row, (salt, prompt, behind) in enumerate(prompts):
+                end = width - len(behind)
+                span = slice(end - len(prompt), end)
+                layers = (
+                    (k[row : row + 1, :, span], v[row : row + 1, :, span])
+                    for k, v in keys_values(cache)
+                )
+                self.prefixes.put(salt, prompt, [(k.clone(), v.clone()) for k, v in layers])
+        return batch
+
+    @torch.inference_mode()
+    def branch(
+        self, prompts: Batch, source: Sequence[int], generations: Sequence[Generation]
+    ) -> list[Row]:
+        """Add generations behind prompts that have been read once; they stay for further ones.
+
+        Args:
+            prompts: From :meth:`read`.
+            source: Per generation, which of the prompts is its own.
+            generations: With as many control ids each.
+        """
+        device = self.model.device
+        batch = prompts.select(torch.tensor(source, device=device), self._shift(generations))
+        if generations[0].control_ids:
+            fed = torch.tensor([g.control_ids for g in generations])  # (R, n)
+            batch.mask = pad(batch.mask, (0, fed.shape[1]), value=1)
+            batch.logits = self._forward(fed, batch.cache, batch.mask, batch.shift)
+        return self._merge(generations, batch)
+
+    @torch.inference_mode()
     def draw(self) -> list[tuple[Row, Token | Exception]]:
         """Sample the next token of every row; finished and failed rows leave."""
-        if not self.rows:
+        if self.batch is None:
             return []
-        assert self._logits is not None, "draw comes after join or advance"
-        ids, self._logits = pick(self._logits, self.rows, self._masked), None
-        drawn: list[tuple[Row, Token | Exception]] = []
-        for row, token_id in zip(self.rows, ids, strict=True):
-            row.n_sampled, row.last_id = row.n_sampled + 1, token_id
-            if token_id < 0:
-                drawn.append((row, _not_finite()))
-            elif token_id in self._end_ids:
-                drawn.append((row, Token(-1, "thought" if row.follower.within else "stop")))
-            else:
-                thought = not row.follower.take(token_id)
-                finish = row.follower.finish(row.generation.sampling)
-                drawn.append((row, Token(token_id, finish, thought)))
-        self.leave([row for row, t in drawn if not isinstance(t, Token) or t.finish is not None])
+        assert self.batch.logits is not None, "draw comes after join or advance"
+        ids, self.batch.logits = pick(self.batch.logits, self.rows, self._masked), None
+        drawn: list[tuple[Row, Token | Exception]] = [
+            (row, row.take(i, i in self._end_ids) if i >= 0 else _not_finite())
+            for row, i in zip(self.rows, ids, strict=True)
+        ]
+        self.leave([row for row, t in drawn if isinstance(t, Exception) or t.finish is not None])
         return drawn
 
     @torch.inference_mode()
     def advance(self) -> None:
         """Feed the tokens just drawn; afterwards the next ones can be drawn."""
-        if not self.rows:
+        if self.batch is None:
             return
-        self._mask = pad(self._mask, (0, 1), value=1)
-        device = self.model.device
-        fed = torch.tensor([row.last_id for row in self.rows], device=device)
-        positions = torch.tensor([row.position for row in self.rows], device=device)
-        output = self.model(
-            input_ids=fed[:, None],
-            attention_mask=self._mask,
-            position_ids=positions[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._logits = output.logits[:, -1].float()
-        for row in self.rows:
-            row.position += 1
+        self.batch.mask = pad(self.batch.mask, (0, 1), value=1)
+        fed = torch.tensor([[row.ids[-1]] for row in self.rows])  # (R, 1)
+        self.batch.logits = self._forward(fed, self.batch.cache, self.batch.mask, self.batch.shift)
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
         """Drop rows, and the columns that only they needed; unknown rows are ignored."""
-        gone = set(map(id, rows))
-        kept = [i for i, row in enumerate(self.rows) if id(row) not in gone]
-        if len(kept) == len(self.rows):
+        gone = set(rows)
+        kept = [i for i, row in enumerate(self.rows) if row not in gone]
+        if self.batch is None or len(kept) == len(self.rows):
             return
-        if not kept:
+        if kept:
+            self.rows = self.batch.keep(kept, self.rows)
+        else:
             self.clear()
-            return
-        move = Move.keeping(kept)
-        self.rows = move.of_list(self.rows)
-        lead = self._mask.shape[1] - max(row.position for row in self.rows)
-        self._mask = move.of(self._mask)[:, lead:]
-        if self._logits is not None:
-            self._logits = move.of(self._logits)
-        keyvalues.keep(self._cache, move, lead)
 
     def clear(self) -> None:
         """Drop all rows."""
-        self.rows, self._cache, self._logits = [], None, None
-        self._mask = self._mask[:0, :0]
+        self.rows, self.batch = [], None
 
-    def _waves(self, generations: Sequence[Generation]) -> Iterator[list[int]]:
-        """Yield the indices of newcomers that are computed together."""
-        first: dict[tuple[str, tuple[int, ...]], int] = {}
-        if self.prefixes.max_tokens:
-            for i, generation in enumerate(generations):
-                first.setdefault((generation.prefix_salt, generation.prompt_ids), i)
-        leaders = set(first.values())
-        # Those whose prompt another newcomer brings along come later and take it from the cache.
-        later = [i for i in range(len(generations)) if first and i not in leaders]
-        for wave in ([i for i in range(len(generations)) if i not in set(later)], later):
-            sizes: dict[int, list[int]] = {}
-            for i in wave:
-                g = generations[i]
-                new = _n_ids(g) - self.prefixes.shared(g.prefix_salt, g.prompt_ids)
-                sizes.setdefault(new.bit_length(), []).append(i)
-            yield from sizes.values()
+    def run(self) -> Iterator[tuple[Row, Token | Exception]]:
+        """Draw and advance until no row is left; yields what each row draws."""
+        while self.rows:
+            yield from self.draw()
+            self.advance()
 
+    @torch.inference_mode()
     def _add(self, generations: Sequence[Generation]) -> list[Row]:
-        """Compute newcomers in one forward and lay them below the rows that are there.
+        """Compute newcomers and lay them below the rows that are there."""
+        prompts = list(dict.fromkeys((g.prefix_salt, g.prompt_ids) for g in generations))
+        if len(prompts) < len(generations) or any(g.strengths for g in generations):
+            source = [prompts.index((g.prefix_salt, g.prompt_ids)) for g in generations]
+            return self.branch(self.read([(*one, ()) for one in prompts]), source, generations)
+        # Nothing to share: prompts and controls go through the model together.
+        batch = self.read([(g.prefix_salt, g.prompt_ids, g.control_ids) for g in generations])
+        batch.shift = self._shift(generations)
+        return self._merge(generations, batch)
 
-        All of them are fed the same number of ids, so that none has a gap behind its prefix: one
-        with a longer prefix in the cache recomputes the end of it.
-        """
-        device = self.model.device
-        held = [self.prefixes.match(g.prefix_salt, g.prompt_ids) for g in generations]
-        # The last position has to be computed for its logits, whatever is held.
-        fed = max(
-            _n_ids(g) - min(shared, _n_ids(g) - 1)
-            for g, (shared, _) in zip(generations, held, strict=True)
-        )
-        reused = [max(0, _n_ids(g) - fed) for g in generations]
-        cache = keyvalues.begin([state for _, state in held], reused)
-        ids = torch.zeros(len(generations), fed, dtype=torch.long)
-        mask = torch.zeros(len(generations), max(reused) + fed, dtype=torch.long)
-        for i, (g, known) in enumerate(zip(generations, reused, strict=True)):
-            new = (*g.prompt_ids, *g.control_ids)[known:]
-            ids[i, fed - len(new) :] = torch.tensor(new, dtype=torch.long)
-            mask[i, mask.shape[1] - _n_ids(g) :] = 1
-        mask = mask.to(device)
-        output = self.model(
-            input_ids=ids.to(device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -fed:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        for i, g in enumerate(generations):
-            start = mask.shape[1] - _n_ids(g)
-            state = keyvalues.cut(cache, i, start, start + len(g.prompt_ids))
-            self.prefixes.put(g.prefix_salt, g.prompt_ids, state)
-        rows = [
-            Row(
-                g,
-                self._encoder.follower(g.prompt_ids),
-                uniform_stream(g.seed, self._encoder.most_tokens(g.sampling)),
-                _n_ids(g),
-                bias_of(g, device),
-            )
-            for g in generations
-        ]
-        self._merge(rows, cache, mask, output.logits[:, -1].float())
+    def _merge(self, generations: Sequence[Generation], batch: Batch) -> list[Row]:
+        rows = [Row.begin(g, self._encoder, self.model.device) for g in generations]
+        if self.batch is None:
+            self.batch = batch
+        else:
+            self.batch.stack(batch)
+        self.rows += rows
         return rows
 
-    def _merge(
-        self, rows: list[Row], cache: DynamicCache, mask: torch.Tensor, logits: torch.Tensor
-    ) -> None:
-        """Lay newcomers below the rows that are there, all padded on the left to one width."""
-        if self._cache is None:
-            self._cache, self._mask, self._logits = cache, mask, logits
-        else:
-            assert self._logits is not None, "rows join between advance and draw"
-            width = max(self._mask.shape[1], mask.shape[1])
-            lead = [width - self._mask.shape[1], width - mask.shape[1]]
-            self._mask = torch.cat([pad(self._mask, (lead[0], 0)), pad(mask, (lead[1], 0))])
-            self._logits = torch.cat([self._logits, logits])
-            self._cache = keyvalues.stack((self._cache, cache), lead)
-        self.rows += rows
+    def _shift(self, generations: Sequence[Generation]) -> torch.Tensor:
+        """Return what is added to each row's residual stream: (R, D), or (R, 0) without."""
+        if self._steering is None:
+            if any(strength for g in generations for strength in g.strengths):
+                raise ValueError("branches have strengths, and the engine has no directions")
+            return torch.zeros(len(generations), 0, device=self.model.device)
+        vectors, _ = self._steering
+        none = (0.0,) * len(vectors)
+        strengths = torch.tensor([g.strengths or none for g in generations], dtype=torch.float32)
+        return (strengths @ vectors.float()).to(self.model.device)
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        cache: DynamicCache,
+        mask: torch.Tensor,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Feed ids (R, n) behind a cache; mask (R, T) covers both. Returns logits (R, V)."""
+        device, n = self.model.device, ids.shape[1]
+        steered: AbstractContextManager[None] = nullcontext()
+        if self._steering is not None and shift is not None:
+            steered = shifted(self.model, self._steering[1], lambda: shift)
+        with steered:
+            output = self.model(
+                input_ids=ids.to(device),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -n:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: torch.Tensor = output.logits[:, -1].float()  # (R, V)
+        return logits
 
 
 def _not_finite() -> ServingError:
@@ -238,7 +264,3 @@ def _not_finite() -> ServingError:
         why="weights or number type of the model may be broken",
         fix="serve it in float32, and check the model directory",
     )
-
-
-def _n_ids(generation: Generation) -> int:
-    return len(generation.prompt_ids) + len(generation.control_ids)

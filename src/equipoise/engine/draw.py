@@ -1,22 +1,23 @@
-"""One token per row by inverse CDF, each row from its own random stream.
+"""The next token of many rows by inverse CDF, each with its own sampling, biases and numbers.
 
 A row's draw depends on its own logits and its own number only, so a completion does not depend on
 the rows around it beyond the rounding of the forward pass.
-
-The next token of many rows at once, each with its own sampling, biases and random stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from equipoise.encoding.thoughts import Follower
-from equipoise.engine.seam import Generation
+from equipoise.engine.seam import Generation, Token
+
+if TYPE_CHECKING:
+    from equipoise.encoding.encode import Encoder
+    from equipoise.encoding.thoughts import Follower
 
 _BELOW_ONE = 1 - 2**-24
 """The largest float32 below 1."""
@@ -78,13 +79,23 @@ class Row:
     generation: Generation
     follower: Follower
     uniforms: np.ndarray[Any, np.dtype[np.float64]]  # one per token at most
-    position: int
-    """Tokens of this row in the cache."""
-    bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    bias: tuple[torch.Tensor, torch.Tensor] | None
     """Ids and what is added to each; as tensors, since a step of all rows waits for the sum."""
-    n_sampled: int = 0
-    last_id: int = -1
-    """The token drawn last, to be fed next."""
+    ids: list[int] = field(default_factory=list)
+    """Sampled so far, without the end token; the last is to be fed next."""
+
+    @classmethod
+    def begin(cls, generation: Generation, encoder: Encoder, device: torch.device) -> Row:
+        """Return the row of a generation of which nothing has been sampled."""
+        uniforms = uniform_stream(generation.seed, encoder.most_tokens(generation.sampling))
+        bias = None
+        if generation.logit_bias:
+            ids, values = zip(*generation.logit_bias, strict=True)
+            bias = (
+                torch.tensor(ids, device=device),
+                torch.tensor(values, dtype=torch.float32, device=device),
+            )
+        return cls(generation, encoder.follower(generation.prompt_ids), uniforms, bias)
 
     @property
     def top_k(self) -> int:
@@ -92,17 +103,13 @@ class Row:
         sampling = self.generation.sampling
         return sampling.top_k if sampling.temperature > 0 else 1
 
-
-def bias_of(
-    generation: Generation, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return the biases of a generation as :class:`Row` keeps them."""
-    if not generation.logit_bias:
-        return None
-    ids, values = zip(*generation.logit_bias, strict=True)
-    return torch.tensor(ids, device=device), torch.tensor(
-        values, dtype=torch.float32, device=device
-    )
+    def take(self, token_id: int, ends: bool) -> Token:
+        """Add one sampled id, and end the row where it or a limit does."""
+        if ends:
+            return Token(-1, "thought" if self.follower.within else "stop")
+        self.ids.append(token_id)
+        thought = not self.follower.take(token_id)
+        return Token(token_id, self.follower.finish(self.generation.sampling), thought)
 
 
 def pick(logits: torch.Tensor, rows: Sequence[Row], masked: torch.Tensor) -> list[int]:
@@ -128,14 +135,13 @@ def pick(logits: torch.Tensor, rows: Sequence[Row], masked: torch.Tensor) -> lis
         chosen = [rows[i] for i in at]
         sampling = [row.generation.sampling for row in chosen]
         heat = [s.temperature if s.temperature > 0 else 1.0 for s in sampling]
-        drawn = draw(
+        ids[at] = draw(
             logits if len(counts) == 1 else logits[at],
-            logits.new_tensor([row.uniforms[row.n_sampled] for row in chosen]),
+            logits.new_tensor([row.uniforms[len(row.ids)] for row in chosen]),
             temperature=logits.new_tensor(heat)[:, None],
             top_p=logits.new_tensor([s.top_p for s in sampling])[:, None],
             top_k=top_k,
         )
-        ids[at] = drawn
     ids[~sound] = -1
     found: list[int] = ids.tolist()
     return found

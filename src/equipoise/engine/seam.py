@@ -31,6 +31,13 @@ class Generation:
     """Derived on the server from the key: prefixes are shared only under one salt."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(id, bias) pairs; ids are in the vocabulary and not forbidden, biases in [-100, 100]."""
+    strengths: tuple[float, ...] = ()
+    """Steering: one factor per direction of the engine; empty, or all zero, for none."""
+
+    @property
+    def given_ids(self) -> tuple[int, ...]:
+        """Prompt and controls."""
+        return (*self.prompt_ids, *self.control_ids)
 
 
 @dataclass(frozen=True)
