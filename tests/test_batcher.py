@@ -19,9 +19,9 @@ from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.cache import keys_values
 from equipoise.engine.decode import LiveRows
 from equipoise.engine.draw import Row, draw
+from equipoise.engine.line import Line, Ticket
 from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation, Load, Token
-from equipoise.engine.ticket import Ticket
 from equipoise.errors import DataError, ModelError, ServingError
 from equipoise.models.load import LoadedPolicy
 from equipoise.types import Branch, GenerationRequest
@@ -214,19 +214,17 @@ def test_one_key_cannot_take_all_slots_in_turn() -> None:
     """A newcomer of another key is next, however many of the first are in line."""
 
     async def work() -> None:
-        batcher = ContinuousBatcher(dialled().model, dialled().encoder, slots=4)
-        loop = asyncio.get_running_loop()
+        line, loop = Line(4), asyncio.get_running_loop()
         many = [Ticket(generation(1, prefix_salt="many"), loop) for _ in range(9)]
         one, two = (Ticket(generation(1, prefix_salt=salt), loop) for salt in ("one", "two"))
-        batcher._waiting.extend([*many, one, two])
-        assert batcher._next() == [many[0], one, two, many[1]]
-        batcher._done([many[0]])
-        batcher._waiting.append(again := Ticket(generation(1, prefix_salt="one"), loop))
-        batcher._waited = 99
-        assert batcher._next() == [many[2]]  # each has a row, so it goes by time again
-        batcher._done([one])
-        batcher._waited = 99
-        assert batcher._next() == [again]
+        line.waiting.extend([*many, one, two])
+        assert line.turn() == ([], [many[0], one, two, many[1]])
+        line.deliver([(many[0], Token(-1, "stop"))])
+        line.waiting.append(again := Ticket(generation(1, prefix_salt="one"), loop))
+        assert line.turn() == ([], [many[2]])  # each has a row, so it goes by time again
+        line.cancel(one)
+        assert line.turn() == ([one], [again])
+        assert line.load() == Load(4, 6, 4)
 
     asyncio.run(work())
 

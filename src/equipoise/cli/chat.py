@@ -13,8 +13,7 @@ import typer
 from equipoise.errors import ConfigError, EquipoiseError
 
 if TYPE_CHECKING:
-    from equipoise.cli.conversation import Conversation, Grid
-    from equipoise.cli.panel import DialPanel
+    from equipoise.cli.conversation import Conversation, DialPanel, Grid
 
 HELP = """\
 /DIAL VALUE      turn a dial: /safety 0.8, /helpfulness auto, /safety level 3
@@ -155,16 +154,12 @@ def _asked(text: str) -> object:
 
 
 def _dials(panel: DialPanel) -> str:
-    top = panel.levels - 1
-    lines = [f"scenario {panel.scenario}"]
-    setting = panel.setting()
-    for attribute, level in zip(panel.attributes, setting.levels, strict=True):
-        allowed = panel.allowed(attribute)
-        now = "auto" if level is None else f"{level / top:.4g} (level {level})"
-        lines.append(
-            f"  {attribute} {now}, allowed {allowed[0] / top:.4g} to {allowed[-1] / top:.4g}"
-        )
-    return "\n".join(lines) + "\n"
+    lines = [f"scenario {panel.scenario}\n"]
+    for attribute, level in zip(panel.attributes, panel.setting().levels, strict=True):
+        low, high = (panel.value(panel.allowed(attribute)[end]) for end in (0, -1))
+        now = "auto" if level is None else f"{panel.value(level)} (level {level})"
+        lines.append(f"  {attribute} {now}, allowed {low} to {high}\n")
+    return "".join(lines)
 
 
 def _scenarios(panel: DialPanel) -> str:

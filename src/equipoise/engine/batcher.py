@@ -10,15 +10,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from equipoise.engine.cache import KeysValues, PrefixCache
 from equipoise.engine.decode import LiveRows
 from equipoise.engine.draw import Row
+from equipoise.engine.line import Item, Line, Ticket, step_failed, stopped
 from equipoise.engine.seam import Generation, Load, Token
-from equipoise.engine.ticket import Item, Ticket, post, step_failed, stopped
 from equipoise.errors import DataError
 from equipoise.models.context import check_room, positions
 
@@ -29,11 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PREFILL_TOKENS = 512
-"""Prompt tokens that may be computed between two steps: the rows in flight wait meanwhile."""
-_GATHERED, _MAX_WAITED = 8, 4
-"""Newcomers join once 1/8 of the slots is free, or after 4 steps: a join costs about a step,
-whether one row joins or four."""
 _MAX_FAILED_STEPS = 3
 """Steps in a row that may fail before the engine counts as broken."""
 _STEP_SECONDS = 60.0
@@ -77,12 +71,7 @@ class ContinuousBatcher:
         self._live, self._encoder = LiveRows(model, encoder, self.prefixes), encoder
         config = model.config.get_text_config()
         self.context_tokens = positions(config)
-        self._n_vocabulary, self._slots = int(config.vocab_size), slots
-        self._waiting: deque[Ticket] = deque()
-        self._running: list[Ticket] = []
-        self._changed = threading.Condition()  # guards the two lists and the flags below
-        self._waited = 0
-        """Steps since rows joined."""
+        self._n_vocabulary, self._line = int(config.vocab_size), Line(slots)
         self._began: float | None = None
         """When the step under way began."""
         self._thread: threading.Thread | None = None
@@ -102,8 +91,7 @@ class ContinuousBatcher:
 
     def load(self) -> Load:
         """Return rows in flight, requests in line, and slots."""
-        with self._changed:
-            return Load(len(self._running), len(self._waiting), self._slots)
+        return self._line.load()
 
     async def start(self) -> None:
         """Start the model's thread; a second call does nothing."""
@@ -126,11 +114,11 @@ class ContinuousBatcher:
         """
         self._check(generation)
         ticket = Ticket(generation, asyncio.get_running_loop())
-        with self._changed:
+        with self._line.changed:
             if self._draining or not self.healthy:
                 raise stopped()
-            self._waiting.append(ticket)
-            self._changed.notify()
+            self._line.waiting.append(ticket)
+            self._line.changed.notify()
         try:
             while True:
                 item = await ticket.items.get()
@@ -140,11 +128,7 @@ class ContinuousBatcher:
                 if item.finish is not None:
                     return
         finally:
-            with self._changed:
-                ticket.cancelled = True
-                if ticket in self._waiting:
-                    self._waiting.remove(ticket)
-                self._changed.notify()
+            self._line.cancel(ticket)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new work, let requests finish for at most ``seconds``, then stop the thread.
@@ -152,14 +136,14 @@ class ContinuousBatcher:
         A step that does not end even then is given up with its requests: the thread is a daemon,
         and the process can end without it.
         """
-        with self._changed:
+        with self._line.changed:
             self._draining = True
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.healthy and self._is_read():
+        while time.monotonic() < deadline and self.healthy and self._line.is_read():
             await asyncio.sleep(0.01)
-        with self._changed:
+        with self._line.changed:
             self._stopping = True
-            self._changed.notify()
+            self._line.changed.notify()
         if self._thread is None:
             return
         await asyncio.to_thread(self._thread.join, _LAST_STEP_SECONDS)
@@ -167,12 +151,8 @@ class ContinuousBatcher:
             log.error("a decoding step did not end; it is given up with its requests")
             self._give_up()
 
-    def _is_read(self) -> bool:
-        with self._changed:
-            return bool(self._waiting) or any(not ticket.cancelled for ticket in self._running)
-
     def _check(self, generation: Generation) -> None:
-        ids = (*generation.prompt_ids, *generation.control_ids)
+        ids = generation.given_ids
         n = self._encoder.most_tokens(generation.sampling)
         named = (*ids, *(token_id for token_id, _ in generation.logit_bias))
         if not ids or n < 1 or not all(0 <= i < self._n_vocabulary for i in named):
@@ -193,9 +173,7 @@ class ContinuousBatcher:
             while (newcomers := self._next()) is not None:
                 try:
                     self._began = time.monotonic()
-                    self._admit(newcomers)
-                    self._deliver()
-                    self._live.advance()
+                    self._step(newcomers)
                     failed = 0
                 except Exception as error:
                     if self._broken:  # given up meanwhile: nobody is left to be told
@@ -203,7 +181,10 @@ class ContinuousBatcher:
                     # The step was common to all rows, so none of them can go on.
                     failed += 1
                     log.error("a decoding step failed: %s", type(error).__name__)
-                    self._fail_running(step_failed(error))
+                    self._live.clear()
+                    self._line.deliver(
+                        [(ticket, step_failed(error)) for ticket in self._line.running]
+                    )
                     if failed == _MAX_FAILED_STEPS:
                         break
                 finally:
@@ -216,36 +197,17 @@ class ContinuousBatcher:
 
     def _next(self) -> list[Ticket] | None:
         """Wait for work; drop rows whose reader has gone; return newcomers, or None to stop."""
-        with self._changed:
-            while not (self._running or self._waiting or self._stopping):
-                self._changed.wait()
+        with self._line.changed:
+            while not (self._line.running or self._line.waiting or self._stopping):
+                self._line.changed.wait()
             if self._stopping:
                 return None
-            gone = [t for t in self._running if t.cancelled]
-            self._running = [t for t in self._running if not t.cancelled]
-            newcomers: list[Ticket] = []
-            free = self._slots - len(self._running)
-            self._waited += 1
-            due = free * _GATHERED >= self._slots or self._waited >= _MAX_WAITED
-            budget = _PREFILL_TOKENS if due else 0
-            while self._waiting and len(self._running) < self._slots and budget > 0:
-                ticket = self._nearest_turn()
-                self._waiting.remove(ticket)
-                budget -= len(ticket.generation.prompt_ids)
-                newcomers.append(ticket)
-                self._running.append(ticket)
-                self._waited = 0
-        self._live.leave([t.row for t in gone if t.row is not None])
+            gone, newcomers = self._line.turn()
+        self._live.leave([ticket.row for ticket in gone if ticket.row is not None])
         return newcomers
 
-    def _nearest_turn(self) -> Ticket:
-        """Return who joins next: the key with the fewest rows, and of its requests the oldest."""
-        rows = Counter(ticket.generation.prefix_salt for ticket in self._running)
-        return min(self._waiting, key=lambda ticket: rows[ticket.generation.prefix_salt])
-
-    def _admit(self, newcomers: list[Ticket]) -> None:
-        if not newcomers:
-            return
+    def _step(self, newcomers: Sequence[Ticket]) -> None:
+        """Let newcomers join, and every row draw and advance."""
         joined = self._live.join([ticket.generation for ticket in newcomers])
         failures: list[tuple[Ticket, Item]] = []
         for ticket, result in zip(newcomers, joined, strict=True):
@@ -253,31 +215,15 @@ class ContinuousBatcher:
                 ticket.row = result
             else:
                 failures.append((ticket, step_failed(result)))
-        self._done([ticket for ticket, _ in failures])
-        post(failures)
-
-    def _deliver(self) -> None:
-        owners = {id(ticket.row): ticket for ticket in self._running}
-        drawn = [(owners[id(row)], item) for row, item in self._live.draw()]
-        self._done([t for t, item in drawn if isinstance(item, Exception) or item.finish])
-        post(drawn)
+        self._line.deliver(failures)
+        owners = {ticket.row: ticket for ticket in self._line.running}
+        self._line.deliver([(owners[row], item) for row, item in self._live.draw()])
+        self._live.advance()
 
     def _give_up(self) -> None:
         """Take no more requests and fail those that are here; leaves the rows alone."""
-        with self._changed:
+        with self._line.changed:
             self._broken = True
-            failed = [*self._running, *self._waiting]
-            self._running = []
-            self._waiting.clear()
-        post([(ticket, stopped()) for ticket in failed])
-
-    def _fail_running(self, error: Exception) -> None:
-        with self._changed:
-            failed, self._running = self._running, []
-        self._live.clear()
-        post([(ticket, error) for ticket in failed])
-
-    def _done(self, tickets: list[Ticket]) -> None:
-        with self._changed:
-            gone = set(map(id, tickets))
-            self._running = [t for t in self._running if id(t) not in gone]
+            failed = [*self._line.running, *self._line.waiting]
+            self._line.waiting.clear()
+            self._line.deliver([(ticket, stopped()) for ticket in failed])

@@ -71,6 +71,12 @@ def begin(held: Sequence[KeysValues | None], lengths: Sequence[int]) -> DynamicC
     return cache_of((rows(number, 0), rows(number, 1)) for number in range(len(pattern)))
 
 
+def cut(cache: DynamicCache, row: int, start: int, end: int) -> KeysValues:
+    """Return some positions of one row of every layer, as tensors of their own."""
+    span = (slice(row, row + 1), slice(None), slice(start, end))
+    return [(keys[span].clone(), values[span].clone()) for keys, values in keys_values(cache)]
+
+
 @dataclass
 class Batch:
     """Rows side by side: what the model has computed of them, and what comes next."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from equipoise.engine.cache import Batch, KeysValues, PrefixCache, begin, keys_values
+from equipoise.engine.cache import Batch, KeysValues, PrefixCache, begin, cut
 from equipoise.engine.draw import Row, pick
 from equipoise.engine.seam import Generation, Token
 from equipoise.errors import ModelError, ServingError
@@ -22,7 +22,7 @@ from equipoise.models.layers import shifted
 from equipoise.models.vocabulary import masked_ids
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from equipoise.encoding.encode import Encoder
 
@@ -83,17 +83,14 @@ class LiveRows:
         found: dict[int, Row | Exception] = {}
         for together in alike.values():
             try:
-                found.update(
-                    zip(together, self._add([generations[i] for i in together]), strict=True)
-                )
+                rows = self._add([generations[i] for i in together])
+                found.update(zip(together, rows, strict=True))
             except Exception as error:
-                found.update(dict.fromkeys(together, error))
-            if len(together) > 1 and isinstance(found[together[0]], Exception):
+                if len(together) == 1:
+                    found[together[0]] = error
+                    continue
                 for i in together:  # one by one, so that only the one at fault fails
-                    try:
-                        (found[i],) = self._add([generations[i]])
-                    except Exception as own:
-                        found[i] = own
+                    (found[i],) = self.join([generations[i]])
         return [found[i] for i in range(len(generations))]
 
     @torch.inference_mode()
@@ -124,17 +121,12 @@ class LiveRows:
             ids[row, fed - len(whole) + known :] = torch.tensor(whole[known:], dtype=torch.long)
             mask[row, width - len(whole) :] = 1
         cache, mask = begin([state for _, state in held], reused), mask.to(self.model.device)
-        nothing = mask.new_zeros(len(mask), 0)
-        batch = Batch(cache, mask, self._forward(ids, cache, mask), nothing)
+        batch = Batch(cache, mask, None, shift=mask.new_zeros(len(mask), 0))
+        self._forward(batch, ids)
         if self.prefixes.max_tokens:
             for row, (salt, prompt, behind) in enumerate(prompts):
                 end = width - len(behind)
-                span = slice(end - len(prompt), end)
-                layers = (
-                    (k[row : row + 1, :, span], v[row : row + 1, :, span])
-                    for k, v in keys_values(cache)
-                )
-                self.prefixes.put(salt, prompt, [(k.clone(), v.clone()) for k, v in layers])
+                self.prefixes.put(salt, prompt, cut(cache, row, end - len(prompt), end))
         return batch
 
     @torch.inference_mode()
@@ -153,7 +145,7 @@ class LiveRows:
         if generations[0].control_ids:
             fed = torch.tensor([g.control_ids for g in generations])  # (R, n)
             batch.mask = pad(batch.mask, (0, fed.shape[1]), value=1)
-            batch.logits = self._forward(fed, batch.cache, batch.mask, batch.shift)
+            self._forward(batch, fed)
         return self._merge(generations, batch)
 
     @torch.inference_mode()
@@ -176,8 +168,7 @@ class LiveRows:
         if self.batch is None:
             return
         self.batch.mask = pad(self.batch.mask, (0, 1), value=1)
-        fed = torch.tensor([[row.ids[-1]] for row in self.rows])  # (R, 1)
-        self.batch.logits = self._forward(fed, self.batch.cache, self.batch.mask, self.batch.shift)
+        self._forward(self.batch, torch.tensor([[row.ids[-1]] for row in self.rows]))  # (R, 1)
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
@@ -233,29 +224,21 @@ class LiveRows:
         strengths = torch.tensor([g.strengths or none for g in generations], dtype=torch.float32)
         return (strengths @ vectors.float()).to(self.model.device)
 
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        cache: DynamicCache,
-        mask: torch.Tensor,
-        shift: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Feed ids (R, n) behind a cache; mask (R, T) covers both. Returns logits (R, V)."""
-        device, n = self.model.device, ids.shape[1]
+    def _forward(self, batch: Batch, ids: torch.Tensor) -> None:
+        """Feed ids (R, n), which the mask covers already, and put the logits into the batch."""
         steered: AbstractContextManager[None] = nullcontext()
-        if self._steering is not None and shift is not None:
-            steered = shifted(self.model, self._steering[1], lambda: shift)
+        if self._steering is not None and batch.shift.shape[1]:
+            steered = shifted(self.model, self._steering[1], lambda: batch.shift)
         with steered:
             output = self.model(
-                input_ids=ids.to(device),
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -n:],
-                past_key_values=cache,
+                input_ids=ids.to(self.model.device),
+                attention_mask=batch.mask,
+                position_ids=(batch.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=batch.cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        logits: torch.Tensor = output.logits[:, -1].float()  # (R, V)
-        return logits
+        batch.logits = output.logits[:, -1].float()  # (R, V)
 
 
 def _not_finite() -> ServingError:
