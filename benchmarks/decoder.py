@@ -25,16 +25,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
+
 HERE = Path(__file__).parent
 RESULT = HERE / "decoder.json"
 WORKSHOP, SMOLLM2 = "workshop://start", "cache://smollm2"
 K, BATCH = 16, 128
 
-OFFLINE = {"offline smollm2": (SMOLLM2, 8, 32), "offline workshop": (WORKSHOP, 16, 64)}
+OFFLINE = {"offline smollm2": (SMOLLM2, 8, 24), "offline workshop": (WORKSHOP, 16, 64)}
 """Model, prompts (K samples of each), new tokens at most."""
 SERVED = {
-    "batcher smollm2, 16 requests": (SMOLLM2, 16, 24, 24),
-    "batcher smollm2, 64 requests": (SMOLLM2, 64, 80, 24),
+    "batcher smollm2, 16 requests": (SMOLLM2, 16, 24, 16),
+    "batcher smollm2, 64 requests": (SMOLLM2, 64, 80, 16),
     "batcher workshop, 16 requests": (WORKSHOP, 16, 96, 64),
     "batcher workshop, 64 requests": (WORKSHOP, 64, 192, 64),
 }
@@ -139,9 +141,9 @@ class _Side:
 
     def __init__(self, name: str, tree: Path) -> None:
         self.commit = _git(tree, "rev-parse", "--short", "HEAD")
-        self.changed = bool(_git(tree, "status", "--porcelain", "src"))
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name],
+            [sys.executable, "-m", "benchmarks.decoder", "--worker", name],
+            cwd=HERE.parent,
             env={**os.environ, "PYTHONPATH": str(tree / "src")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -210,20 +212,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if given.before is None:
         parser.error("--before is missing")
-    from benchmarks.machine import machine
-
     before, after = _Side("before", given.before), _Side("after", HERE.parent)
-    found: dict[str, Any] = json.loads(RESULT.read_text("utf-8")) if RESULT.is_file() else {}
+    old = results.read(RESULT) if RESULT.is_file() else {}
+    workloads: dict[str, Any] = old.get("workloads", {})
     for workload in given.only or (*OFFLINE, *SERVED):
-        found[workload] = {
+        workloads[workload] = {
             "before": before.commit,
-            "after": after.commit + (" with changes" if after.changed else ""),
-            "machine": machine(),
+            **results.here(),
             **measure(before, after, workload, given.pairs),
         }
-        print(json.dumps({workload: found[workload]}, indent=1), flush=True)
+        print(json.dumps({workload: workloads[workload]}, indent=1), flush=True)
+        headline = {
+            f"{name}.{kind}.ratio": one[kind]["ratio"]
+            for name, one in workloads.items()
+            for kind in ("processor_time", "wall_time")
+        }
+        made = results.shaped(
+            "python -m benchmarks.decoder --before DIR", headline, seeds=[0], workloads=workloads
+        )
         if not given.dry:
-            RESULT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            results.write(RESULT, made)
     before.close()
     after.close()
 
