@@ -80,8 +80,7 @@ class DialPanel:
 
     def allowed(self, attribute: str) -> range:
         """Return the levels that the scenario allows."""
-        scenario = self.scenarios[self.scenario]
-        return allowed_levels(attribute, {}, scenario, self._server)
+        return allowed_levels(attribute, {}, self.scenarios[self.scenario], self._server)
 
     def described(self, setting: DialSetting) -> str:
         """Return a setting in words: the value of every dial, or auto."""
@@ -106,13 +105,11 @@ def _open(attributes: Sequence[str]) -> DialPolicy:
 
 @dataclass(frozen=True)
 class Grid:
-    """One prompt answered at several settings of two dials."""
+    """One prompt answered at several values of two dials, lowest first; texts by row and column."""
 
     rows: tuple[str, ...]
-    """The first attribute's values, lowest first."""
     columns: tuple[str, ...]
     texts: tuple[tuple[str, ...], ...]
-    """By row and column."""
 
 
 class Conversation:
@@ -218,7 +215,7 @@ class Conversation:
         self._n_answers += 1
         parts: list[str] = []
         try:
-            for delta in self._deltas(generation):
+            for delta in filter(None, self._deltas(generation)):
                 parts.append(delta)
                 yield delta
         finally:
@@ -246,7 +243,5 @@ class Conversation:
         for _, token in self._rows.run():
             if isinstance(token, Exception):
                 raise token
-            if delta := text.push(token):
-                yield delta
-        if rest := text.flush():
-            yield rest
+            yield text.push(token)
+        yield text.flush()

@@ -101,7 +101,11 @@ class TransformersEngine:
                 places = {row: (i, j) for row, (_, i, j) in zip(joined, chunk, strict=True)}
                 for row, token in rows.run():
                     if isinstance(token, Exception):
-                        raise _not_finite()
+                        raise ModelError(
+                            "The model's logits are not finite",
+                            why="Its weights are damaged, or its number type is too small for it.",
+                            fix="Check the model directory, or load it with another dtype.",
+                        )
                     if token.finish is None:
                         continue
                     # The token that a limit ends with is not fed any more.
@@ -145,11 +149,3 @@ def _n_controls(request: GenerationRequest) -> int:
     if len(counts) != 1:
         raise ValueError("all branches of a request must have the same number of control ids")
     return counts.pop()
-
-
-def _not_finite() -> ModelError:
-    return ModelError(
-        "The model's logits are not finite",
-        why="Its weights are damaged, or its number type is too small for it.",
-        fix="Check the model directory, or load it with another dtype.",
-    )

@@ -1,10 +1,8 @@
 """The seams between what asks and what samples: checked ids in, tokens out.
 
 The stages hand over all requests at once (:class:`Engine`), the server one at a time
-(:class:`ServingEngine`).
-
-The door (:mod:`equipoise.serve.chat`) has already decided and checked everything by the time a
-:class:`Generation` exists; an engine knows nothing of keys, policies or text.
+(:class:`ServingEngine`). The server has decided and checked everything by the time a
+:class:`Generation` exists; an engine knows nothing of keys or policies.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from equipoise.types import Completion, DialSetting, Finish, GenerationRequest, 
 
 @dataclass(frozen=True)
 class Generation:
-    """One completion to sample: what the door hands to the engine, already checked."""
+    """One completion to sample, already checked."""
 
     prompt_ids: tuple[int, ...]
     control_ids: tuple[int, ...]
@@ -98,7 +96,25 @@ class Sampled(Judged):
 
 
 class Engine(Protocol):
-    """Samples continuations. Shipped: :class:`equipoise.engine.sample.TransformersEngine`."""
+    """Samples continuations. Shipped: :class:`equipoise.engine.sample.TransformersEngine`.
+
+    An engine in another process fits here if it takes token ids and gives token ids (vLLM over
+    HTTP does: a prompt may be a list of ids). It, or what speaks to it, has to
+
+    - sample behind ``prompt_ids`` and ``control_ids`` as they are: no template, no special tokens;
+    - let a branch's ids depend on its own seed only, whatever runs beside it. Another engine need
+      not draw the ids that this one draws;
+    - never draw one of ``Encoder.masked_ids`` (a bias of minus infinity, or a list of allowed ids),
+      and end at one of ``Encoder.eos_ids``, which it does not return;
+    - hold ``Encoder.budgets(sampling)``: count with ``Encoder.follower`` what belongs to a thought,
+      and cut where ``Follower.finish`` says so;
+    - give ``Encoder.decode`` of the ids as text, never a text of the other process;
+    - refuse with a ``DataError``, before it samples anything, what does not fit into the context;
+    - refuse ``Branch.strengths`` other than zero with a ``ValueError`` if it cannot steer.
+
+    Attributes:
+        model_hash: Of the weights that the engine holds.
+    """
 
     model_hash: str
 
@@ -110,7 +126,13 @@ class Engine(Protocol):
 
 
 class ServingEngine(Protocol):
-    """Samples many generations at once. Shipped: the continuous batcher."""
+    """Samples many generations at once. Shipped: the continuous batcher.
+
+    In another process it has to do what :class:`Engine` lists, and besides take ``logit_bias``
+    (which never lifts a masked id), share prefixes under one ``prefix_salt`` only (vLLM:
+    ``cache_salt``), mark the tokens of thoughts, and stop a completion there when the iterator is
+    closed here.
+    """
 
     @property
     def healthy(self) -> bool:
