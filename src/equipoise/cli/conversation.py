@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
 
 
-
 class DialPanel:
     """Scenario and dials between two inputs.
 

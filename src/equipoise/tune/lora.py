@@ -68,6 +68,6 @@ def add_lora(
     # Left to itself, peft asks the hub at every checkpoint whether the embedding was resized, and
     # then saves embedding and head whole. The control rows are in the adapter already.
     wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
-    # peft's README.md names the base by its path on this machine, and nothing that dials.json lacks.
+    # peft's README.md names the base by its path on this machine; dials.json says the rest.
     wrapped.create_or_update_model_card = lambda output_dir: None
     return wrapped
