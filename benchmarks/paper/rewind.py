@@ -153,7 +153,7 @@ def chance_coverage(n_completions: int, n_cells: int) -> float:
 
 def _cells(unit: Array, levels: int) -> NDArray[np.int_]:
     """Return the cell index (P, K) of unit scores (P, K, A)."""
-    # As in dials.attributes: a border belongs to the upper level, float slack included.
+    # As in dials.dials: a border belongs to the upper level, float slack included.
     level = np.minimum(np.floor(unit * levels + 1e-9).astype(int), levels - 1)
     place = levels ** np.arange(unit.shape[-1])[::-1]
     found: NDArray[np.int_] = level @ place
