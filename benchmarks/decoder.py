@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,19 @@ def _work(side: str) -> None:
     from equipoise.models.load import LoadedPolicy, load_causal
     from equipoise.types import Branch, DialSetting, GenerationRequest, Message
 
+    named: dict[str, Any] = {"attributes": ("helpfulness", "safety"), "levels": 5}
+    with suppress(ImportError):  # commits from before this class
+        from equipoise.dials.dials import Dials
+
+        named = {"dials": Dials(**named)}
     try:
         from equipoise.config import Sampling
-    except ImportError:  # commits until then
+    except ImportError:
         from equipoise.types import Sampling  # type: ignore[attr-defined,no-redef]
 
     def dialled(name: str) -> LoadedPolicy:
         found = load_causal(name, device="cpu")
-        dials = install(
-            found.model, found.tokenizer, attributes=("helpfulness", "safety"), levels=5
-        )
+        dials = install(found.model, found.tokenizer, **named)
         encoder = found.encoder.with_dials(dials)
         return LoadedPolicy(found.model, found.tokenizer, encoder, dials, found.hash)
 
@@ -140,7 +144,7 @@ class _Side:
     """One commit's process."""
 
     def __init__(self, name: str, tree: Path) -> None:
-        self.commit = _git(tree, "rev-parse", "--short", "HEAD")
+        self.commit = _git(tree, "rev-parse", "HEAD")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.decoder", "--worker", name],
             cwd=HERE.parent,
@@ -218,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for workload in given.only or (*OFFLINE, *SERVED):
         workloads[workload] = {
             "before": before.commit,
-            **results.here(),
+            "commit": after.commit,
+            "machine": results.machine(),
             **measure(before, after, workload, given.pairs),
         }
         print(json.dumps({workload: workloads[workload]}, indent=1), flush=True)
@@ -228,7 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for kind in ("processor_time", "wall_time")
         }
         made = results.shaped(
-            "python -m benchmarks.decoder --before DIR", headline, seeds=[0], workloads=workloads
+            "python -m benchmarks.decoder --before DIR",
+            headline,
+            seeds=[0],
+            made_at=results.agreed(list(workloads.values())),
+            workloads=workloads,
         )
         if not given.dry:
             results.write(RESULT, made)
