@@ -41,6 +41,21 @@ def test_a_reused_prefix_is_not_computed_again_and_changes_no_token() -> None:
     assert reused == decode(fresh(prefix_tokens=0), [(0, other)], cancel={})[0]
 
 
+def test_a_prompt_that_several_bring_along_is_read_once_per_salt() -> None:
+    live, shapes = fresh(prefix_tokens=0), []
+    handle = live.model.register_forward_pre_hook(
+        lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True
+    )
+    asked = [generation(i, prompt_ids=LONG, prefix_salt="aab"[i]) for i in range(3)]
+    try:
+        found = decode(live, [(0, one) for one in asked], cancel={})
+    finally:
+        handle.remove()
+    assert shapes[:2] == [(2, len(LONG)), (3, len(asked[0].control_ids))]
+    for i, one in enumerate(asked):
+        assert found[i] == decode(fresh(prefix_tokens=0), [(0, one)], cancel={})[0]
+
+
 def test_the_whole_prompt_again_without_controls_still_has_a_position_to_compute() -> None:
     live = fresh()
     asked = generation(0, prompt_ids=LONG, control_ids=(), prefix_salt="a")

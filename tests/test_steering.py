@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
 from equipoise.config import Sampling
+from equipoise.engine.decode import LiveRows
+from equipoise.engine.draw import Row
 from equipoise.engine.sample import TransformersEngine
+from equipoise.engine.seam import Generation
 from equipoise.errors import DataError, ModelError
 from equipoise.models.layers import decoder_layers, layer_index, shifted, watched
 from equipoise.models.likelihood import read_completions
@@ -153,6 +156,23 @@ def test_steering_reaches_every_sampled_position_and_not_the_shared_prompt() -> 
             break
         sequence.append(token)
     assert sampled.token_ids == tuple(sequence[len(ids) :])
+
+
+def test_a_steered_row_joins_one_that_is_not() -> None:
+    engine = steered_engine()
+    ids = tuple(engine.encoder.prompt_ids(prompt(2).messages))
+    strengths = ((), (1.5, -0.7), (0.0, 3.0))
+    expected = engine.generate([steered_request(ids, strengths, [1, 2, 3])], SAMPLING)[0]
+    rows = LiveRows(engine.model, engine.encoder, steering=(SHIFT, 0))
+    found: dict[int, list[int]] = {}
+    for seed, own in enumerate(strengths, start=1):
+        (row,) = rows.join([Generation(ids, (), SAMPLING, seed, "", strengths=own)])
+        assert isinstance(row, Row)
+        found[seed] = row.ids
+        rows.draw()
+        rows.advance()
+    assert len(list(rows.run())) > 0
+    assert [tuple(found[seed]) for seed in (1, 2, 3)] == [one.token_ids for one in expected]
 
 
 def test_strengths_without_directions_are_refused() -> None:
