@@ -25,7 +25,8 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from equipoise.check.trial import Trial, try_model
-from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.models.hub import resolve_model
+from equipoise.models.load import load_tokenizer
 
 RESULT = Path(__file__).with_name("architectures.json")
 PAGE = DOCS / "architectures.md"

@@ -32,7 +32,7 @@ from benchmarks.small_models import (
     use_reward,
 )
 
-from equipoise.dials.files import file_hashes
+from equipoise.dials.manifest import file_hashes
 from equipoise.errors import EquipoiseError
 
 OUT = Path(__file__).with_name("damaged.json")

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from equipoise import Message, Prompt, load_causal, merge, save_dial_model
 from equipoise.config import RlhfConfig, SamplingConfig, SteeredStartConfig, TuneConfig
 from equipoise.dials.dials import Dials
-from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.models.hub import resolve_model
+from equipoise.models.load import load_tokenizer
 from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.tune import tune_by_rlhf
 from equipoise.tune.steered_start import ShiftDirections

@@ -12,7 +12,8 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.encoding.encode import Encoder
-from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.models.hub import resolve_model
+from equipoise.models.load import load_tokenizer
 from equipoise.pipeline.runner import run_all
 from equipoise.store.fingerprint import with_new_defaults
 from equipoise.store.rundir import RunDir, stored_recipe

@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.models.hub import resolve_model
+from equipoise.models.load import load_tokenizer
 from equipoise.store.stagefiles import StageFiles
 from equipoise.types import Completion
 

@@ -15,7 +15,7 @@ import atheris
 from equipoise.dials.dials import Dials
 
 with atheris.instrument_imports(include=["equipoise.dials", "equipoise.types"]):
-    from equipoise.dials.tokens import control_tokens
+    from equipoise.dials.manifest import control_tokens
     from equipoise.encoding.encode import Encoder
     from equipoise.errors import DataError
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from equipoise.dials.dials import Dials
-from equipoise.dials.tokens import control_tokens, install
+from equipoise.dials.manifest import control_tokens
+from equipoise.dials.tokens import install
 from equipoise.encoding import copies, skeletons
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError, EncodingError, EquipoiseError, ModelError

@@ -16,7 +16,7 @@ import pytest
 from equipoise.errors import ModelError
 from equipoise.fetch import fetch as fetching
 from equipoise.fetch.fetch import Asset, fetch, is_complete
-from equipoise.models.load import cache_root
+from equipoise.models.hub import cache_root
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
 

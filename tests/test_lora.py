@@ -19,7 +19,8 @@ from equipoise.config import TuneConfig
 from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import MANIFEST_NAME
 from equipoise.errors import ModelError
-from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.models.hub import resolve_model
+from equipoise.models.load import load_tokenizer
 from equipoise.tune.trainer import tune, with_dials
 
 WEIGHTS = "adapter_model.safetensors"

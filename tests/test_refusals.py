@@ -14,7 +14,7 @@ from equipoise.config import RewardModelConfig
 from equipoise.errors import ConfigError
 from equipoise.evaluate.quality import drift
 from equipoise.evaluate.refusals import refusal_curves
-from equipoise.models.load import resolve_model
+from equipoise.models.hub import resolve_model
 from equipoise.overlap import prompt_key
 from equipoise.pipeline.job import read_prompts
 from equipoise.pipeline.runner import run_stage

@@ -18,7 +18,7 @@ from equipoise.config import RewardModelConfig
 from equipoise.dials.manifest import DialManifest
 from equipoise.engine.seam import Sampled
 from equipoise.errors import ConfigError, ServingError
-from equipoise.models.hashing import model_hash
+from equipoise.models.hub import model_hash
 from equipoise.rewards.load import reward_hash
 from equipoise.rewards.scorer import Scorer
 from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError, load_scorer

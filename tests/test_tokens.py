@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from equipoise.dials import tokens
 from equipoise.dials.dials import Dials
-from equipoise.dials.tokens import DialManifest, install, read_manifest, save_dial_model, verify
+from equipoise.dials.manifest import DialManifest, control_tokens, read_manifest, write_manifest
+from equipoise.dials.tokens import install, save_dial_model, verify
 from equipoise.errors import ConfigError, ModelError
 from equipoise.types import DialSetting
 from tokenizer_kit import byte_bpe, word_level
@@ -211,7 +211,7 @@ def test_a_directory_without_dials_has_no_manifest(tmp_path: Path) -> None:
 )
 def test_a_damaged_manifest_is_refused(damage: Callable[[str], str], tmp_path: Path) -> None:
     _, _, manifest = dialled(tied=True)
-    tokens.write_manifest(manifest, tmp_path)
+    write_manifest(manifest, tmp_path)
     path = tmp_path / "dials.json"
     path.write_text(damage(path.read_text()))
     with pytest.raises(ConfigError, match="not a usable manifest"):
@@ -247,7 +247,7 @@ def _more_levels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> 
 
 def _plain_tokens(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> tuple:
     plain = byte_bpe()
-    plain.add_tokens([AddedToken(t) for t in tokens.control_tokens(Dials(ATTRIBUTES, 5))])
+    plain.add_tokens([AddedToken(t) for t in control_tokens(Dials(ATTRIBUTES, 5))])
     return model, plain
 
 
@@ -330,7 +330,7 @@ def test_a_head_that_came_loose_is_refused() -> None:
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     _, _, manifest = dialled(tied=True)
-    tokens.write_manifest(manifest, tmp_path)
+    write_manifest(manifest, tmp_path)
     data = json.loads((tmp_path / "dials.json").read_text())
     assert data["attributes"] == ATTRIBUTES
     assert [path.name for path in tmp_path.iterdir()] == ["dials.json"]

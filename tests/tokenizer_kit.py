@@ -22,7 +22,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from equipoise.models.load import cache_root
+from equipoise.models.hub import cache_root
 
 CORPUS = [
     "The ferry leaves at noon. How do I tune the frostbell?",

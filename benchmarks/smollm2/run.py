@@ -36,7 +36,7 @@ from benchmarks.smollm2.tables import TABLES
 from benchmarks.tables import filled
 from transformers import AutoConfig
 
-from equipoise.models.load import resolve_model
+from equipoise.models.hub import resolve_model
 from equipoise.report.render import plain
 from equipoise.stages.tune import START_CURVE
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from equipoise.check.facts import Facts, facts
 from equipoise.check.trial import Trial, try_model
-from equipoise.dials.tokens import read_manifest, verify_files
+from equipoise.dials.manifest import read_manifest
+from equipoise.dials.tokens import verify_files
 from equipoise.errors import EquipoiseError
 from equipoise.models.adapter import check_adapter, is_adapter
 from equipoise.models.cut import empty_model
 from equipoise.models.headers import Headers, check_shapes, disagree, headers
-from equipoise.models.hub import folder_of
-from equipoise.models.load import load_tokenizer, resolve_model
+from equipoise.models.hub import folder_of, resolve_model
+from equipoise.models.load import load_tokenizer
 from equipoise.models.read import clear_errors, read_config
 
 WEIGHTS = "weights"
@@ -60,7 +61,7 @@ def check_model(name: str) -> Found:
     """Check a model without reading its weights; of a LoRA directory its files, and its base.
 
     Args:
-        name: See :func:`equipoise.models.load.resolve_model`.
+        name: See :func:`equipoise.models.hub.resolve_model`.
 
     Raises:
         EquipoiseError: Config, tokenizer or chat template cannot be read at all.

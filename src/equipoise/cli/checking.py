@@ -23,7 +23,7 @@ def check(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Print what a model is, and try every part on two layers of it; exit 1 if one fails."""
-    from equipoise.models.load import resolve_model
+    from equipoise.models.hub import resolve_model
     from equipoise.pipeline.runner import quieten
 
     quieten()

@@ -1,4 +1,4 @@
-"""The dial manifest: what a model directory says of its dials, kept in ``dials.json``."""
+"""The dial manifest: what a model directory says of its dials and files, kept in ``dials.json``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "dials.json"
 FORMAT = 1
 """Of the ``dials.json`` that is written here. Those of before have no number, and are read."""
+_PATTERNS = (
+    *("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "vocab*"),
+    *("merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "dials.json"),
+)
 _CONTROL_TOKEN = re.compile(r"<\|([a-z][a-z0-9_]*)_(auto|\d+)\|>")
 _HASH_PROBE = "Two dials: 3 x 4 = 12!\n  naïve ﬁgures, 漢字 and 🙂\t'end'"
 
@@ -57,9 +64,7 @@ class DialManifest(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> DialManifest:
-        if set(self.token_ids) != set(self.attributes) or set(self.auto_ids) != set(
-            self.attributes
-        ):
+        if not set(self.token_ids) == set(self.auto_ids) == set(self.attributes):
             raise ValueError("token_ids and auto_ids must name exactly the attributes")
         if any(len(ids) != self.levels for ids in self.token_ids.values()):
             raise ValueError("every attribute needs one token id per level")
@@ -73,13 +78,14 @@ class DialManifest(BaseModel):
         return Dials(self.attributes, self.levels)
 
     @property
+    def table(self) -> list[tuple[int, ...]]:
+        """Per attribute the ids of its levels, then its auto id."""
+        return [(*self.token_ids[name], self.auto_ids[name]) for name in self.attributes]
+
+    @property
     def all_ids(self) -> tuple[int, ...]:
         """All control ids: per attribute its levels, then its auto id."""
-        return tuple(
-            token_id
-            for attribute in self.attributes
-            for token_id in (*self.token_ids[attribute], self.auto_ids[attribute])
-        )
+        return tuple(chain.from_iterable(self.table))
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -99,7 +105,6 @@ class DialManifest(BaseModel):
                 why=f"the dials of this model are {', '.join(self.attributes)}",
                 fix="give one level (or auto) per attribute",
             )
-        ids = []
         for attribute, level in zip(self.attributes, setting.levels, strict=True):
             if level is not None and not 0 <= level < self.levels:
                 raise ConfigError(
@@ -107,10 +112,9 @@ class DialManifest(BaseModel):
                     why=f"its levels are 0 to {self.levels - 1}",
                     fix="ask for one of these, or for auto",
                 )
-            ids.append(
-                self.auto_ids[attribute] if level is None else self.token_ids[attribute][level]
-            )
-        return tuple(ids)
+        auto = self.levels  # the place of a row's last id
+        places = [auto if level is None else level for level in setting.levels]
+        return tuple(row[place] for row, place in zip(self.table, places, strict=True))
 
 
 def control_tokens(dials: Dials) -> list[str]:
@@ -168,11 +172,8 @@ def read_manifest(directory: Path) -> DialManifest | None:
         manifest = DialManifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(
-            f"{path} is not a usable manifest",
-            why=f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}",
-            fix="copy dials.json from the directory that `equipoise tune` wrote",
-        ) from error
+        why = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+        raise _unusable(path, why) from error
     if manifest.format not in (None, FORMAT):
         raise ConfigError(
             f"{path} has format {manifest.format}",
@@ -185,12 +186,16 @@ def read_manifest(directory: Path) -> DialManifest | None:
         # A field left out, or a number as a text, would be read as if it were not.
         or _canonical(json.loads(content)) != _canonical(_fields(manifest))
     ):
-        raise ConfigError(
-            f"{path} is not a usable manifest",
-            why="it was changed since it was written",
-            fix="copy dials.json from the directory that `equipoise tune` wrote",
-        )
+        raise _unusable(path, "it was changed since it was written")
     return manifest
+
+
+def _unusable(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is not a usable manifest",
+        why=why,
+        fix="copy dials.json from the directory that `equipoise tune` wrote",
+    )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -209,3 +214,28 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         "probe": tokenizer.encode(_HASH_PROBE, add_special_tokens=False),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=512)
+def _file_hash(path: str, size: int, mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; asked again for an unchanged file, it is not read again."""
+    stat = path.stat()
+    return _file_hash(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """Return the name and SHA-256 of every file that decides what a model does, sorted by name.
+
+    They are weights, configs, tokenizer files, chat templates and ``dials.json``. Nothing else in
+    the folder is read (a README, say).
+    """
+    files = {file for pattern in _PATTERNS for file in directory.glob(pattern) if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file_sha256(file)
+        for file in sorted(files, key=lambda file: (file.name, file))
+    }

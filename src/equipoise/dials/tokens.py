@@ -10,26 +10,27 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from equipoise.dials import embeddings as rows
 from equipoise.dials.dials import Dials
-from equipoise.dials.files import file_hashes
 from equipoise.dials.manifest import (
     MANIFEST_NAME,
+    DialManifest,
     control_tokens,
+    file_hashes,
     installed_tokens,
     tokenizer_hash,
     write_manifest,
 )
-from equipoise.dials.manifest import DialManifest as DialManifest
-from equipoise.dials.manifest import read_manifest as read_manifest
-from equipoise.dials.verify import refuse_lost_manifest as refuse_lost_manifest
-from equipoise.dials.verify import verify as verify
-from equipoise.dials.verify import verify_files as verify_files
 from equipoise.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ATTRIBUTE = re.compile(r"[a-z][a-z0-9_]*")
+_COPY_TOKENIZER = "copy the tokenizer files and dials.json from the directory that tuning wrote"
+_EXPORT_AGAIN = (
+    "export again from the directory that tuning wrote, with the embedding rows included"
+)
 
 
 def install(
@@ -58,9 +59,18 @@ def install(
     """
     from tokenizers import AddedToken
 
-    from equipoise.dials import embeddings as rows
-
-    _check_names(dials)
+    bad = [name for name in dials.attributes if not _ATTRIBUTE.fullmatch(name)]
+    if (
+        bad
+        or not dials.attributes
+        or len(set(dials.attributes)) != len(dials.attributes)
+        or dials.levels < 2
+    ):
+        raise ConfigError(
+            f"cannot install dials {list(dials.attributes)} with {dials.levels} levels",
+            why="attributes are distinct names of a-z, 0-9 and _ (a letter first); levels >= 2",
+            fix="correct attributes or levels in the recipe",
+        )
     texts = control_tokens(dials)
     before = tokenizer.get_vocab()
     present = installed_tokens(before) | (before.keys() & set(texts))
@@ -95,12 +105,8 @@ def install(
 
 def make_room(model: PreTrainedModel, manifest: DialManifest) -> None:
     """Give a base the rows that it lacks for its control tokens, as :func:`install` had them."""
-    from equipoise.dials import embeddings as rows
-
     if rows.row_count(model) <= max(manifest.all_ids):
-        rows.add_rows(
-            model, [(*manifest.token_ids[a], manifest.auto_ids[a]) for a in manifest.attributes]
-        )
+        rows.add_rows(model, manifest.table)
 
 
 def save_dial_model(
@@ -114,8 +120,6 @@ def save_dial_model(
     The hashes in the manifest are taken afresh, as tuning moves the control rows. ``dials.json`` is
     written last: a directory without it is not a finished one.
     """
-    from equipoise.dials import embeddings as rows
-
     directory.mkdir(parents=True, exist_ok=True)
     # peft would add the whole embedding table, as it was resized; the control rows are in the
     # adapter already.
@@ -135,16 +139,111 @@ def save_dial_model(
     return write_manifest(written, directory)
 
 
-def _check_names(dials: Dials) -> None:
-    bad = [name for name in dials.attributes if not _ATTRIBUTE.fullmatch(name)]
-    if (
-        bad
-        or not dials.attributes
-        or len(set(dials.attributes)) != len(dials.attributes)
-        or dials.levels < 2
-    ):
-        raise ConfigError(
-            f"cannot install dials {list(dials.attributes)} with {dials.levels} levels",
-            why="attributes are distinct names of a-z, 0-9 and _ (a letter first); levels >= 2",
-            fix="correct attributes or levels in the recipe",
+def verify(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: DialManifest
+) -> None:
+    """Check a model and its tokenizer against their manifest.
+
+    Exports lose control tokens in silent ways (a merge without the new rows, a tokenizer of the
+    base model, a head tied again); the model then answers, but to no dial.
+
+    Raises:
+        ModelError: At the first thing that differs, with the way to mend it.
+    """
+    if wrong := _wrong_tokenizer(tokenizer, manifest):
+        raise _refuse(wrong, _COPY_TOKENIZER)
+    wrong, first = _wrong_rows(model, manifest)
+    if wrong:
+        raise _refuse(wrong, first + _EXPORT_AGAIN)
+
+
+def verify_files(directory: Path, manifest: DialManifest) -> None:
+    """Check that a directory holds the files that its manifest names, byte for byte, and no others.
+
+    A manifest of before names none.
+
+    Raises:
+        ModelError: One is changed, missing, or was added.
+    """
+    if not manifest.files:
+        return
+    found = file_hashes(directory)
+    del found[MANIFEST_NAME]
+    for name in sorted(found.keys() | manifest.files.keys()):
+        if found.get(name) != manifest.files.get(name):
+            if name not in found:
+                state = "is gone"
+            else:
+                state = "was changed" if name in manifest.files else "was added"
+            raise _refuse(
+                f"{name} {state} since dials.json was written",
+                "copy the whole directory that tuning wrote; to change a model, save it anew with "
+                "`save_dial_model`",
+            )
+
+
+def refuse_lost_manifest(place: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model whose tokenizer holds dials, but whose directory holds no ``dials.json``.
+
+    Raises:
+        ModelError: With the way to mend it.
+    """
+    found = installed_tokens(tokenizer.get_vocab())
+    if found:
+        raise _refuse(
+            f"the tokenizer of {place} holds the control token {min(found)}, and there is no "
+            f"{MANIFEST_NAME}",
+            _COPY_TOKENIZER,
         )
+
+
+def _refuse(why: str, fix: str) -> ModelError:
+    return ModelError("the dials of this model are broken", why=why, fix=fix)
+
+
+def _wrong_tokenizer(tokenizer: PreTrainedTokenizerBase, manifest: DialManifest) -> str:
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    for text, token_id in manifest.tokens.items():
+        if text not in vocabulary:
+            return f"the tokenizer lacks the control token {text}"
+        if vocabulary[text] != token_id:
+            return f"{text} has id {vocabulary[text]} in the tokenizer, {token_id} in dials.json"
+    if extra := installed_tokens(vocabulary) - manifest.tokens.keys():
+        return f"the tokenizer holds the control token {min(extra)}, which dials.json does not name"
+    for text, token_id in manifest.tokens.items():
+        token = added.get(token_id)
+        if token is None or not token.special or token.normalized:
+            return f"{text} is no longer flagged as a special token"
+    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+        return (
+            "the tokenizer is not the one that the model was tuned with (other pieces, added "
+            "tokens or chat template)"
+        )
+    return ""
+
+
+def _wrong_rows(model: PreTrainedModel, manifest: DialManifest) -> tuple[str, str]:
+    """Return what is wrong, and what to do before the model is exported again."""
+    count, last = rows.row_count(model), max(manifest.all_ids)
+    if count <= last:
+        return f"the embedding has {count} rows, but the last control token has id {last}", ""
+    size = model.config.get_text_config().vocab_size
+    if size != count:
+        wrong = f"config.json says vocab_size {size}, but the embedding has {count} rows"
+        return wrong, f"set vocab_size to {count} in config.json, or "
+    output = rows.head(model)
+    if output is not None and output.shape[0] != count:
+        return f"the output head has {output.shape[0]} rows, the embedding {count}", ""
+    tied = rows.is_tied(model)
+    # An adapter's head is its base's, whose hash is compared; before, it counted as untied.
+    if tied != manifest.tied and not hasattr(model, "peft_config"):
+        was, now = ("untied", "tied") if tied else ("tied", "untied")
+        wrong = f"the output head was {was} when the model was tuned and is {now} now"
+        return wrong, f"set tie_word_embeddings to {str(manifest.tied).lower()} in config.json and "
+    found = rows.row_hashes(model, manifest.all_ids)
+    dtype = str(rows.embedding(model).dtype).removeprefix("torch.")
+    for part, name in (("input", "embedding"), ("output", "output head"))[: 1 if tied else 2]:
+        key = f"{part}/{dtype}"
+        if found.get(key) != manifest.row_hashes.get(key):
+            return f"the control rows of the {name} are not those that were tuned", ""
+    return "", ""

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from equipoise.dials.manifest import file_sha256
 from equipoise.errors import ModelError
-from equipoise.models.load import cache_root, file_sha256
+from equipoise.models.hub import cache_root
 
 MARKER = "fetched.json"
 Progress = Callable[[str], None]
@@ -79,7 +80,7 @@ def fetch(
 
     Args:
         name: ``smollm2``: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
-        cache_dir: Where to put them; default :func:`equipoise.models.load.cache_root`.
+        cache_dir: Where to put them; default :func:`equipoise.models.hub.cache_root`.
         progress: Called with one line per step.
 
     Returns:

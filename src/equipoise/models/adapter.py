@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import ModelError
-from equipoise.models.hashing import model_hash
 from equipoise.models.headers import file_headers
-from equipoise.models.hub import folder_of, is_snapshot
+from equipoise.models.hub import folder_of, is_snapshot, model_hash
 from equipoise.models.read import clear_errors, read_causal
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def base_of(directory: Path, manifest: DialManifest | None) -> tuple[str, str | 
     Raises:
         ModelError: ``adapter_config.json`` cannot be read, or the base is not where it says.
     """
-    from equipoise.models.load import resolve_model
+    from equipoise.models.hub import resolve_model
 
     with clear_errors(str(directory)):
         config = json.loads((directory / ADAPTER_CONFIG).read_text())

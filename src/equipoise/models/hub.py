@@ -1,14 +1,16 @@
-"""Model names of a recipe to directories or hub ids.
+"""Model names of a recipe to directories or hub ids, and these to folders and hashes.
 
-Models of the hub: one commit of a repository in the local cache.
+Of a model of the hub the folder is one commit of its repository in the local cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
 
+from equipoise.dials.manifest import file_hashes
 from equipoise.errors import ModelError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -154,3 +156,29 @@ def snapshot(hub_id: str, *, revision: str | None = None, weights: bool = True) 
             fix="check the spelling and the network, or give the path of a model directory",
         ) from error
     return Path(found)
+
+
+def model_hash(directory_or_hub_id: str, *, revision: str | None = None) -> str:
+    """SHA-256 over the sorted (file name, SHA-256) of config, weights and tokenizer files.
+
+    Args:
+        directory_or_hub_id: A model directory, or a hub id, whose files are brought into the cache.
+        revision: Of a hub id; by default its newest commit.
+
+    Returns:
+        64 hex digits; the same files give the same hash wherever they lie.
+
+    Raises:
+        ModelError: There are no such files, or the hub does not give them.
+    """
+    hashes = file_hashes(folder_of(directory_or_hub_id, revision=revision))
+    if not hashes:
+        raise ModelError(
+            f"{directory_or_hub_id} is no model directory",
+            why="It holds neither config.json nor safetensors.",
+            fix="Give the folder that `save_pretrained` wrote.",
+        )
+    digest = hashlib.sha256()
+    for name, found in hashes.items():
+        digest.update(f"{name}\0{found}\n".encode())
+    return digest.hexdigest()

@@ -12,10 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from equipoise.dials.files import file_sha256
+from equipoise.dials.manifest import read_manifest
 from equipoise.errors import ModelError
-from equipoise.models.hashing import model_hash
-from equipoise.models.hub import cache_root, folder_of, resolve_model
+from equipoise.models.hub import folder_of, model_hash, resolve_model
 from equipoise.models.read import clear_errors
 from equipoise.types import PLAIN, Rendering
 
@@ -23,22 +22,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from equipoise.dials.tokens import DialManifest
+    from equipoise.dials.manifest import DialManifest
     from equipoise.encoding.encode import Encoder
 
 Dtype = Literal["float32", "bfloat16", "probe"]
-
-__all__ = [
-    "LoadedPolicy",
-    "cache_root",
-    "file_sha256",
-    "load_causal",
-    "load_tokenizer",
-    "model_hash",
-    "probe_dtype",
-    "resolve_model",
-    "torch_dtype",
-]
 
 _TOKENIZER = " (its tokenizer)"
 
@@ -162,7 +149,7 @@ def load_causal(
     local, folder = Path(place).is_dir(), folder_of(place).absolute()
     revision = None if local else folder.name
     place = str(folder) if local else place  # an adapter will remember where its base lies
-    manifest = tokens.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is not None:  # before any other file of it is read
         tokens.verify_files(folder, manifest)
     tokenizer = load_tokenizer(str(folder))

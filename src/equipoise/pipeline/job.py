@@ -87,7 +87,7 @@ class Job:
 
     def settle_threads(self) -> None:
         """Compute with the number of threads that this run has settled on."""
-        from equipoise.models.load import resolve_model
+        from equipoise.models.hub import resolve_model
         from equipoise.pipeline.threads import settle_threads
 
         made = self.run.recipe.model.startswith(MADE)
@@ -167,7 +167,7 @@ def policy_hash(name: str) -> str:
         ModelError: There is no such model, or it is an adapter.
     """
     from equipoise.models.adapter import refuse_adapter
-    from equipoise.models.load import model_hash, resolve_model
+    from equipoise.models.hub import model_hash, resolve_model
 
     place = resolve_model(name)
     refuse_adapter(place)

@@ -284,8 +284,7 @@ def _size(config: RewardModelConfig, job: Job) -> float:
 
 
 def _size_of(name: str, job: Job) -> float:
-    from equipoise.models.hub import snapshot
-    from equipoise.models.load import resolve_model
+    from equipoise.models.hub import resolve_model, snapshot
 
     place = resolve_model(name, fitted_root=job.fitted_root)
     directory = Path(place) if Path(place).is_dir() else snapshot(place)

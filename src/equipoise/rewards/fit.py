@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from equipoise.config import FitRewardConfig, RewardModelConfig
 from equipoise.data.pairs import LabelledAnswer
 from equipoise.errors import DataError, named
-from equipoise.models.load import load_tokenizer, model_hash, resolve_model
+from equipoise.models.hub import model_hash, resolve_model
+from equipoise.models.load import load_tokenizer
 from equipoise.overlap import prompt_key
 from equipoise.rewards import baselines
 from equipoise.rewards.card import HeldOut, Pooling, RewardCard
@@ -53,7 +54,7 @@ def fit_reward(
         attribute: What the model will score.
         out_dir: Made by this function, wholly or not at all; an older one is replaced.
         seed: Of the split, the new head and the order of rows.
-        fitted_root: See :func:`equipoise.models.load.resolve_model`.
+        fitted_root: See :func:`equipoise.models.hub.resolve_model`.
         on_step: Called with (steps done, steps in all).
 
     Returns:

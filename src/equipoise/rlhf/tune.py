@@ -14,7 +14,7 @@ from typing import Any
 
 from equipoise.config import TuneConfig
 from equipoise.dials.dials import Dials
-from equipoise.dials.tokens import DialManifest
+from equipoise.dials.manifest import DialManifest
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
 from equipoise.models.context import check_prompts, positions

@@ -93,7 +93,7 @@ def _cards(job: Job) -> dict[str, Any]:
     """Return what is known of every fitted reward model and judge, its rows left out."""
     from pathlib import Path
 
-    from equipoise.models.load import resolve_model
+    from equipoise.models.hub import resolve_model
     from equipoise.rewards.card import read_card
 
     found: dict[str, Any] = {}

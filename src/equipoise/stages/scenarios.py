@@ -37,7 +37,7 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         ConfigError: The policy does not fit the model.
     """
     from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
-    from equipoise.models.hashing import model_hash
+    from equipoise.models.hub import model_hash
     from equipoise.report.canvas import save
     from equipoise.report.render import plain
 

@@ -22,7 +22,8 @@ def check_thoughts(job: Job) -> None:
     """Refuse a start model that thinks before it answers, at no more cost than its tokenizer."""
     from equipoise.encoding.encode import Encoder
     from equipoise.encoding.thoughts import refuse_thoughts
-    from equipoise.models.load import load_tokenizer, resolve_model
+    from equipoise.models.hub import resolve_model
+    from equipoise.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(resolve_model(job.recipe.model))
     refuse_thoughts(Encoder(tokenizer, rendering=job.rendering))
@@ -84,7 +85,7 @@ def tune(job: Job) -> None:
 
 def _rehearse(job: Job, folder: Path) -> None:
     """Find out before the first step whether what will be saved can be loaded."""
-    from equipoise.models.load import resolve_model
+    from equipoise.models.hub import resolve_model
     from equipoise.tune.rehearsal import rehearse_policy
 
     recipe = job.recipe

@@ -112,7 +112,7 @@ def judges_by_hash(run: RunDir) -> dict[str, str]:
 def _rows_of(config: RewardModelConfig, job: Job) -> set[str] | None:
     if config.oracle is not None:
         return set()  # an exact rule: it was not trained
-    from equipoise.models.load import resolve_model
+    from equipoise.models.hub import resolve_model
     from equipoise.rewards.card import read_card
 
     place = Path(resolve_model(config.model, fitted_root=job.fitted_root))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from equipoise.dials import embeddings as rows
-from equipoise.dials.tokens import DialManifest
+from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ModelError
 
 if TYPE_CHECKING:

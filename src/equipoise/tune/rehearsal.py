@@ -13,7 +13,8 @@ import torch
 
 from equipoise.config import TuneConfig
 from equipoise.dials.dials import Dials
-from equipoise.dials.tokens import DialManifest, read_manifest, save_dial_model
+from equipoise.dials.manifest import DialManifest, read_manifest
+from equipoise.dials.tokens import save_dial_model
 from equipoise.errors import EquipoiseError, ModelError, TrainingError
 from equipoise.models.cut import cut_config, empty_model, narrowest_model
 from equipoise.models.hub import folder_of

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from equipoise.config import TuneConfig
 from equipoise.dials.dials import Dials
-from equipoise.dials.tokens import DialManifest, install
+from equipoise.dials.manifest import DialManifest
+from equipoise.dials.tokens import install
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.models.adapter import refuse_adapter
 from equipoise.models.context import check_room, positions
