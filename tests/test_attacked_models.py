@@ -18,7 +18,7 @@ from equipoise.check.model import check_model
 from equipoise.config import TuneConfig
 from equipoise.dials.dials import Dials
 from equipoise.errors import DataError, ModelError
-from equipoise.models.context import positions
+from equipoise.models.limits import positions
 from equipoise.tune.trainer import tune
 from hub_kit import COMMIT, add_model, offline
 from tuning_kit import ATTRIBUTES, examples

@@ -17,7 +17,7 @@ from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation
 from equipoise.errors import DataError
-from equipoise.models.context import positions
+from equipoise.models.limits import positions
 from equipoise.types import Branch, GenerationRequest
 from pipeline_kit import build_tokenizer, save_assets, tiny_recipe, write_recipe
 

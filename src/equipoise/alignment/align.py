@@ -15,7 +15,7 @@ from equipoise.alignment.sft import drive
 from equipoise.config import AlignConfig, Sampling
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import DataError, named
-from equipoise.models.context import check_prompts, positions
+from equipoise.models.limits import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.rlhf.online import train_online
 from equipoise.rlhf.reference import StartReference

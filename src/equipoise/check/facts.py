@@ -9,7 +9,7 @@ from equipoise.encoding.encode import Encoder
 from equipoise.encoding.markers import given_ends
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.errors import EquipoiseError
-from equipoise.models.context import positions
+from equipoise.models.limits import positions
 from equipoise.types import Message
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation
 from equipoise.engine.text import AnswerText
 from equipoise.errors import ConfigError, DataError, ModelError
-from equipoise.models.context import positions
+from equipoise.models.limits import positions
 from equipoise.policy.decide import Refusal, Server, allowed_levels, effective_setting
 from equipoise.policy.rules import DialPolicy, Range, Scenario
 from equipoise.seeds import derive_seed

@@ -19,7 +19,7 @@ from equipoise.engine.draw import Row
 from equipoise.engine.line import Item, Line, Ticket, step_failed, stopped
 from equipoise.engine.seam import Generation, Load, Token
 from equipoise.errors import DataError
-from equipoise.models.context import check_room, positions
+from equipoise.models.limits import check_room, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

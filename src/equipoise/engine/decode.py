@@ -19,7 +19,7 @@ from equipoise.engine.draw import Row, pick
 from equipoise.engine.seam import Generation, Token
 from equipoise.errors import ModelError, ServingError
 from equipoise.models.layers import shifted
-from equipoise.models.vocabulary import masked_ids
+from equipoise.models.limits import masked_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from equipoise.config import Sampling
 from equipoise.engine.decode import LiveRows
 from equipoise.engine.seam import Generation, Sampled
 from equipoise.errors import ModelError
-from equipoise.models.context import check_requests, positions
+from equipoise.models.limits import check_requests, positions
 from equipoise.types import GenerationRequest
 
 if TYPE_CHECKING:

@@ -142,8 +142,8 @@ def load_causal(
     from equipoise.encoding import markers
     from equipoise.encoding.encode import Encoder
     from equipoise.models.adapter import is_adapter, read_adapter
+    from equipoise.models.limits import check_vocabulary
     from equipoise.models.read import read_causal
-    from equipoise.models.vocabulary import check_vocabulary
 
     place = resolve_model(name, fitted_root=fitted_root)
     local, folder = Path(place).is_dir(), folder_of(place).absolute()

@@ -29,7 +29,7 @@ def check_context(recipe: Recipe, prompts: Sequence[Prompt], encoder: Encoder, c
     Raises:
         DataError: They do not fit; it names the longest prompt and what to lower.
     """
-    from equipoise.models.context import check_prompts, positions
+    from equipoise.models.limits import check_prompts, positions
 
     limit = positions(config)
     if limit is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from equipoise.errors import ModelError
 from equipoise.models.adapter import is_adapter
-from equipoise.models.context import positions
 from equipoise.models.hub import folder_of
+from equipoise.models.limits import positions
 from equipoise.models.read import check_headers, check_weights, read_config, read_weights
 
 

@@ -17,7 +17,7 @@ from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import DialManifest
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
-from equipoise.models.context import check_prompts, positions
+from equipoise.models.limits import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.closeness import AskPlan, control_reward, deaf_floor

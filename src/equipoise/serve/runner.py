@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import ConfigError, ModelError
-from equipoise.models.context import positions
+from equipoise.models.limits import positions
 from equipoise.policy.decide import DialPolicy, Key
 from equipoise.policy.keys import digest, new_secret
 from equipoise.policy.reload import RulesSource

@@ -16,7 +16,7 @@ from equipoise.dials.manifest import DialManifest
 from equipoise.dials.tokens import install
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.models.adapter import refuse_adapter
-from equipoise.models.context import check_room, positions
+from equipoise.models.limits import check_room, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
 from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype

@@ -1,4 +1,4 @@
-"""Room in a model's context: prompt, controls and what is sampled, held against its positions.
+"""What a model can hold: ids that have a row in its embedding, and so many tokens at a time.
 
 Behind its last position a model with learnt positions fails, and a rotary one goes on in a way that
 it was never trained for. So nothing is sampled that would not fit.
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from equipoise.errors import DataError
-from equipoise.types import GenerationRequest, Prompt
+from equipoise.errors import DataError, ModelError
+from equipoise.types import GenerationRequest, Message, Prompt
 
 if TYPE_CHECKING:
+    import torch
+
     from equipoise.encoding.encode import Encoder
 
 
@@ -107,3 +109,42 @@ def check_prompts(
             f"control tokens follow it, and {setting} is {max_tokens}.",
             fix=f"{lower}{fix}.",
         )
+
+
+def masked_ids(encoder: Encoder, model: Any) -> torch.Tensor:
+    """Return the ids (M,) that must never be sampled, of those that have a logit."""
+    import torch
+
+    n_logits = int(model.config.get_text_config().vocab_size)
+    return torch.tensor([i for i in encoder.masked_ids if i < n_logits], dtype=torch.long)
+
+
+def check_vocabulary(place: str, model: Any, encoder: Encoder) -> None:
+    """Refuse a tokenizer that writes ids for which the model has no row.
+
+    Ids that neither a text nor the template gives may lie beyond: a padding token that only the
+    tokenizer knows, say.
+
+    Raises:
+        ModelError: It names the token.
+    """
+    n_rows = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary: dict[str, int] = encoder.tokenizer.get_vocab()
+    beyond = {text: i for text, i in vocabulary.items() if i >= n_rows}
+    if not beyond:
+        return
+    written = set(beyond.values()) - encoder.forbidden | set(encoder.eos_ids)
+    try:
+        asked = (Message("user", "a"),)
+        chat = encoder.has_chat_template
+        written.update(encoder.prompt_ids(asked) if chat else encoder.pair("a", "b").ids)
+    except DataError:  # a template that wants other turns; those are checked as they come
+        pass
+    for text, token_id in beyond.items():
+        if token_id in written:
+            raise ModelError(
+                f"The tokenizer of {place} does not belong to its weights",
+                why=f"It writes {text!r} as id {token_id}, and the embedding has {n_rows} rows.",
+                fix="Take tokenizer and weights from one place, or resize the embedding and train "
+                "the new rows.",
+            )
