@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from starlette.applications import Starlette
 
 from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import DialManifest, control_tokens
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Generation, Load, Token
-from equipoise.policy.decide import Key
 from equipoise.policy.file import shipped_policies
 from equipoise.policy.keys import add_key, digest, new_secret
 from equipoise.policy.reload import Rules, RulesSource
-from equipoise.serve.app import House, build_app
-from equipoise.serve.auth import Gate
-from equipoise.serve.chat import ServedModel
+from equipoise.policy.rules import Key
+from equipoise.serve.app import Api, build_app
 from equipoise.serve.content_log import ContentLog
-from equipoise.serve.loopback import on_loopback
+from equipoise.serve.http import on_loopback
+from equipoise.serve.prepare import ServedModel
 from tokenizer_kit import byte_bpe
 
 ATTRIBUTES = ("helpfulness", "safety")
@@ -53,7 +53,7 @@ def dialled(tokenizer: Any) -> Encoder:
 
 
 def served_model(encoder: Encoder | None = None, *, context: int = 4096) -> ServedModel:
-    """Return what the door knows of a model that is not there."""
+    """Return what the server knows of a model that is not there."""
     encoder = encoder or dialled(byte_bpe())
     return ServedModel(
         name="toy",
@@ -123,11 +123,11 @@ class FakeEngine:
 
 
 @dataclass
-class Door:
+class Server:
     """The application and everything around it that a test may want to move."""
 
-    app: Gate
-    house: House
+    app: Starlette
+    api: Api
     engine: FakeEngine
     source: RulesSource
     model: ServedModel
@@ -154,7 +154,7 @@ def policy_text(policy: object) -> str:
     return yaml.safe_dump(policy, explicit_end=True)
 
 
-def make_door(
+def make_server(
     folder: Path,
     *,
     text: str = ANSWER,
@@ -164,8 +164,8 @@ def make_door(
     model: ServedModel | None = None,
     cors_origins: Sequence[str] = (),
     **engine: Any,
-) -> Door:
-    """Return a door with the example policy and two keys.
+) -> Server:
+    """Return a server with the example policy and two keys.
 
     ``lab`` may use all scenarios (its default is ``general``); ``kid`` only ``kids``.
     """
@@ -184,22 +184,16 @@ def make_door(
     ids = model.encoder.completion_ids(text, finished=False)
     fake = FakeEngine(ids, **engine)
     source = RulesSource(policy_file, keys_file, dials=Dials(ATTRIBUTES, LEVELS))
-    app, house = build_app(
-        model,
-        fake,
-        source.current,
-        hosts=HOSTS,
-        cors_origins=cors_origins,
-        content_log=ContentLog(folder / "content.jsonl", days=1) if content_log else None,
-        now_ns=now_ns,
-    )
-    return Door(app, house, fake, source, model, policy_file, keys_file, secrets_)
+    log = ContentLog(folder / "content.jsonl", days=1) if content_log else None
+    api = Api(model, fake, log)
+    app = build_app(api, source.current, hosts=HOSTS, cors_origins=cors_origins, now_ns=now_ns)
+    return Server(app, api, fake, source, model, policy_file, keys_file, secrets_)
 
 
 @contextlib.contextmanager
-def running(door: Door) -> Iterator[int]:
-    """Run a door behind a real uvicorn on loopback; yields its port."""
-    with on_loopback(door.app) as port:
+def running(server: Server) -> Iterator[int]:
+    """Run a server behind a real uvicorn on loopback; yields its port."""
+    with on_loopback(server.app) as port:
         yield port
 
 

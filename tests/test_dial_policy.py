@@ -13,18 +13,9 @@ import yaml
 
 from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
-from equipoise.policy.decide import (
-    DialPolicy,
-    Key,
-    Range,
-    Refusal,
-    Scenario,
-    Server,
-    allowed_levels,
-    effective_setting,
-    scenario_for,
-)
+from equipoise.policy.decide import Refusal, Server, allowed_levels, effective_setting, scenario_for
 from equipoise.policy.file import is_closed, load_policy, parse_policy, shipped_policies
+from equipoise.policy.rules import DialPolicy, Key, Range, Scenario
 from equipoise.types import DialSetting
 
 ATTRIBUTES = ("helpfulness", "safety")

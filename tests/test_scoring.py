@@ -21,7 +21,7 @@ from equipoise.errors import ConfigError, ServingError
 from equipoise.models.hub import model_hash
 from equipoise.rewards.load import reward_hash
 from equipoise.rewards.scorer import Scorer
-from equipoise.serve.scoring import LiveScorer, ScorerUnavailableError, load_scorer
+from equipoise.serve.scorer import LiveScorer, ScorerUnavailableError, load_scorer
 from equipoise.types import DialSetting, Finish, Message, Prompt
 from eval_kit import Identity
 from pipeline_kit import ATTRIBUTES, save_reward_model, tiny_recipe

@@ -1,4 +1,4 @@
-"""The door through a real socket: the official client, streams, aliases, what every answer says."""
+"""The server through a socket: the official client, streams, aliases, what every answer says."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from typing import Any
 import openai
 import pytest
 
-from equipoise.protocol.failures import RefusedError
-from serve_kit import ANSWER, Door, Reply, call, chat_body, make_door, running
+from equipoise.protocol.replies import RefusedError
+from equipoise.serve.limits import RateLimit
+from serve_kit import ANSWER, Reply, Server, call, chat_body, make_server, running
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Door:
-    return make_door(tmp_path_factory.mktemp("api"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return make_server(tmp_path_factory.mktemp("api"))
 
 
 @pytest.fixture(scope="module")
-def port(door: Door) -> Iterator[int]:
-    with running(door) as port:
+def port(server: Server) -> Iterator[int]:
+    with running(server) as port:
         yield port
 
 
 @pytest.fixture(scope="module")
-def client(door: Door, port: int) -> Iterator[openai.OpenAI]:
+def client(server: Server, port: int) -> Iterator[openai.OpenAI]:
     base = f"http://127.0.0.1:{port}/v1"
-    with openai.OpenAI(base_url=base, api_key=door.secrets["lab"], max_retries=0) as client:
+    with openai.OpenAI(base_url=base, api_key=server.secrets["lab"], max_retries=0) as client:
         yield client
 
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
 
-def test_official_client_whole(client: openai.OpenAI, door: Door) -> None:
+def test_official_client_whole(client: openai.OpenAI, server: Server) -> None:
     answer = client.chat.completions.create(
         model="toy",
         messages=HELLO,
@@ -55,17 +56,17 @@ def test_official_client_whole(client: openai.OpenAI, door: Door) -> None:
         },
         "scenario": "general",
     }
-    assert extra["policy_hash"] == door.rules().policy_hash
-    assert extra["model_hash"] == door.model.hash
+    assert extra["policy_hash"] == server.rules().policy_hash
+    assert extra["model_hash"] == server.model.hash
     assert answer.usage is not None
-    assert answer.usage.completion_tokens == 2 * (len(door.engine.ids) + 1)
-    first, second = door.engine.seen[-2:]
+    assert answer.usage.completion_tokens == 2 * (len(server.engine.ids) + 1)
+    first, second = server.engine.seen[-2:]
     assert first.control_ids == second.control_ids
     assert first.seed != second.seed
 
 
 def test_an_answer_can_be_sent_back_as_the_official_client_holds_it(
-    client: openai.OpenAI, door: Door
+    client: openai.OpenAI, server: Server
 ) -> None:
     messages: list[Any] = [*HELLO]
     first = client.chat.completions.create(model="toy", messages=messages).choices[0].message
@@ -76,7 +77,7 @@ def test_an_answer_can_be_sent_back_as_the_official_client_holds_it(
         assert second.choices[0].message.content == ANSWER
     plain: Any = {"role": "assistant", "content": ANSWER}
     client.chat.completions.create(model="toy", messages=[*messages, plain, again])
-    assert len({seen.prompt_ids for seen in door.engine.seen[-4:]}) == 1
+    assert len({seen.prompt_ids for seen in server.engine.seen[-4:]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,10 +91,10 @@ def test_an_answer_can_be_sent_back_as_the_official_client_holds_it(
     ],
 )
 def test_beside_a_text_only_an_answer_may_say_nothing(
-    door: Door, port: int, turn: dict[str, Any], field: str
+    server: Server, port: int, turn: dict[str, Any], field: str
 ) -> None:
     body = chat_body() | {"messages": [{"content": "x", **turn}, *HELLO]}
-    reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"])
+    reply = call(port, "POST", "/v1/chat/completions", body, key=server.secrets["lab"])
     assert reply.status == 400
     assert reply.json["error"]["message"] == f"messages.0.{field}: unknown field"
 
@@ -122,9 +123,9 @@ def test_official_client_stream(client: openai.OpenAI) -> None:
     assert dials == [{"level": 4, "value": 1.0}] * 4
 
 
-def test_stream_is_well_formed(door: Door, port: int) -> None:
+def test_stream_is_well_formed(server: Server, port: int) -> None:
     reply = call(
-        port, "POST", "/v1/chat/completions", chat_body(stream=True), key=door.secrets["lab"]
+        port, "POST", "/v1/chat/completions", chat_body(stream=True), key=server.secrets["lab"]
     )
     assert reply.headers["content-type"] == "text/event-stream"
     events = reply.body.decode().split("\n\n")
@@ -135,10 +136,10 @@ def test_stream_is_well_formed(door: Door, port: int) -> None:
     assert len(bodies) > 10
 
 
-def test_models_are_those_of_the_key(client: openai.OpenAI, door: Door, port: int) -> None:
+def test_models_are_those_of_the_key(client: openai.OpenAI, server: Server, port: int) -> None:
     assert [model.id for model in client.models.list()][:2] == ["toy", "toy@general"]
     assert client.models.retrieve("toy@clinic").id == "toy@clinic"
-    kid = call(port, "GET", "/v1/models", key=door.secrets["kid"]).json
+    kid = call(port, "GET", "/v1/models", key=server.secrets["kid"]).json
     assert [model["id"] for model in kid["data"]] == ["toy", "toy@kids"]
     assert kid["data"][0]["dials"]["safety"] == {"min": 1.0, "max": 1.0}
     with pytest.raises(openai.NotFoundError):
@@ -146,19 +147,21 @@ def test_models_are_those_of_the_key(client: openai.OpenAI, door: Door, port: in
 
 
 @pytest.mark.parametrize("model", ["toy@general", "toy@nowhere", "other", "toy@", "toy@kids@kids"])
-def test_a_key_gets_no_other_scenario_and_learns_of_none(door: Door, port: int, model: str) -> None:
+def test_a_key_gets_no_other_scenario_and_learns_of_none(
+    server: Server, port: int, model: str
+) -> None:
     body = chat_body() | {"model": model}
-    reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["kid"])
+    reply = call(port, "POST", "/v1/chat/completions", body, key=server.secrets["kid"])
     assert reply.status == 404
     assert reply.json["error"]["code"] == "model_not_found"
     assert "general" not in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_body_and_headers_say_what_was_applied(door: Door, port: int, *, stream: bool) -> None:
+def test_body_and_headers_say_what_was_applied(server: Server, port: int, *, stream: bool) -> None:
     asked = {"safety": 0.6, "helpfulness": "auto"}
     body = chat_body(stream=stream, dials=asked)
-    reply = call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"])
+    reply = call(port, "POST", "/v1/chat/completions", body, key=server.secrets["lab"])
     headers, applied = (
         reply.headers,
         {
@@ -167,8 +170,8 @@ def test_body_and_headers_say_what_was_applied(door: Door, port: int, *, stream:
                 "effective": {"helpfulness": "auto", "safety": {"level": 3, "value": 0.75}},
                 "scenario": "general",
             },
-            "policy_hash": door.rules().policy_hash,
-            "model_hash": door.model.hash,
+            "policy_hash": server.rules().policy_hash,
+            "model_hash": server.model.hash,
         },
     )
     assert json.loads(headers["x-dial-requested"]) == asked
@@ -189,9 +192,9 @@ def hashes(reply: Reply) -> tuple[str | None, str | None]:
 
 
 def test_every_response_to_a_key_names_policy_and_model(
-    door: Door, port: int, monkeypatch: pytest.MonkeyPatch
+    server: Server, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key, in_force = door.secrets["lab"], (door.rules().policy_hash, door.model.hash)
+    key, in_force = server.secrets["lab"], (server.rules().policy_hash, server.model.hash)
 
     def ask(method: str, path: str, body: object = None, key: str | None = key) -> Reply:
         return call(port, method, path, body, key=key)
@@ -208,10 +211,10 @@ def test_every_response_to_a_key_names_policy_and_model(
         (413, ask("POST", chat, b" " * (2**20 + 1))),
     ]
     with monkeypatch.context() as context:
-        context.setattr(door.house, "draining", True)
+        context.setattr(server.api, "draining", True)
         refusals.append((503, ask("POST", chat, chat_body())))
     with monkeypatch.context() as context:
-        context.setattr(door.app._rate, "take", limited)
+        context.setattr(RateLimit, "take", limited)
         refusals.append((429, ask("POST", chat, chat_body())))
     for status, reply in refusals:
         assert reply.status == status
@@ -221,49 +224,49 @@ def test_every_response_to_a_key_names_policy_and_model(
     assert hashes(ask("GET", "/v1/models", key="eqp-nobody")) == (None, None)
 
 
-def limited(key_id: str, per_minute: int) -> None:
+def limited(self: object, key_id: str, per_minute: int) -> None:
     raise RefusedError(429, "too many", code="rate_limit_exceeded")
 
 
-def test_knobs_reach_the_engine(client: openai.OpenAI, door: Door) -> None:
+def test_knobs_reach_the_engine(client: openai.OpenAI, server: Server) -> None:
     client.chat.completions.create(
         model="toy", messages=HELLO, temperature=0, top_p=0.5, max_tokens=3, logit_bias={"5": -2}
     )
-    seen = door.engine.seen[-1]
+    seen = server.engine.seen[-1]
     assert seen.sampling.top_k == 1 and seen.sampling.temperature > 0
     assert seen.sampling.max_tokens == 3
     assert seen.logit_bias == ((5, -2.0),)
     client.chat.completions.create(model="toy", messages=HELLO, temperature=0.5, top_p=0.5)
-    assert door.engine.seen[-1].sampling.temperature == 0.5
-    assert door.engine.seen[-1].sampling.top_p == 0.5
+    assert server.engine.seen[-1].sampling.temperature == 0.5
+    assert server.engine.seen[-1].sampling.top_p == 0.5
 
 
-def test_what_clients_send_unasked_is_taken(door: Door, port: int) -> None:
+def test_what_clients_send_unasked_is_taken(server: Server, port: int) -> None:
     """promptfoo's body, field by field; a penalty that would do something is refused."""
     body = chat_body(
         max_tokens=1024, temperature=0, top_p=1, presence_penalty=0, frequency_penalty=0
     )
-    key = door.secrets["lab"]
+    key = server.secrets["lab"]
     assert call(port, "POST", "/v1/chat/completions", body, key=key).status == 200
     for name in ("presence_penalty", "frequency_penalty"):
         reply = call(port, "POST", "/v1/chat/completions", body | {name: 0.5}, key=key)
         assert (reply.status, reply.json["error"]["param"]) == (400, name)
 
 
-def test_none_in_the_official_client_is_not_given(client: openai.OpenAI, door: Door) -> None:
+def test_none_in_the_official_client_is_not_given(client: openai.OpenAI, server: Server) -> None:
     """It sends null for each."""
     names = ("temperature", "top_p", "n", "stream", "tools", "functions", "metadata", "logprobs",
              "store", "response_format", "service_tier", "audio", "modalities")  # fmt: skip
     nothing: Any = dict.fromkeys(names)
     for more in ({}, nothing):
         client.chat.completions.create(model="toy", messages=HELLO, seed=1, **more)
-    assert door.engine.seen[-1] == door.engine.seen[-2]
+    assert server.engine.seen[-1] == server.engine.seen[-2]
 
 
-def test_same_seed_same_generation(client: openai.OpenAI, door: Door) -> None:
+def test_same_seed_same_generation(client: openai.OpenAI, server: Server) -> None:
     for seed in (3, 3, 4, None, None):
         client.chat.completions.create(model="toy", messages=HELLO, seed=seed or openai.omit)
-    a, b, c, d, e = (seen.seed for seen in door.engine.seen[-5:])
+    a, b, c, d, e = (seen.seed for seen in server.engine.seen[-5:])
     assert a == b and len({b, c, d, e}) == 4
 
 
@@ -299,34 +302,41 @@ def test_length_is_reported(client: openai.OpenAI) -> None:
     assert answer.usage is not None and answer.usage.completion_tokens == 2
 
 
-def test_prefixes_are_shared_within_a_key_only(door: Door, port: int) -> None:
+def test_prefixes_are_shared_within_a_key_only(server: Server, port: int) -> None:
     for name in ("lab", "lab", "kid"):
-        call(port, "POST", "/v1/chat/completions", chat_body(), key=door.secrets[name])
-    one, two, other = (seen.prefix_salt for seen in door.engine.seen[-3:])
+        call(port, "POST", "/v1/chat/completions", chat_body(), key=server.secrets[name])
+    one, two, other = (seen.prefix_salt for seen in server.engine.seen[-3:])
     assert one == two != other
     assert "lab" not in one
 
 
-def test_message_parts_are_joined(door: Door, port: int) -> None:
+def test_message_parts_are_joined(server: Server, port: int) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     for content in ("Hello", parts):
         body = chat_body() | {"messages": [{"role": "user", "content": content}]}
         assert (
-            call(port, "POST", "/v1/chat/completions", body, key=door.secrets["lab"]).status == 200
+            call(port, "POST", "/v1/chat/completions", body, key=server.secrets["lab"]).status
+            == 200
         )
-    plain, joined = (seen.prompt_ids for seen in door.engine.seen[-2:])
+    plain, joined = (seen.prompt_ids for seen in server.engine.seen[-2:])
     assert plain == joined
 
 
-def test_status_pages(door: Door, port: int) -> None:
-    key = door.secrets["lab"]
+def test_status_pages(server: Server, port: int) -> None:
+    key = server.secrets["lab"]
     assert call(port, "GET", "/healthz").json == {"status": "ok"}
     assert call(port, "GET", "/readyz", key=key).json == {"status": "ready"}
     page = call(port, "GET", "/metrics", key=key)
     assert page.headers["content-type"].startswith("text/plain")
     assert 'equipoise_answers_total{scenario="general"}' in page.body.decode()
-    assert "equipoise_completions_under_way 0\n" in page.body.decode()
-    door.house.metrics.completion_tokens = 123_456_789
-    page = call(port, "GET", "/metrics", key=key)
-    assert "equipoise_completion_tokens_total 123456789\n" in page.body.decode()
+    assert "equipoise_completions_under_way 0.0\n" in page.body.decode()
+    before = sampled(page)
+    server.api.metrics.completion_tokens.inc(123_456_789)
+    assert sampled(call(port, "GET", "/metrics", key=key)) == before + 123_456_789
     assert call(port, "GET", "/openapi.json", key=key).json["openapi"] == "3.1.0"
+
+
+def sampled(page: Reply) -> float:
+    """Return the counter of tokens on a page of metrics."""
+    lines = dict(line.rsplit(" ", 1) for line in page.body.decode().splitlines())
+    return float(lines["equipoise_completion_tokens_total"])

@@ -22,9 +22,8 @@ from openai.types.chat.completion_create_params import (
 )
 
 from equipoise.protocol.compat import ANSWER_FIELDS, NeutralFields
-from equipoise.protocol.turns import ChatMessage, TextPart
-from equipoise.protocol.wire import ChatRequest, StreamOptions
-from serve_kit import Door, Reply, ask, chat_body, dialled, make_door, served_model
+from equipoise.protocol.wire import ChatMessage, ChatRequest, StreamOptions, TextPart
+from serve_kit import Reply, Server, ask, chat_body, dialled, make_server, served_model
 from tokenizer_kit import FAMILIES, MARKERS, hostile
 
 PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
@@ -98,23 +97,23 @@ TURNS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Door:
-    return make_door(tmp_path_factory.mktemp("compat"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return make_server(tmp_path_factory.mktemp("compat"))
 
 
-def send(door: Door, body: dict[str, Any]) -> Reply:
+def send(server: Server, body: dict[str, Any]) -> Reply:
     async def one() -> Reply:
-        await door.engine.start()
-        return await ask(door.app, json.dumps(body).encode(), key=door.secrets["lab"])
+        await server.engine.start()
+        return await ask(server.app, json.dumps(body).encode(), key=server.secrets["lab"])
 
     return asyncio.run(one())
 
 
-def same_as_without(door: Door, body: dict[str, Any], plain: dict[str, Any]) -> None:
+def same_as_without(server: Server, body: dict[str, Any], plain: dict[str, Any]) -> None:
     """The engine gets what it gets without the additions, and the client too."""
-    replies = [send(door, {**one, "seed": 3}) for one in (plain, body)]
+    replies = [send(server, {**one, "seed": 3}) for one in (plain, body)]
     assert [reply.status for reply in replies] == [200, 200], replies[1].body
-    assert door.engine.seen[-1] == door.engine.seen[-2]
+    assert server.engine.seen[-1] == server.engine.seen[-2]
     kept = [
         {name: value for name, value in reply.json.items() if name not in ("id", "created")}
         for reply in replies
@@ -146,20 +145,20 @@ def test_every_field_of_the_schema_is_in_the_docs() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OPENAI - REQUIRED))
-def test_null_is_not_given(door: Door, name: str) -> None:
-    same_as_without(door, chat_body() | {name: None}, chat_body())
+def test_null_is_not_given(server: Server, name: str) -> None:
+    same_as_without(server, chat_body() | {name: None}, chat_body())
 
 
-def test_null_in_all_fields_at_once(door: Door) -> None:
+def test_null_in_all_fields_at_once(server: Server) -> None:
     body = chat_body() | dict.fromkeys(OPENAI - REQUIRED)
-    same_as_without(door, body, chat_body())
+    same_as_without(server, body, chat_body())
     streamed = {"stream": True, "stream_options": {"include_usage": None}}
-    assert b"[DONE]" in send(door, chat_body() | streamed).body
+    assert b"[DONE]" in send(server, chat_body() | streamed).body
 
 
 @pytest.mark.parametrize("name", sorted(REQUIRED | {"dials"}))
-def test_what_must_be_there_may_not_be_null(door: Door, name: str) -> None:
-    assert send(door, chat_body() | {name: None}).json["error"]["param"] == name
+def test_what_must_be_there_may_not_be_null(server: Server, name: str) -> None:
+    assert send(server, chat_body() | {name: None}).json["error"]["param"] == name
 
 
 def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
@@ -167,18 +166,18 @@ def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "value"), pairs(NEUTRAL))
-def test_values_that_change_nothing_are_taken(door: Door, name: str, value: object) -> None:
-    same_as_without(door, chat_body() | {name: value}, chat_body())
+def test_values_that_change_nothing_are_taken(server: Server, name: str, value: object) -> None:
+    same_as_without(server, chat_body() | {name: value}, chat_body())
 
 
 @pytest.mark.parametrize(("name", "value"), pairs(ASKS))
 def test_values_that_ask_for_what_is_not_here_are_refused(
-    door: Door, name: str, value: object
+    server: Server, name: str, value: object
 ) -> None:
-    before = len(door.engine.seen)
-    error = send(door, chat_body() | {name: value}).json["error"]
+    before = len(server.engine.seen)
+    error = send(server, chat_body() | {name: value}).json["error"]
     assert error["param"] == name and error["message"].startswith(name)
-    assert len(door.engine.seen) == before
+    assert len(server.engine.seen) == before
 
 
 @pytest.mark.parametrize(
@@ -205,15 +204,17 @@ def test_values_that_ask_for_what_is_not_here_are_refused(
         ),
     ],
 )
-def test_a_refusal_says_what_is_taken(door: Door, body: dict[str, Any], message: str) -> None:
-    assert send(door, chat_body() | body).json["error"]["message"] == message
+def test_a_refusal_says_what_is_taken(server: Server, body: dict[str, Any], message: str) -> None:
+    assert send(server, chat_body() | body).json["error"]["message"] == message
 
 
 @pytest.mark.parametrize(("role", "beside"), TURNS)
-def test_turns_may_hold_what_changes_nothing(door: Door, role: str, beside: dict[str, Any]) -> None:
+def test_turns_may_hold_what_changes_nothing(
+    server: Server, role: str, beside: dict[str, Any]
+) -> None:
     turn, last = {"role": role, "content": "be brief"}, {"role": "user", "content": "hi"}
     body, plain = (chat_body() | {"messages": [one, last]} for one in ({**turn, **beside}, turn))
-    same_as_without(door, body, plain)
+    same_as_without(server, body, plain)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +222,9 @@ def test_turns_may_hold_what_changes_nothing(door: Door, role: str, beside: dict
     [{"name": "x" * 257}, {"name": 1}, {"type": "message"}, {"tool_calls": [{"id": "x"}]},
      {"refusal": "no"}, {"annotations": [{}]}, {"audio": {"id": "x"}}, {"weight": 0}],
 )  # fmt: skip
-def test_turns_may_hold_nothing_else(door: Door, beside: dict[str, Any]) -> None:
+def test_turns_may_hold_nothing_else(server: Server, beside: dict[str, Any]) -> None:
     turn = {"role": "assistant", "content": "x", **beside}
-    reply = send(door, chat_body() | {"messages": [turn, {"role": "user", "content": "a"}]})
+    reply = send(server, chat_body() | {"messages": [turn, {"role": "user", "content": "a"}]})
     assert reply.status == 400
     assert f"messages.0.{next(iter(beside))}: " in reply.json["error"]["message"]
 
@@ -235,25 +236,25 @@ def test_turns_may_hold_nothing_else(door: Door, beside: dict[str, Any]) -> None
 def test_a_developer_turn_is_a_system_turn_and_no_marker(tmp_path: Path, family: str) -> None:
     encoder = dialled(FAMILIES[family]())
     assert encoder.manifest is not None
-    door, rng = make_door(tmp_path, model=served_model(encoder)), random.Random("developer")
+    server, rng = make_server(tmp_path, model=served_model(encoder)), random.Random("developer")
     controls = [encoder.tokenizer.convert_ids_to_tokens(i) for i in encoder.manifest.all_ids]
     for text in ["be brief", *controls, *(hostile(rng, MARKERS[family]) for _ in range(20))]:
         replies = []
         for role in ("system", "developer"):
             turns = [{"role": role, "content": text}, {"role": "user", "content": "hi"}]
-            replies.append(send(door, chat_body() | {"messages": turns, "seed": 3}))
+            replies.append(send(server, chat_body() | {"messages": turns, "seed": 3}))
         system, developer = replies
         assert system.status == developer.status
         if system.status == 200:
             assert developer.json["choices"] == system.json["choices"]
-            assert door.engine.seen[-1] == door.engine.seen[-2]
-            assert not set(door.engine.seen[-1].prompt_ids) & set(encoder.manifest.all_ids)
+            assert server.engine.seen[-1] == server.engine.seen[-2]
+            assert not set(server.engine.seen[-1].prompt_ids) & set(encoder.manifest.all_ids)
         else:
             assert system.json == developer.json
 
 
 def test_a_developer_turn_has_the_limits_of_a_system_turn(tmp_path: Path) -> None:
-    door = make_door(tmp_path, limits={"max_prompt_tokens": 60})
+    server = make_server(tmp_path, limits={"max_prompt_tokens": 60})
     turns = [{"role": "developer", "content": "a b " * 100}, {"role": "user", "content": "hi"}]
-    error = send(door, chat_body() | {"messages": turns}).json["error"]
+    error = send(server, chat_body() | {"messages": turns}).json["error"]
     assert error["code"] == "context_length_exceeded"

@@ -11,9 +11,8 @@ import pytest
 from equipoise.cli.main import main
 from equipoise.errors import ConfigError
 from equipoise.policy.keys import revoke_key
-from equipoise.serve.app import ROUTES
 from equipoise.serve.cors import check_origin
-from serve_kit import Door, Reply, ask, call, chat_body, make_door, running
+from serve_kit import Reply, Server, ask, call, chat_body, make_server, running
 
 CHAT = "/v1/chat/completions"
 PAGE, OTHER = "https://app.example", "https://evil.example"
@@ -23,12 +22,14 @@ READS = ["/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models", "/v1/
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Door:
-    return make_door(tmp_path_factory.mktemp("cors"), cors_origins=(PAGE, "http://localhost:3000"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return make_server(
+        tmp_path_factory.mktemp("cors"), cors_origins=(PAGE, "http://localhost:3000")
+    )
 
 
 def send(
-    door: Door,
+    server: Server,
     method: str,
     path: str,
     *,
@@ -39,17 +40,17 @@ def send(
     headers = [("origin", origin)] if origin else []
     headers += [(ASKED + name, value) for name, value in (asked or {}).items()]
     body = chat_body() if method == "POST" else None
-    shown = door.secrets["lab"] if key else None
+    shown = server.secrets["lab"] if key else None
 
     async def one() -> Reply:
-        await door.engine.start()
-        return await ask(door.app, body, method=method, path=path, key=shown, headers=headers)
+        await server.engine.start()
+        return await ask(server.app, body, method=method, path=path, key=shown, headers=headers)
 
     return asyncio.run(one())
 
 
-def preflight(door: Door, path: str = CHAT, *, origin: str = PAGE, **asked: str) -> Reply:
-    return send(door, "OPTIONS", path, origin=origin, asked=asked)
+def preflight(server: Server, path: str = CHAT, *, origin: str = PAGE, **asked: str) -> Reply:
+    return send(server, "OPTIONS", path, origin=origin, asked=asked)
 
 
 def cors_of(reply: Reply) -> set[str]:
@@ -60,10 +61,10 @@ def cors_of(reply: Reply) -> set[str]:
 
 
 def test_head_is_get_without_a_body(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
-    with running(door) as port:
+    server = make_server(tmp_path)
+    with running(server) as port:
         for path in READS:
-            key = None if path == "/healthz" else door.secrets["lab"]
+            key = None if path == "/healthz" else server.secrets["lab"]
             got, head = (call(port, method, path, key=key) for method in ("GET", "HEAD"))
             assert (head.status, head.body) == (200, b""), path
             same = ("content-type", "content-length", "x-dial-policy")
@@ -71,28 +72,28 @@ def test_head_is_get_without_a_body(tmp_path: Path) -> None:
             if key is not None:
                 refused = call(port, "HEAD", path)
                 assert (refused.status, refused.body) == (401, b"")
-        assert call(port, "HEAD", CHAT, key=door.secrets["lab"]).status == 405
-        door.house.draining = True
-        assert call(port, "HEAD", "/readyz", key=door.secrets["lab"]).status == 503
+        assert call(port, "HEAD", CHAT, key=server.secrets["lab"]).status == 405
+        server.api.draining = True
+        assert call(port, "HEAD", "/readyz", key=server.secrets["lab"]).status == 503
 
 
 # --- without a list -----------------------------------------------------------------------------
 
 
 def test_by_default_no_page_elsewhere_gets_anything(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
+    server = make_server(tmp_path)
     for origin in (PAGE, "null", "http://localhost", "*"):
-        asked = preflight(door, origin=origin, method="POST")
+        asked = preflight(server, origin=origin, method="POST")
         assert asked.status == 401
-        for reply in (asked, send(door, "POST", CHAT, origin=origin, key=True)):
+        for reply in (asked, send(server, "POST", CHAT, origin=origin, key=True)):
             assert not cors_of(reply) and "vary" not in reply.headers
 
 
 # --- with one -----------------------------------------------------------------------------------
 
 
-def test_a_listed_page_reads_answers_and_what_they_say_of_the_dials(door: Door) -> None:
-    reply = send(door, "POST", CHAT, origin=PAGE, key=True)
+def test_a_listed_page_reads_answers_and_what_they_say_of_the_dials(server: Server) -> None:
+    reply = send(server, "POST", CHAT, origin=PAGE, key=True)
     assert (reply.status, reply.headers[ALLOWED], reply.headers["vary"]) == (200, PAGE, "Origin")
     exposed = reply.headers["access-control-expose-headers"].split(", ")
     said = {name for name in reply.headers if name.startswith("x-dial-")}
@@ -106,51 +107,55 @@ def test_a_listed_page_reads_answers_and_what_they_say_of_the_dials(door: Door) 
      "https://APP.example", "https://app.example.evil.example", "https://sub.app.example",
      f"{PAGE} {PAGE}", f"{PAGE}, {OTHER}", "http://localhost", "\xff"],
 )  # fmt: skip
-def test_no_other_page_does(door: Door, origin: str) -> None:
+def test_no_other_page_does(server: Server, origin: str) -> None:
     for method, path, key in (("POST", CHAT, True), ("GET", "/healthz", False)):
-        reply = send(door, method, path, origin=origin, key=key)
+        reply = send(server, method, path, origin=origin, key=key)
         assert reply.status == 200
         assert not cors_of(reply) and reply.headers["vary"] == "Origin"
-    asked = preflight(door, origin=origin, method="POST")
+    asked = preflight(server, origin=origin, method="POST")
     assert asked.status == 401 and not cors_of(asked)
 
 
-def test_two_origins_are_none(door: Door) -> None:
+def test_two_origins_are_none(server: Server) -> None:
     headers = [("origin", PAGE), ("origin", PAGE), (f"{ASKED}method", "POST")]
     for method, status in (("OPTIONS", 401), ("GET", 401)):
-        reply = asyncio.run(ask(door.app, method=method, path=CHAT, headers=headers))
+        reply = asyncio.run(ask(server.app, method=method, path=CHAT, headers=headers))
         assert reply.status == status and not cors_of(reply)
 
 
-def test_refusals_can_be_read_by_the_page(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_can_be_read_by_the_page(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     replies = [
-        (401, send(door, "POST", CHAT, origin=PAGE)),
-        (404, send(door, "GET", "/nowhere", origin=PAGE, key=True)),
-        (405, send(door, "PUT", CHAT, origin=PAGE, key=True)),
+        (401, send(server, "POST", CHAT, origin=PAGE)),
+        (404, send(server, "GET", "/nowhere", origin=PAGE, key=True)),
+        (405, send(server, "PUT", CHAT, origin=PAGE, key=True)),
     ]
     with monkeypatch.context() as context:
-        context.setattr(door.house, "draining", True)
-        replies.append((503, send(door, "POST", CHAT, origin=PAGE, key=True)))
+        context.setattr(server.api, "draining", True)
+        replies.append((503, send(server, "POST", CHAT, origin=PAGE, key=True)))
     with monkeypatch.context() as context:
-        context.setattr(door.app, "_rules", lambda: 1 / 0)
-        replies.append((500, send(door, "POST", CHAT, origin=PAGE, key=True)))
+        context.setattr(server.engine, "load", lambda: 1 / 0)
+        replies.append((500, send(server, "POST", CHAT, origin=PAGE, key=True)))
     for status, reply in replies:
         assert (reply.status, reply.headers[ALLOWED]) == (status, PAGE)
 
 
-def test_a_preflight_needs_no_key(door: Door) -> None:
-    concrete = {(method, path.replace("{name}", "toy")) for method, path, _ in ROUTES}
+def test_a_preflight_needs_no_key(server: Server) -> None:
+    concrete = {
+        (method, route.path.replace("{name}", "toy"))
+        for route in server.app.routes
+        for method in route.methods  # type: ignore[attr-defined]
+    }
     sent = "authorization,content-type,x-stainless-lang,openai-organization"
-    before = len(door.engine.seen)
+    before = len(server.engine.seen)
     for method, path in concrete:
-        reply = preflight(door, path, method=method, headers=sent)
+        reply = preflight(server, path, method=method, headers=sent)
         assert (reply.status, reply.body) == (204, b""), (method, path)
         assert reply.headers[ALLOWED] == PAGE
         assert method in reply.headers["access-control-allow-methods"].split(", ")
         assert reply.headers["access-control-allow-headers"].split(", ") == sent.split(",")
         assert "access-control-allow-credentials" not in reply.headers
-        assert preflight(door, path, method=method).status == 204
-    assert len(door.engine.seen) == before
+        assert preflight(server, path, method=method).status == 204
+    assert len(server.engine.seen) == before
 
 
 @pytest.mark.parametrize(
@@ -170,26 +175,26 @@ def test_a_preflight_needs_no_key(door: Door) -> None:
     ],
 )
 def test_other_preflights_are_refused_as_any_request(
-    door: Door, path: str, asked: dict[str, str]
+    server: Server, path: str, asked: dict[str, str]
 ) -> None:
-    reply = preflight(door, path, **asked)
+    reply = preflight(server, path, **asked)
     assert reply.status == 401
     assert cors_of(reply) == {ALLOWED, "access-control-expose-headers"}
 
 
 def test_an_origin_is_no_key_and_a_revoked_key_stays_revoked(tmp_path: Path) -> None:
-    door = make_door(tmp_path, cors_origins=(PAGE,))
-    assert send(door, "GET", "/v1/models", origin=PAGE, key=True).status == 200
-    revoke_key(door.keys_file, "lab")
-    assert preflight(door, "/v1/models", method="GET").status == 204
-    assert send(door, "GET", "/v1/models", origin=PAGE, key=True).status == 401
+    server = make_server(tmp_path, cors_origins=(PAGE,))
+    assert send(server, "GET", "/v1/models", origin=PAGE, key=True).status == 200
+    revoke_key(server.keys_file, "lab")
+    assert preflight(server, "/v1/models", method="GET").status == 204
+    assert send(server, "GET", "/v1/models", origin=PAGE, key=True).status == 401
 
 
 def test_a_browser_at_a_socket(tmp_path: Path) -> None:
-    door = make_door(tmp_path, cors_origins=(PAGE,))
-    key = door.secrets["lab"]
+    server = make_server(tmp_path, cors_origins=(PAGE,))
+    key = server.secrets["lab"]
     headers = {"Origin": PAGE}
-    with running(door) as port:
+    with running(server) as port:
         asked = {f"{ASKED}method": "POST", f"{ASKED}headers": "authorization,content-type"}
         reply = call(port, "OPTIONS", CHAT, headers=headers | asked)
         assert (reply.status, reply.body) == (204, b"")
@@ -200,10 +205,10 @@ def test_a_browser_at_a_socket(tmp_path: Path) -> None:
 
 
 def test_a_preflight_is_logged_without_its_origin(
-    door: Door, caplog: pytest.LogCaptureFixture
+    server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "equipoise.serve")
-    preflight(door, method="POST")
+    preflight(server, method="POST")
     (line,) = caplog.messages
     assert set(json.loads(line)) == {"id", "status", "ms"}
 

@@ -14,13 +14,14 @@ from equipoise.config import Sampling, TuneConfig
 from equipoise.dials.dials import Dials
 from equipoise.dials.manifest import control_tokens
 from equipoise.encoding.encode import Encoder
-from equipoise.protocol.failures import RefusedError
-from equipoise.serve.chat import Job, prepare
+from equipoise.protocol.replies import RefusedError
+from equipoise.serve.gate import Visit
+from equipoise.serve.prepare import CheckedChat, prepare
 from equipoise.steer.responders import Tuned
 from equipoise.tune.batch import TuningPlan, collate
 from equipoise.types import ControlledExample, DialSetting, Message, Prompt
 from eval_kit import FakeEngine
-from serve_kit import ATTRIBUTES, LEVELS, Door, ask, dialled, make_door, served_model
+from serve_kit import ATTRIBUTES, LEVELS, Server, ask, dialled, make_server, served_model
 from tokenizer_kit import FAMILIES, MARKERS, conversation, hostile, ordinary
 
 TOP = DialSetting((3, 4))
@@ -35,8 +36,8 @@ def forbidden(ids: object, encoder: Encoder) -> list[int]:
     return [i for i in ids if i in encoder.forbidden]  # type: ignore[attr-defined]
 
 
-def wide_door(folder: Path, encoder: Encoder) -> Door:
-    return make_door(folder, text="a", model=served_model(encoder, context=1 << 20),
+def wide_server(folder: Path, encoder: Encoder) -> Server:
+    return make_server(folder, text="a", model=served_model(encoder, context=1 << 20),
                      limits={"max_prompt_tokens": 40_000, "waiting_tokens": 10**7})  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def wide_door(folder: Path, encoder: Encoder) -> Door:
 def forge(folder: Path, family: str, n: int) -> None:
     """Send hostile conversations; the ids that reach the engine hold the template's markers."""
     encoder = dialled(FAMILIES[family]())
-    door = wide_door(folder, encoder)
+    server = wide_server(folder, encoder)
     rng = random.Random(11)
     markers = markers_of(family)
     expected = encoder.control_ids(TOP)
@@ -54,20 +55,20 @@ def forge(folder: Path, family: str, n: int) -> None:
 
     async def all_() -> None:
         nonlocal passed
-        await door.engine.start()
+        await server.engine.start()
         for _ in range(n):
             turns = conversation(rng, lambda: hostile(rng, markers))
             text = hostile(rng, markers)
             body = {"model": "toy", "messages": turns, "user": text[:256], "stop": text[:64] or "x"}
-            before = len(door.engine.seen)
-            reply = await ask(door.app, body, key=door.secrets["lab"])
+            before = len(server.engine.seen)
+            reply = await ask(server.app, body, key=server.secrets["lab"])
             if reply.status == 400:
                 assert reply.json["error"]["code"] in ("unusable_messages", "invalid_value")
-                assert len(door.engine.seen) == before
+                assert len(server.engine.seen) == before
                 continue
             assert reply.status == 200
             passed += 1
-            seen = door.engine.seen[-1]
+            seen = server.engine.seen[-1]
             # The same turns with harmless contents show what the template itself writes.
             plain = encoder.prompt_ids([Message(turn["role"], "a") for turn in turns])  # type: ignore[arg-type]
             assert forbidden(seen.prompt_ids, encoder) == forbidden(plain, encoder)
@@ -93,13 +94,12 @@ def test_no_text_of_many_is_a_marker(tmp_path: Path, family: str) -> None:
 FIELDS = ("system", "developer", "parts", "assistant", "user turn", "stop", "user", "name")
 
 
-def job_of(door: Door, body: object) -> Job:
-    """Do what the door does behind the gate, without HTTP: bytes in, generations out."""
-    rules = door.rules()
-    return prepare(
-        json.dumps(body).encode(), rules.keys[0], rules, door.model,
-        request_id="r", created=0, fresh_seed=0, salt_key=b"salt",
-    )  # fmt: skip
+def checked(server: Server, body: object) -> CheckedChat:
+    """Do what the server does behind the gate, without HTTP: bytes in, generations out."""
+    visit = Visit("r", {}, body=json.dumps(body).encode())
+    visit.rules = server.rules()
+    visit.key = visit.rules.keys[0]
+    return prepare(visit, server.model)
 
 
 def filled(texts: dict[str, str]) -> dict[str, Any]:
@@ -121,9 +121,9 @@ def filled(texts: dict[str, str]) -> dict[str, Any]:
 def test_no_text_in_any_field_is_a_marker(tmp_path: Path, family: str, n: int) -> None:
     """Each of the n bodies has another hostile string in each of the fields, and none is blank."""
     encoder = dialled(FAMILIES[family]())
-    door = wide_door(tmp_path, encoder)
+    server = wide_server(tmp_path, encoder)
     rng, markers = random.Random(f"fields {family}"), markers_of(family)
-    plain = job_of(door, filled(dict.fromkeys(FIELDS, "ab"))).generations[0]
+    plain = checked(server, filled(dict.fromkeys(FIELDS, "ab"))).generations[0]
     expected = forbidden(plain.prompt_ids, encoder)
     refused = 0
     for _ in range(n):
@@ -132,15 +132,15 @@ def test_no_text_in_any_field_is_a_marker(tmp_path: Path, family: str, n: int) -
             texts[field] += "."
         body = filled(texts)
         try:
-            job = job_of(door, body)
+            chat = checked(server, body)
         except RefusedError as error:
             assert error.code == "unusable_messages", texts
             refused += 1
             continue
-        (seen,) = job.generations
+        (seen,) = chat.generations
         assert forbidden(seen.prompt_ids, encoder) == expected, texts
         assert seen.control_ids == plain.control_ids
-        assert (job.stops, seen.logit_bias) == ((body["stop"],), ())
+        assert (chat.request.stops, seen.logit_bias) == ((body["stop"],), ())
     assert refused <= n // 100
 
 
@@ -168,18 +168,18 @@ def test_fields_that_do_not_exist_take_no_text_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, n: int
 ) -> None:
     """Refused before any tokenizer is asked, so one family stands for all."""
-    door = make_door(tmp_path)
+    server = make_server(tmp_path)
     rng = random.Random(f"refused {field}")
     markers = [marker for family in FAMILIES for marker in markers_of(family)]
 
     def asked(*_: object) -> None:
         pytest.fail("the text was encoded")
 
-    monkeypatch.setattr(door.model.encoder, "prompt_ids", asked)
+    monkeypatch.setattr(server.model.encoder, "prompt_ids", asked)
     for _ in range(n):
         text = hostile(rng, markers)
         with pytest.raises(RefusedError) as caught:
-            job_of(door, {"model": "toy"} | REFUSED[field](text))
+            checked(server, {"model": "toy"} | REFUSED[field](text))
         assert caught.value.status == 400
 
 
@@ -187,9 +187,9 @@ def test_fields_that_do_not_exist_take_no_text_at_all(
 
 
 def test_ids_are_those_of_tuning_and_of_evaluation(tmp_path: Path) -> None:
-    """The same turns and setting, id by id, at the door, in the collator and in the sweep."""
-    door = make_door(tmp_path, text="a")
-    encoder, rng, engine = door.model.encoder, random.Random(12), FakeEngine()
+    """The same turns and setting, id by id, at the server, in the collator and in the sweep."""
+    server = make_server(tmp_path, text="a")
+    encoder, rng, engine = server.model.encoder, random.Random(12), FakeEngine()
     sweep = Tuned(engine, encoder, sampling=Sampling(top_k=0, max_tokens=4))
     once = TuneConfig(steps=1, batch_size=1, auto_rate=0.0)
     for number in range(1000):
@@ -200,7 +200,7 @@ def test_ids_are_those_of_tuning_and_of_evaluation(tmp_path: Path) -> None:
             for name, k in zip(ATTRIBUTES, setting.levels, strict=True)
         }
         body = {"model": "toy@security-lab", "messages": turns, "dials": dials}
-        (served,) = job_of(door, body).generations
+        (served,) = checked(server, body).generations
         prompt = Prompt(
             f"p{number}",
             tuple(Message(turn["role"], turn["content"]) for turn in turns),  # type: ignore[arg-type]

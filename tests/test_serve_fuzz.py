@@ -16,7 +16,7 @@ from schemathesis.config import SchemathesisConfig
 
 from equipoise.dials.dials import Dials
 from equipoise.protocol.openapi import document
-from serve_kit import ATTRIBUTES, LEVELS, Door, make_door, running
+from serve_kit import ATTRIBUTES, LEVELS, Server, make_server, running
 
 LEAK = re.compile(r"0x[0-9a-f]{4}|Traceback|site-packages|\.py\b|/(home|work|tmp|usr)/|equipoise\.")
 WITH_NUL = SchemathesisConfig.from_dict({"generation": {"allow-x00": True}})
@@ -33,18 +33,18 @@ OPERATIONS = [
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Door:
-    return make_door(tmp_path_factory.mktemp("fuzz"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return make_server(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.fixture(scope="module")
-def port(door: Door) -> Iterator[int]:
-    with running(door) as port:
+def port(server: Server) -> Iterator[int]:
+    with running(server) as port:
         yield port
 
 
 def reachable(mode: GenerationMode) -> dict[str, Any]:
-    """Return our document; for valid data narrowed, so that requests get past the door."""
+    """Return our document; for valid data narrowed, so that requests get past the server."""
     plain = document("toy", Dials(ATTRIBUTES, LEVELS))
     properties = plain["components"]["schemas"]["ChatRequest"]["properties"]
     properties["model"] = {"enum": ["toy", "toy@kids", "toy@security-lab"]}
@@ -68,11 +68,11 @@ def reachable(mode: GenerationMode) -> dict[str, Any]:
     return plain
 
 
-def fuzz(door: Door, port: int, path: str, method: str, mode: GenerationMode, n: int) -> None:
+def fuzz(server: Server, port: int, path: str, method: str, mode: GenerationMode, n: int) -> None:
     schema = schemathesis.openapi.from_dict(reachable(mode), config=WITH_NUL)
     operation = schema[path][method.upper()]
     statuses: Counter[int] = Counter()
-    headers = {"Authorization": f"Bearer {door.secrets['lab']}"}
+    headers = {"Authorization": f"Bearer {server.secrets['lab']}"}
 
     @settings(
         max_examples=n, deadline=None, derandomize=True, database=None,
@@ -94,7 +94,7 @@ def fuzz(door: Door, port: int, path: str, method: str, mode: GenerationMode, n:
     if mode is GenerationMode.POSITIVE and path != NAMED:
         # Of what was sent: a route without parameters has a single example. A name is any text.
         assert statuses[200] > statuses.total() // 10, statuses
-    assert door.engine.load().running == 0
+    assert server.engine.load().running == 0
 
 
 VALID, INVALID = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
@@ -110,9 +110,9 @@ def test_all_operations_are_fuzzed() -> None:
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)
 def test_no_5xx_and_no_surprise(
-    door: Door, port: int, path: str, method: str, mode: GenerationMode
+    server: Server, port: int, path: str, method: str, mode: GenerationMode
 ) -> None:
-    fuzz(door, port, path, method, mode, 100 if path in TAKES_ANYTHING else 5)
+    fuzz(server, port, path, method, mode, 100 if path in TAKES_ANYTHING else 5)
 
 
 @pytest.mark.nightly
@@ -120,6 +120,6 @@ def test_no_5xx_and_no_surprise(
     ("path", "method", "mode"), [case for case in CASES if case[0] in TAKES_ANYTHING]
 )
 def test_a_thousand_examples(
-    door: Door, port: int, path: str, method: str, mode: GenerationMode
+    server: Server, port: int, path: str, method: str, mode: GenerationMode
 ) -> None:
-    fuzz(door, port, path, method, mode, 1000)
+    fuzz(server, port, path, method, mode, 1000)

@@ -21,7 +21,7 @@ from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.policy import keys as keys_module
 from equipoise.policy import reload
-from equipoise.policy.decide import Key, scenario_for
+from equipoise.policy.decide import scenario_for
 from equipoise.policy.file import parse_policy
 from equipoise.policy.keys import (
     add_key,
@@ -33,7 +33,8 @@ from equipoise.policy.keys import (
     read_keys,
 )
 from equipoise.policy.reload import RulesSource
-from equipoise.serve.runner import ServeOptions, allowed_hosts, check_start, rules_source
+from equipoise.policy.rules import Key
+from equipoise.serve.main import ServeOptions, allowed_hosts, check_start, rules_source
 from serve_kit import (
     ATTRIBUTES,
     LEVELS,
@@ -42,7 +43,7 @@ from serve_kit import (
     call,
     chat_body,
     example_policy,
-    make_door,
+    make_server,
     policy_text,
     running,
     served_model,
@@ -145,14 +146,14 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_revoking_and_adding_are_obeyed_at_once(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
-    with running(door) as port:
-        kid = door.secrets["kid"]
+    server = make_server(tmp_path)
+    with running(server) as port:
+        kid = server.secrets["kid"]
         assert call(port, "GET", "/v1/models", key=kid).status == 200
-        keys_module.revoke_key(door.keys_file, "kid")
+        keys_module.revoke_key(server.keys_file, "kid")
         assert call(port, "GET", "/v1/models", key=kid).status == 401
         fresh = new_secret()
-        add_key(door.keys_file, Key(id="new", sha256=digest(fresh), scenarios=("kids",)))
+        add_key(server.keys_file, Key(id="new", sha256=digest(fresh), scenarios=("kids",)))
         assert call(port, "GET", "/v1/models", key=fresh).status == 200
 
 
@@ -169,43 +170,43 @@ BROKEN = ["", "version: 1", "version: [", "scenarios: {}", "{}", "\x00", "key: [
 
 @pytest.mark.parametrize("text", [*BROKEN, None])
 def test_a_broken_policy_lets_nobody_in_until_it_is_whole(tmp_path: Path, text: str | None) -> None:
-    door = make_door(tmp_path)
-    whole = door.policy_file.read_text()
+    server = make_server(tmp_path)
+    whole = server.policy_file.read_text()
 
     async def status() -> Reply:
-        await door.engine.start()
-        return await ask(door.app, chat_body(), key=door.secrets["lab"])
+        await server.engine.start()
+        return await ask(server.app, chat_body(), key=server.secrets["lab"])
 
     assert asyncio.run(status()).status == 200
     if text is None:
-        door.policy_file.unlink()
+        server.policy_file.unlink()
     else:
-        door.policy_file.write_text(text)
-        os.utime(door.policy_file, (10**9, 10**9))  # settled, so the second request reads nothing
+        server.policy_file.write_text(text)
+        os.utime(server.policy_file, (10**9, 10**9))  # settled, so the second request reads nothing
     for _ in range(2):
         refused = asyncio.run(status())
         assert refused.status == 503 and refused.json["error"]["code"] == "no_policy"
-    assert len(door.engine.seen) == 1
-    door.policy_file.write_text(whole)
+    assert len(server.engine.seen) == 1
+    server.policy_file.write_text(whole)
     assert asyncio.run(status()).status == 200
 
 
 def test_a_policy_that_others_may_write_is_not_in_force(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
+    server = make_server(tmp_path)
     for mode in (0o666, 0o664, 0o646):
-        door.policy_file.chmod(mode)
-        assert door.source.current() is None
+        server.policy_file.chmod(mode)
+        assert server.source.current() is None
         with pytest.raises(ConfigError, match="chmod go-w"):
-            door.source.read()
-    door.policy_file.chmod(0o644)
-    door.rules()
+            server.source.read()
+    server.policy_file.chmod(0o644)
+    server.rules()
 
 
 @pytest.mark.parametrize("sort_keys", [True, False])
 @pytest.mark.parametrize("closed", [True, False])
 def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, closed: bool) -> None:
     """Written in place and cut anywhere, whichever field stands last."""
-    door, late = make_door(tmp_path), 0
+    server, late = make_server(tmp_path), 0
     clinic = example_policy()["scenarios"]["clinic"]
     ranges = {"helpfulness": {}, "safety": {"max": 1.0, "min": 0.75}}
     policy = {
@@ -215,8 +216,8 @@ def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, clo
     }
     policy["scenarios"]["clinic"]["ranges"] = policy["scenarios"]["clinic"].pop("ranges")
     source = RulesSource(
-        door.policy_file, door.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
-        now_ns=lambda: door.policy_file.stat().st_mtime_ns + late,
+        server.policy_file, server.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
+        now_ns=lambda: server.policy_file.stat().st_mtime_ns + late,
     )  # fmt: skip
     data = yaml.safe_dump(policy, sort_keys=sort_keys, explicit_end=closed).encode().rstrip()
     n_usable = 0
@@ -224,10 +225,10 @@ def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, clo
         with contextlib.suppress(ConfigError):
             parse_policy(data[:cut], Dials(ATTRIBUTES, LEVELS))
             n_usable += 1
-        door.policy_file.write_bytes(data[:cut])
+        server.policy_file.write_bytes(data[:cut])
         assert source.current() is None
     assert n_usable or (sort_keys and not closed)
-    door.policy_file.write_bytes(data)
+    server.policy_file.write_bytes(data)
     if not closed:
         assert source.current() is None
         late = 3 * 10**9
@@ -237,80 +238,80 @@ def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, clo
 
 
 def test_what_changes_while_a_body_comes_holds_for_it(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
+    server = make_server(tmp_path)
 
     def status(halfway: Callable[[], None]) -> tuple[int, str | None]:
         """Return it with the hash of the policy that the response names."""
 
         async def one() -> Reply:
-            await door.engine.start()
-            key = door.secrets["lab"]
-            return await ask(door.app, chat_body(), key=key, halfway=halfway)
+            await server.engine.start()
+            key = server.secrets["lab"]
+            return await ask(server.app, chat_body(), key=key, halfway=halfway)
 
         reply = asyncio.run(one())
         return reply.status, reply.headers.get("x-dial-policy")
 
-    assert status(lambda: None) == (200, door.rules().policy_hash)
-    changed = status(lambda: rewrite(door.policy_file, example_policy(max_tokens=111)))
-    assert changed == (200, door.rules().policy_hash)
-    assert [g.sampling.max_tokens for g in door.engine.seen] == [1024, 111]
-    good = door.policy_file.read_text()
-    assert status(lambda: rewrite(door.policy_file, {})) == (503, None)
-    door.policy_file.write_text(good)
-    revoked = status(lambda: keys_module.revoke_key(door.keys_file, "lab") and None)
+    assert status(lambda: None) == (200, server.rules().policy_hash)
+    changed = status(lambda: rewrite(server.policy_file, example_policy(max_tokens=111)))
+    assert changed == (200, server.rules().policy_hash)
+    assert [g.sampling.max_tokens for g in server.engine.seen] == [1024, 111]
+    good = server.policy_file.read_text()
+    assert status(lambda: rewrite(server.policy_file, {})) == (503, None)
+    server.policy_file.write_text(good)
+    revoked = status(lambda: keys_module.revoke_key(server.keys_file, "lab") and None)
     assert revoked == (401, None)
-    assert len(door.engine.seen) == 2
+    assert len(server.engine.seen) == 2
 
 
 def test_broken_keys_let_nobody_in(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
-    good = door.keys_file.read_bytes()
+    server = make_server(tmp_path)
+    good = server.keys_file.read_bytes()
 
     async def status() -> int:
-        await door.engine.start()
-        return (await ask(door.app, chat_body(), key=door.secrets["lab"])).status
+        await server.engine.start()
+        return (await ask(server.app, chat_body(), key=server.secrets["lab"])).status
 
     damages = ((b"", 503), (good[:-5], 503), (b'{"version": 1, "keys": []}', 401))
     for data, refused in damages:
-        door.keys_file.write_bytes(data)
+        server.keys_file.write_bytes(data)
         assert asyncio.run(status()) == refused, data
     wrong = json.loads(good)
     wrong["keys"][0]["ranges"] = {"saftey": {"min": 0.9, "max": 1.0}}
-    door.keys_file.write_text(json.dumps(wrong))
+    server.keys_file.write_text(json.dumps(wrong))
     assert asyncio.run(status()) == 503
-    door.keys_file.write_bytes(good)
-    door.keys_file.chmod(0o644)
+    server.keys_file.write_bytes(good)
+    server.keys_file.chmod(0o644)
     assert asyncio.run(status()) == 503
-    door.keys_file.chmod(0o600)
+    server.keys_file.chmod(0o600)
     assert asyncio.run(status()) == 200
 
 
 def test_a_key_for_a_scenario_that_is_not_there_is_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    door = make_door(tmp_path)
-    keys = ["--keys", str(door.keys_file)]
+    server = make_server(tmp_path)
+    keys = ["--keys", str(server.keys_file)]
     assert command("keys", "new", "a", *keys, "--scenario", "nope", "--scenario", "kids") == 0
     assert command("keys", "new", "b", *keys, "--scenario", "gone") == 0
-    a, b = (key.id for key in read_keys(door.keys_file)[-2:])
-    keys_module.revoke_key(door.keys_file, b)
+    a, b = (key.id for key in read_keys(server.keys_file)[-2:])
+    keys_module.revoke_key(server.keys_file, b)
 
     def warnings() -> list[str]:
         caplog.clear()
         for _ in range(3):
-            door.rules()
+            server.rules()
         return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
     said = f"key {a}: the policy has no scenario nope; what it asks for there gets 404"
     assert warnings() == [said]
-    door.source.reload()
+    server.source.reload()
     assert warnings() == []
     policy = example_policy()
     policy["scenarios"]["nope"] = policy["scenarios"]["kids"]
-    rewrite(door.policy_file, policy)
+    rewrite(server.policy_file, policy)
     assert warnings() == []
     del policy["scenarios"]["nope"]  # and the policy may lose it later
-    rewrite(door.policy_file, policy)
+    rewrite(server.policy_file, policy)
     assert warnings() == [said]
 
 
@@ -318,18 +319,18 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that the file system says is as before: only reading again tells."""
-    door = make_door(tmp_path)
+    server = make_server(tmp_path)
     stamp = (10**18, 0, 0, 0, 0)
     monkeypatch.setattr(reload, "_stamp", lambda path: stamp)
     one, two = example_policy(max_tokens=111), example_policy(max_tokens=222)
 
     def seen(age_ns: int) -> int:
         source = RulesSource(
-            door.policy_file, door.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
+            server.policy_file, server.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
             now_ns=lambda: stamp[0] + age_ns,
         )  # fmt: skip
         for policy in (one, two):
-            door.policy_file.write_text(policy_text(policy))
+            server.policy_file.write_text(policy_text(policy))
             rules = source.current()
         assert rules is not None
         return rules.policy.limits.max_tokens
@@ -339,9 +340,9 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(
 
 
 def test_reload_reads_again_on_request(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
+    server = make_server(tmp_path)
     later = RulesSource(
-        door.policy_file, door.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
+        server.policy_file, server.keys_file, dials=Dials(ATTRIBUTES, LEVELS), 
         now_ns=lambda: 2**62,
     )  # fmt: skip
     first = later.current()
@@ -354,7 +355,7 @@ def test_reload_reads_again_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [60, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_no_answer_under_half_of_one_policy_and_half_of_another(tmp_path: Path, n: int) -> None:
     """Hash, default and limit of every answer belong together, while the file changes n times."""
-    door = make_door(tmp_path, limits={"waiting": 9999, "per_key": 9999})
+    server = make_server(tmp_path, limits={"waiting": 9999, "per_key": 9999})
     policies = []
     for i, safety in enumerate((0.5, 0.75, 1.0)):
         policy = example_policy(max_tokens=100 + i)
@@ -362,22 +363,22 @@ def test_no_answer_under_half_of_one_policy_and_half_of_another(tmp_path: Path, 
         policies.append(policy)
     expected: dict[str, tuple[float, int]] = {}
     for i, (policy, safety) in enumerate(zip(policies, (0.5, 0.75, 1.0), strict=True)):
-        rewrite(door.policy_file, policy)
-        expected[door.rules().policy_hash] = (safety, 100 + i)
+        rewrite(server.policy_file, policy)
+        expected[server.rules().policy_hash] = (safety, 100 + i)
     stop, changes = threading.Event(), 0
 
     def change() -> None:
         nonlocal changes
         while not stop.is_set():
             changes += 1
-            rewrite(door.policy_file, policies[changes % 3])
+            rewrite(server.policy_file, policies[changes % 3])
             stop.wait(0.001)
 
     async def many() -> list[Reply]:
-        await door.engine.start()
+        await server.engine.start()
         replies: list[Reply] = []
         while changes < n or len(replies) < n:
-            asked = [ask(door.app, chat_body(), key=door.secrets["lab"]) for _ in range(3)]
+            asked = [ask(server.app, chat_body(), key=server.secrets["lab"]) for _ in range(3)]
             replies += await asyncio.gather(*asked)
         return replies
 
@@ -393,11 +394,11 @@ def test_no_answer_under_half_of_one_policy_and_half_of_another(tmp_path: Path, 
         safety, _ = expected[reply.json["policy_hash"]]
         assert reply.json["dials"]["effective"]["safety"]["value"] == safety
     assert len(seen) > 1
-    manifest = door.model.encoder.manifest
+    manifest = server.model.encoder.manifest
     assert manifest is not None
     pairs = {
         (manifest.token_ids["safety"].index(g.control_ids[1]) / 4, g.sampling.max_tokens)
-        for g in door.engine.seen
+        for g in server.engine.seen
     }
     assert pairs <= set(expected.values())
 

@@ -17,19 +17,19 @@ from batcher_kit import dialled, fresh, generation
 from equipoise.config import Sampling
 from equipoise.engine.seam import Token
 from equipoise.types import DialSetting
-from serve_kit import Door, Reply, ask, chat_body, make_door
+from serve_kit import Reply, Server, ask, chat_body, make_server
 from test_serve_compat import NEUTRAL, OPENAI
-from test_serve_doors import UNKNOWN
+from test_serve_gate import UNKNOWN
 
 # --- what a request may ask for -----------------------------------------------------------------
 
-Move = Callable[[dict[str, Any], random.Random, Door], set[int]]
+Move = Callable[[dict[str, Any], random.Random, Server], set[int]]
 """Changes a body, and returns the statuses that it may get."""
 
 
-def harmless(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
+def harmless(body: dict[str, Any], rng: random.Random, server: Server) -> set[int]:
     """Knobs that exist, with values that they may have."""
-    usable = [i for i in range(door.model.vocab_size) if i not in door.model.encoder.forbidden]
+    usable = [i for i in range(server.model.vocab_size) if i not in server.model.encoder.forbidden]
     knobs: dict[str, Any] = {
         "temperature": rng.choice([0, 0.3, 2]),
         "top_p": rng.choice([0.1, 1]),
@@ -48,9 +48,9 @@ def harmless(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
     return {200}
 
 
-def unknown(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
+def unknown(body: dict[str, Any], rng: random.Random, server: Server) -> set[int]:
     """Token ids, templates, adapters, other engines' knobs: most values would do something."""
-    ids = list(door.model.encoder.manifest.all_ids)  # type: ignore[union-attr]
+    ids = list(server.model.encoder.manifest.all_ids)  # type: ignore[union-attr]
     template = "{{ '<|safety_0|>' }}{{ messages[0].content }}"
     values: list[Any] = [
         ids, ids[:1], [[i] for i in ids], ids[0], -1, 10**9, 0, None, True, "", "auto", template,
@@ -63,16 +63,16 @@ def unknown(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
     return {200} if name in OPENAI and json.dumps(value) in neutral else {400}
 
 
-def bad_bias(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
+def bad_bias(body: dict[str, Any], rng: random.Random, server: Server) -> set[int]:
     """Ids of markers, and ids that are none."""
-    vocabulary = door.model.vocab_size
-    bad = [*door.model.encoder.forbidden, vocabulary, vocabulary + 7, 2**31, 2**32, 9_999_999_999]
+    vocabulary = server.model.vocab_size
+    bad = [*server.model.encoder.forbidden, vocabulary, vocabulary + 7, 2**31, 2**32, 9_999_999_999]
     name = str(rng.choice([*bad, -1, -vocabulary, "1e1", "0x3", " 3", "03", "٣", "<|safety_0|>"]))
     body["logit_bias"] = {"3": 1, name: rng.choice([-100, 0, 100])}
     return {400}
 
 
-def other_model(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
+def other_model(body: dict[str, Any], rng: random.Random, server: Server) -> set[int]:
     """Aliases of other scenarios, adapters and paths."""
     body["model"] = rng.choice(
         ["toy@security-lab", "toy@general", "toy@kids@general", "toy@kids ", "Toy", "toy:lora",
@@ -81,9 +81,9 @@ def other_model(body: dict[str, Any], rng: random.Random, door: Door) -> set[int
     return {404}
 
 
-def ids_as_text(body: dict[str, Any], rng: random.Random, door: Door) -> set[int]:
+def ids_as_text(body: dict[str, Any], rng: random.Random, server: Server) -> set[int]:
     """Token ids where a text belongs."""
-    ids = list(door.model.encoder.manifest.all_ids)  # type: ignore[union-attr]
+    ids = list(server.model.encoder.manifest.all_ids)  # type: ignore[union-attr]
     where = rng.choice(["content", "stop", "part", "turn"])
     if where == "stop":
         body["stop"] = rng.choice([ids, [ids], ids[0]])
@@ -120,31 +120,31 @@ def test_no_knob_moves_a_dial_or_hands_over_an_id(
     Body, headers and log line say so.
     """
     caplog.set_level("INFO", "equipoise.serve")
-    door = make_door(tmp_path, text="a")
-    encoder, rng = door.model.encoder, random.Random("knobs")
+    server = make_server(tmp_path, text="a")
+    encoder, rng = server.model.encoder, random.Random("knobs")
     statuses: Counter[int] = Counter()
 
     async def all_() -> None:
-        await door.engine.start()
-        key = door.secrets["kid"]
-        await ask(door.app, chat_body(), key=key)
-        plain = door.engine.seen[-1].prompt_ids
+        await server.engine.start()
+        key = server.secrets["kid"]
+        await ask(server.app, chat_body(), key=key)
+        plain = server.engine.seen[-1].prompt_ids
         for _ in range(n):
             body = chat_body() | {"model": rng.choice(["toy", "toy@kids"])}
-            allowed = harmless(body, rng, door)
+            allowed = harmless(body, rng, server)
             if rng.random() < 0.6:
                 allowed = set()
                 for move in rng.sample(MOVES, rng.randint(1, 2)):
-                    allowed |= move(body, rng, door)
+                    allowed |= move(body, rng, server)
             level = rng.choice([None, 0, 2, 4])
             if level is not None:
                 body["dials"] = {"helpfulness": {"level": level}, "safety": rng.choice([0, 1])}
-            before = len(door.engine.seen)
+            before = len(server.engine.seen)
             caplog.clear()
-            reply = await ask(door.app, body, key=key)
+            reply = await ask(server.app, body, key=key)
             statuses[reply.status] += 1
             assert reply.status in allowed, (body, reply.body)
-            seen = door.engine.seen[before:]
+            seen = server.engine.seen[before:]
             if reply.status != 200:
                 assert not seen
                 assert reply.json["error"]["message"]
@@ -154,12 +154,12 @@ def test_no_knob_moves_a_dial_or_hands_over_an_id(
             for one in seen:
                 assert (one.prompt_ids, one.control_ids) == (plain, wanted)
                 for token_id, _ in one.logit_bias:
-                    assert 0 <= token_id < door.model.vocab_size
+                    assert 0 <= token_id < server.model.vocab_size
                     assert token_id not in encoder.forbidden
             effective = reply.json["dials"]["effective"]
             assert effective["safety"] == {"level": 4, "value": 1.0}
             said = said_of(reply, json.loads(caplog.messages[-1]))
-            rules, model = door.rules().policy_hash, door.model.hash
+            rules, model = server.rules().policy_hash, server.model.hash
             asked = body.get("dials", {})
             assert said["body"] == said["headers"] == (asked, effective, "kids", rules, model)
             assert said["log"] == (asked, effective, "kids", rules[:12], model[:12])

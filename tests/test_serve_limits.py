@@ -23,10 +23,20 @@ from batcher_kit import dialled, generation
 from equipoise.engine import batcher
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.errors import ServingError
-from equipoise.protocol.failures import RefusedError
-from equipoise.serve import connection
-from equipoise.serve.limits import RateLimit, read_body
-from serve_kit import Door, ask, call, chat_body, make_door, running, served_model, wait_for
+from equipoise.protocol.replies import RefusedError
+from equipoise.serve import http as serve_http
+from equipoise.serve.gate import read_body
+from equipoise.serve.limits import RateLimit
+from serve_kit import (
+    Server,
+    ask,
+    call,
+    chat_body,
+    make_server,
+    running,
+    served_model,
+    wait_for,
+)
 
 CHAT = "/v1/chat/completions"
 MINUTE = 60_000_000_000
@@ -45,12 +55,12 @@ class Clock:
 
 def test_exactly_sixty_of_five_hundred(tmp_path: Path) -> None:
     clock = Clock()
-    door = make_door(tmp_path, limits={"requests_per_minute": 60, "per_key": 999, "waiting": 999},
-                     now_ns=clock)  # fmt: skip
+    limits = {"requests_per_minute": 60, "per_key": 999, "waiting": 999}
+    server = make_server(tmp_path, limits=limits, now_ns=clock)
 
     async def burst(name: str, n: int) -> list[Any]:
-        await door.engine.start()
-        asked = (ask(door.app, chat_body(), key=door.secrets[name]) for _ in range(n))
+        await server.engine.start()
+        asked = (ask(server.app, chat_body(), key=server.secrets[name]) for _ in range(n))
         return list(await asyncio.gather(*asked))
 
     replies = asyncio.run(burst("lab", 500))
@@ -92,29 +102,31 @@ def test_no_minute_holds_more_than_the_limit_and_none_is_refused_before(
     assert all(later - earlier >= MINUTE for earlier, later in in_line)
 
 
-def test_keys_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equipoise.serve.limits._MAX_RATED", 2)
+def test_keys_that_are_gone_are_forgotten() -> None:
     clock = Clock()
-    rate = RateLimit(clock)
+    rate = RateLimit(clock, max_keys=2)
     for key in ("old", "lasting"):
         rate.take(key, 1)
         clock.now += MINUTE // 2
     clock.now += 1
     rate.take("new", 1)
-    assert set(rate._taken) == {"lasting", "new"}
-    with pytest.raises(RefusedError):
-        rate.take("lasting", 1)
+    assert len(rate) == 2
+    for key in ("lasting", "new"):
+        with pytest.raises(RefusedError):
+            rate.take(key, 1)
 
 
 def test_a_limit_of_its_own_beats_the_policys(tmp_path: Path) -> None:
-    door = make_door(tmp_path, limits={"requests_per_minute": 1}, now_ns=Clock())
-    keys = json.loads(door.keys_file.read_text())
+    server = make_server(tmp_path, limits={"requests_per_minute": 1}, now_ns=Clock())
+    keys = json.loads(server.keys_file.read_text())
     keys["keys"][0]["requests_per_minute"] = 3
-    door.keys_file.write_text(json.dumps(keys))
+    server.keys_file.write_text(json.dumps(keys))
 
     async def ask_all() -> list[int]:
-        await door.engine.start()
-        return [(await ask(door.app, chat_body(), key=door.secrets["lab"])).status for _ in "12345"]
+        await server.engine.start()
+        return [
+            (await ask(server.app, chat_body(), key=server.secrets["lab"])).status for _ in "12345"
+        ]
 
     assert asyncio.run(ask_all()) == [200, 200, 200, 429, 429]
 
@@ -123,13 +135,13 @@ def test_a_limit_of_its_own_beats_the_policys(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Door:
-    return make_door(tmp_path_factory.mktemp("limits"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return make_server(tmp_path_factory.mktemp("limits"))
 
 
 @pytest.fixture(scope="module")
-def port(door: Door) -> Iterator[int]:
-    with running(door) as port:
+def port(server: Server) -> Iterator[int]:
+    with running(server) as port:
         yield port
 
 
@@ -144,8 +156,8 @@ def raw(port: int, data: bytes) -> bytes:
     return received
 
 
-def test_a_megabyte_is_the_limit(door: Door, port: int) -> None:
-    key = door.secrets["lab"]
+def test_a_megabyte_is_the_limit(server: Server, port: int) -> None:
+    key = server.secrets["lab"]
     body = json.dumps(chat_body("a")).encode()
     at_limit = body + b" " * (2**20 - len(body))
     assert call(port, "POST", CHAT, at_limit, key=key).status == 200
@@ -153,8 +165,8 @@ def test_a_megabyte_is_the_limit(door: Door, port: int) -> None:
     assert reply.status == 413 and reply.json["error"]["code"] == "body_too_large"
 
 
-def test_chunks_are_counted_too(door: Door, port: int) -> None:
-    key = door.secrets["lab"]
+def test_chunks_are_counted_too(server: Server, port: int) -> None:
+    key = server.secrets["lab"]
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
         "Transfer-Encoding: chunked\r\n\r\n"
@@ -178,17 +190,17 @@ def test_nobody_without_a_key_is_read_to_the_end(port: int) -> None:
     assert b" 401 " in raw(port, head.encode() + b"x" * 1000).split(b"\r\n")[0]
 
 
-def test_packed_bodies_are_refused(door: Door, port: int) -> None:
+def test_packed_bodies_are_refused(server: Server, port: int) -> None:
     for coding in ("gzip", "br", "deflate", "identity, gzip", "GZIP"):
         headers = {"Content-Encoding": coding}
-        reply = call(port, "POST", CHAT, chat_body(), key=door.secrets["lab"], headers=headers)
+        reply = call(port, "POST", CHAT, chat_body(), key=server.secrets["lab"], headers=headers)
         assert reply.status == 415
 
 
-def test_large_headers_are_refused(door: Door, port: int) -> None:
-    key = door.secrets["lab"]
+def test_large_headers_are_refused(server: Server, port: int) -> None:
+    key = server.secrets["lab"]
     headers = [(f"x-{i}", "y" * 1000) for i in range(40)]
-    reply = asyncio.run(ask(door.app, None, key=key, method="GET", headers=headers))
+    reply = asyncio.run(ask(server.app, None, key=key, method="GET", headers=headers))
     assert reply.status == 431 and reply.json["error"]["code"] == "headers_too_large"
     # Headers that do not end are not waited for: the parser itself refuses them.
     head = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
@@ -206,8 +218,10 @@ def test_a_body_that_drips_times_out() -> None:
     assert caught.value.status == 408
 
 
-def test_headers_that_drip_time_out(door: Door, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.3)
+def test_headers_that_drip_time_out(
+    server: Server, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_http, "HEADER_SECONDS", 0.3)
     request = f"GET /healthz HTTP/1.1\r\nHost: localhost\r\n{'x: y' * 99}\r\n\r\n".encode()
     for first in (b"", request):  # on a fresh connection, and behind a whole request
         with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
@@ -220,7 +234,7 @@ def test_headers_that_drip_time_out(door: Door, port: int, monkeypatch: pytest.M
     body = json.dumps(chat_body()).encode()
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-        f"Authorization: Bearer {door.secrets['lab']}\r\nConnection: close\r\n\r\n"
+        f"Authorization: Bearer {server.secrets['lab']}\r\nConnection: close\r\n\r\n"
     ).encode()
     with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
         client.sendall(head)
@@ -235,18 +249,18 @@ def test_headers_that_drip_time_out(door: Door, port: int, monkeypatch: pytest.M
 
 def test_what_does_not_fit_gets_429_at_once(tmp_path: Path) -> None:
     limits = {"waiting": 3, "per_key": 100}
-    door = make_door(tmp_path, limits=limits, slots=2, delay=0.002)
+    server = make_server(tmp_path, limits=limits, slots=2, delay=0.002)
 
     async def burst() -> list[Any]:
-        await door.engine.start()
-        asked = (ask(door.app, chat_body(), key=door.secrets["lab"]) for _ in range(20))
+        await server.engine.start()
+        asked = (ask(server.app, chat_body(), key=server.secrets["lab"]) for _ in range(20))
         return list(await asyncio.gather(*asked))
 
     replies = asyncio.run(burst())
     assert Counter(reply.status for reply in replies) == {200: 5, 429: 15}
     assert {r.json["error"]["code"] for r in replies if r.status == 429} == {"server_busy"}
     assert all(reply.headers["retry-after"] == "1" for reply in replies if reply.status == 429)
-    assert (door.house.admission.completions, door.house.admission.tokens) == (0, 0)
+    assert (server.api.admission.completions, server.api.admission.tokens) == (0, 0)
 
 
 def test_the_queue_is_bounded_in_tokens_and_per_key(tmp_path: Path) -> None:
@@ -265,11 +279,11 @@ def test_the_queue_is_bounded_in_tokens_and_per_key(tmp_path: Path) -> None:
     for number, (limits, code) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
-        door = make_door(folder, limits=limits, slots=8, delay=0.001)
+        server = make_server(folder, limits=limits, slots=8, delay=0.001)
 
-        async def burst(door: Door = door) -> list[Any]:
-            await door.engine.start()
-            asked = (ask(door.app, chat_body(), key=door.secrets["lab"]) for _ in range(9))
+        async def burst(server: Server = server) -> list[Any]:
+            await server.engine.start()
+            asked = (ask(server.app, chat_body(), key=server.secrets["lab"]) for _ in range(9))
             return list(await asyncio.gather(*asked))
 
         replies = asyncio.run(burst())
@@ -282,22 +296,22 @@ def test_the_queue_is_bounded_in_tokens_and_per_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_first_token_that_does_not_come(tmp_path: Path, *, stream: bool) -> None:
-    door = make_door(tmp_path, limits={"first_token_seconds": 0.05}, delay=30.0)
-    with running(door) as port:
-        reply = call(port, "POST", CHAT, chat_body(stream=stream, n=2), key=door.secrets["lab"])
+    server = make_server(tmp_path, limits={"first_token_seconds": 0.05}, delay=30.0)
+    with running(server) as port:
+        reply = call(port, "POST", CHAT, chat_body(stream=stream, n=2), key=server.secrets["lab"])
         assert reply.status == 504 and reply.json["error"]["code"] == "timeout"
         assert "first token" in reply.json["error"]["message"]
-        assert reply.headers["x-dial-policy"] == door.rules().policy_hash
+        assert reply.headers["x-dial-policy"] == server.rules().policy_hash
         assert json.loads(reply.headers["x-dial-effective"])["safety"] == {"level": 4, "value": 1.0}
-        wait_for(lambda: door.engine.load().running == 0, "no row is left")
+        wait_for(lambda: server.engine.load().running == 0, "no row is left")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long(tmp_path: Path, *, stream: bool) -> None:
-    door = make_door(tmp_path, limits={"total_seconds": 1.0}, delay=0.02, endless=True)
-    with running(door) as port:
-        reply = call(port, "POST", CHAT, chat_body(stream=stream), key=door.secrets["lab"])
-        wait_for(lambda: door.engine.load().running == 0, "no row is left")
+    server = make_server(tmp_path, limits={"total_seconds": 1.0}, delay=0.02, endless=True)
+    with running(server) as port:
+        reply = call(port, "POST", CHAT, chat_body(stream=stream), key=server.secrets["lab"])
+        wait_for(lambda: server.engine.load().running == 0, "no row is left")
     if stream:
         events = reply.body.decode().strip().split("\n\n")
         assert reply.status == 200 and len(events) > 2
@@ -313,12 +327,12 @@ def test_an_answer_that_takes_too_long(tmp_path: Path, *, stream: bool) -> None:
 def test_a_failing_engine_is_told_from_a_bad_request(
     tmp_path: Path, n: int, fail_at: int, *, stream: bool
 ) -> None:
-    door = make_door(tmp_path, fail_at=fail_at)
-    with running(door) as port:
-        reply = call(port, "POST", CHAT, chat_body(stream=stream, n=n), key=door.secrets["lab"])
+    server = make_server(tmp_path, fail_at=fail_at)
+    with running(server) as port:
+        reply = call(port, "POST", CHAT, chat_body(stream=stream, n=n), key=server.secrets["lab"])
         # The last byte is out a moment before the places are given back.
-        wait_for(lambda: door.engine.load().running == 0, "no row is left")
-        wait_for(lambda: door.house.admission.completions == 0, "no place is taken")
+        wait_for(lambda: server.engine.load().running == 0, "no row is left")
+        wait_for(lambda: server.api.admission.completions == 0, "no place is taken")
     text = reply.body.decode()
     assert "engine_failure" in text
     assert "CANARY" not in text and "0xdead" not in text and "[DONE]" not in text
@@ -326,15 +340,15 @@ def test_a_failing_engine_is_told_from_a_bad_request(
 
 
 def test_a_dead_engine_is_not_ready(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
-    with running(door) as port:
-        key = door.secrets["lab"]
+    server = make_server(tmp_path)
+    with running(server) as port:
+        key = server.secrets["lab"]
         assert call(port, "GET", "/readyz", key=key).status == 200
-        door.engine.healthy = False
+        server.engine.healthy = False
         assert call(port, "GET", "/readyz", key=key).status == 503
         assert call(port, "POST", CHAT, chat_body(), key=key).status == 503
         assert call(port, "GET", "/healthz").status == 200
-        door.engine.healthy, door.house.draining = True, True
+        server.engine.healthy, server.api.draining = True, True
         assert call(port, "POST", CHAT, chat_body(), key=key).status == 503
 
 
@@ -419,15 +433,15 @@ def test_draining_does_not_wait_for_readers_who_have_gone(monkeypatch: pytest.Mo
 
 
 def test_half_a_body_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    door = make_door(tmp_path)
+    server = make_server(tmp_path)
     with socket.socket() as client:
         client.settimeout(20)
-        with running(door) as port:  # leaving it asserts that the server has stopped
+        with running(server) as port:  # leaving it asserts that the server has stopped
             client.connect(("127.0.0.1", port))
             head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
-            key = f"Authorization: Bearer {door.secrets['lab']}\r\nContent-Length: 100\r\n\r\n"
+            key = f"Authorization: Bearer {server.secrets['lab']}\r\nContent-Length: 100\r\n\r\n"
             client.sendall((head + key).encode())
-            assert b" 100 " in client.recv(1000)  # now the door reads the body
+            assert b" 100 " in client.recv(1000)  # now the server reads the body
             client.sendall(b"{")
         assert client.recv(1000) == b""
 
@@ -435,12 +449,12 @@ def test_half_a_body_does_not_hold_up_the_end(tmp_path: Path) -> None:
 # --- clients that leave -------------------------------------------------------------------------
 
 
-def leave(port: int, door: Door, rng: random.Random) -> None:
+def leave(port: int, server: Server, rng: random.Random) -> None:
     """Ask for an endless answer, read a little or nothing, and go in one of five ways."""
     body = json.dumps(chat_body(stream=rng.random() < 0.6, n=rng.choice([1, 1, 2]))).encode()
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-        f"Authorization: Bearer {door.secrets['lab']}\r\n\r\n"
+        f"Authorization: Bearer {server.secrets['lab']}\r\n\r\n"
     ).encode()
     client = socket.create_connection(("127.0.0.1", port), timeout=5)
     with client:
@@ -464,29 +478,29 @@ def leave(port: int, door: Door, rng: random.Random) -> None:
 
 def leave_many(tmp_path: Path, n: int) -> None:
     limits = {"waiting": 5000, "per_key": 5000, "waiting_tokens": 10**8}
-    door = make_door(tmp_path, limits=limits, slots=4, delay=0.002, endless=True)
+    server = make_server(tmp_path, limits=limits, slots=4, delay=0.002, endless=True)
     rng = random.Random(8)
     fds = Path("/proc/self/fd")
-    with running(door) as port:
+    with running(server) as port:
         call(port, "GET", "/healthz")
-        assert door.engine.loop is not None
-        before, n_tasks = len(list(fds.iterdir())), len(asyncio.all_tasks(door.engine.loop))
+        assert server.engine.loop is not None
+        before, n_tasks = len(list(fds.iterdir())), len(asyncio.all_tasks(server.engine.loop))
         for _ in range(n):
-            leave(port, door, rng)
-        admission = door.house.admission
+            leave(port, server, rng)
+        admission = server.api.admission
 
         def counts() -> tuple[int, ...]:
-            load = door.engine.load()
+            load = server.engine.load()
             return load.running, load.queued, admission.completions, admission.tokens
 
         # An answer that ends by itself frees its slot too, too late.
-        wait_for(lambda: counts() == (0, 0, 0, 0) or bool(door.engine.finished), "slots are free")
-        assert door.engine.finished == 0
-        assert len(door.engine.seen) > n // 2
+        wait_for(lambda: counts() == (0, 0, 0, 0) or bool(server.engine.finished), "slots are free")
+        assert server.engine.finished == 0
+        assert len(server.engine.seen) > n // 2
         wait_for(lambda: len(list(fds.iterdir())) <= before + 2, "all descriptors are closed")
-        wait_for(lambda: len(asyncio.all_tasks(door.engine.loop)) <= n_tasks, "no task is left")
-        door.engine.endless = False
-        assert call(port, "POST", CHAT, chat_body(), key=door.secrets["lab"]).status == 200
+        wait_for(lambda: len(asyncio.all_tasks(server.engine.loop)) <= n_tasks, "no task is left")
+        server.engine.endless = False
+        assert call(port, "POST", CHAT, chat_body(), key=server.secrets["lab"]).status == 200
 
 
 def test_clients_that_leave_free_their_slots(tmp_path: Path) -> None:
@@ -499,7 +513,7 @@ def test_a_thousand_clients_that_leave(tmp_path: Path) -> None:
 
 
 def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
-    door = make_door(
+    server = make_server(
         tmp_path,
         limits={"total_seconds": 0.5, "max_tokens": 1_000_000, "waiting_tokens": 10**8},
         endless=True,
@@ -508,15 +522,15 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     body = json.dumps(chat_body(stream=True)).encode()
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-        f"Authorization: Bearer {door.secrets['lab']}\r\n\r\n"
+        f"Authorization: Bearer {server.secrets['lab']}\r\n\r\n"
     ).encode()
-    with running(door) as port, socket.socket() as client:
+    with running(server) as port, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
         client.connect(("127.0.0.1", port))
         client.sendall(head + body)
-        wait_for(lambda: len(door.engine.seen) == 1, "the answer begins")
-        wait_for(lambda: door.engine.load().running == 0, "its slot is free again")
-        assert door.engine.finished == 0
+        wait_for(lambda: len(server.engine.seen) == 1, "the answer begins")
+        wait_for(lambda: server.engine.load().running == 0, "its slot is free again")
+        assert server.engine.finished == 0
         assert call(port, "GET", "/healthz").status == 200
 
 
@@ -524,16 +538,16 @@ def test_a_reader_who_stops_is_no_fault_of_ours(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "equipoise.serve")
-    door = make_door(tmp_path, limits={"total_seconds": 0.2}, endless=True)
+    server = make_server(tmp_path, limits={"total_seconds": 0.2}, endless=True)
 
     async def one() -> None:
-        await door.engine.start()
-        await ask(door.app, chat_body(stream=True), key=door.secrets["lab"], reads=5)
+        await server.engine.start()
+        await ask(server.app, chat_body(stream=True), key=server.secrets["lab"], reads=5)
 
     asyncio.run(one())
     line = json.loads(next(r.message for r in caplog.records if r.message.startswith('{"id"')))
     assert (line["status"], line["code"]) == (200, "timeout") and "fault" not in line
-    assert door.engine.load().running == door.house.admission.completions == 0
+    assert server.engine.load().running == server.api.admission.completions == 0
 
 
 # --- under load ---------------------------------------------------------------------------------
@@ -594,23 +608,23 @@ ATTACKS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_hostile_body_is_refused_and_the_next_request_served(
-    door: Door, port: int, name: str
+    server: Server, port: int, name: str
 ) -> None:
-    key = door.secrets["lab"]
-    seen = len(door.engine.seen)
+    key = server.secrets["lab"]
+    seen = len(server.engine.seen)
     large = len(ATTACKS[name]) > 2**20
     # On a body that is too large the answer may come, and the end, before all of it was sent.
     with contextlib.suppress(ConnectionError) if large else contextlib.nullcontext():
         reply = call(port, "POST", CHAT, ATTACKS[name], key=key)
         assert reply.status == (413 if large else 400)
         assert len(reply.body) < 20_000
-    assert len(door.engine.seen) == seen
+    assert len(server.engine.seen) == seen
     assert call(port, "POST", CHAT, chat_body("a"), key=key).status == 200
 
 
 @pytest.mark.nightly
-def test_hostile_requests_leave_memory_flat(door: Door, port: int) -> None:
-    key, rng = door.secrets["lab"], random.Random(9)
+def test_hostile_requests_leave_memory_flat(server: Server, port: int) -> None:
+    key, rng = server.secrets["lab"], random.Random(9)
 
     def many_turns() -> bytes:
         """An order of roles that nobody has sent before: fresh work for the template."""
@@ -624,7 +638,7 @@ def test_hostile_requests_leave_memory_flat(door: Door, port: int) -> None:
             with contextlib.suppress(ConnectionError):  # closed on a body that was too large
                 status = call(port, "POST", CHAT, body, key=key).status
                 assert status in (200, 400, 413)
-            door.engine.seen.clear()  # the fake's own memory is not what is measured
+            server.engine.seen.clear()  # the fake's own memory is not what is measured
 
     storm(60)
     before = resident_mib()
@@ -636,20 +650,20 @@ def test_hostile_requests_leave_memory_flat(door: Door, port: int) -> None:
 @pytest.mark.timeout(1200)
 def test_at_ten_times_the_load_as_much_is_done_as_at_peak(tmp_path: Path) -> None:
     """Open loop, without sockets: requests come whether or not earlier ones are done."""
-    door = make_door(tmp_path, text="word", slots=8, delay=0.1, limits={"waiting": 16})
+    server = make_server(tmp_path, text="word", slots=8, delay=0.1, limits={"waiting": 16})
     done: Counter[int] = Counter()
     refused_after: list[float] = []
     begun_late: list[float] = []
 
     async def one() -> None:
         start = time.perf_counter()
-        status = (await ask(door.app, chat_body(), key=door.secrets["lab"])).status
+        status = (await ask(server.app, chat_body(), key=server.secrets["lab"])).status
         done[status] += 1
         if status == 429:
             refused_after.append(time.perf_counter() - start)
 
     async def offered(per_second: float, seconds: float) -> float:
-        await door.engine.start()
+        await server.engine.start()
         done.clear()
         refused_after.clear()
         begun_late.clear()
@@ -660,10 +674,10 @@ def test_at_ten_times_the_load_as_much_is_done_as_at_peak(tmp_path: Path) -> Non
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 begun_late.append(time.monotonic() - due)
                 under_way.create_task(one())
-                door.engine.seen.clear()  # the fake's own memory is not what is measured
+                server.engine.seen.clear()  # the fake's own memory is not what is measured
         return done[200] / (time.monotonic() - start)
 
-    capacity = 8 / (0.1 * (len(door.engine.ids) + 1))
+    capacity = 8 / (0.1 * (len(server.engine.ids) + 1))
     peak = max(asyncio.run(offered(capacity * share, 5)) for share in (0.9, 1.0, 1.2))
     asyncio.run(offered(capacity * 10, 5))
     before = resident_mib()

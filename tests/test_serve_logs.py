@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from equipoise.errors import ConfigError
-from equipoise.protocol.wire import Applied, Envelope
+from equipoise.protocol.replies import Envelope
 from equipoise.serve import content_log
 from equipoise.serve.content_log import ContentLog
 from equipoise.types import Message
-from serve_kit import Door, call, chat_body, make_door, running
+from serve_kit import Server, call, chat_body, make_server, running
 
 CHAT = "/v1/chat/completions"
 CANARY = "canary-7f3a 東京"
@@ -46,9 +46,9 @@ def log() -> Iterator[io.StringIO]:
         logger.setLevel(level)
 
 
-def everything(door: Door, port: int) -> None:
+def everything(server: Server, port: int) -> None:
     """Send the canary down every path that ends in a log line."""
-    key = door.secrets["lab"]
+    key = server.secrets["lab"]
     bodies: list[object] = [
         chat_body(CANARY),
         chat_body(CANARY, stream=True),
@@ -78,24 +78,24 @@ def test_no_text_and_no_key_in_any_log(
     tmp_path: Path, log: io.StringIO, fault: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not in n lines of requests, of which each round of ``everything`` leaves about 40."""
-    door = make_door(tmp_path, text=ANSWER, fail_at=2 if fault == "engine fails" else None)
+    server = make_server(tmp_path, text=ANSWER, fail_at=2 if fault == "engine fails" else None)
     if fault == "fault of ours":
 
         def broken(*_: object, **__: object) -> None:
             raise KeyError(CANARY)
 
-        monkeypatch.setattr(type(door.model.encoder), "control_ids", broken)
-    with running(door) as port:
+        monkeypatch.setattr(type(server.model.encoder), "control_ids", broken)
+    with running(server) as port:
         while log.getvalue().count('"status"') <= n:
-            everything(door, port)
-        metrics = call(port, "GET", "/metrics", key=door.secrets["lab"]).body.decode()
+            everything(server, port)
+        metrics = call(port, "GET", "/metrics", key=server.secrets["lab"]).body.decode()
         if fault == "fault of ours":
-            reply = call(port, "POST", CHAT, chat_body(CANARY), key=door.secrets["lab"])
+            reply = call(port, "POST", CHAT, chat_body(CANARY), key=server.secrets["lab"])
             assert reply.status == 500
             assert reply.json["error"]["message"] == "a fault of the server"
     said = log.getvalue()
     for place in (said, metrics):
-        for secret in ("canary", "東京", "\\u6771", *door.secrets.values()):
+        for secret in ("canary", "東京", "\\u6771", *server.secrets.values()):
             assert secret not in place
     if fault == "fault of ours":
         assert "KeyError at test_serve_logs" in said
@@ -107,29 +107,31 @@ def lines(log: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_a_line_says_what_was_applied(tmp_path: Path, log: io.StringIO) -> None:
-    door = make_door(tmp_path)
-    with running(door) as port:
-        reply = call(port, "POST", CHAT, chat_body(dials={"safety": 0.6}), key=door.secrets["lab"])
-        call(port, "POST", CHAT, chat_body(dials={"safety": 9}), key=door.secrets["lab"])
+    server = make_server(tmp_path)
+    with running(server) as port:
+        reply = call(
+            port, "POST", CHAT, chat_body(dials={"safety": 0.6}), key=server.secrets["lab"]
+        )
+        call(port, "POST", CHAT, chat_body(dials={"safety": 9}), key=server.secrets["lab"])
     good, bad = lines(log)
     assert good["id"] == reply.json["id"] == reply.headers["x-request-id"]
     assert good["requested"] == {"safety": 0.6}
     assert good["effective"]["safety"] == {"level": 3, "value": 0.75}
-    assert good["policy"] == door.rules().policy_hash[:12]
-    assert good["model"] == door.model.hash[:12]
+    assert good["policy"] == server.rules().policy_hash[:12]
+    assert good["model"] == server.model.hash[:12]
     assert (good["key"], good["scenario"], good["status"]) == ("lab", "general", 200)
-    assert good["completion_tokens"] == len(door.engine.ids) + 1
+    assert good["completion_tokens"] == len(server.engine.ids) + 1
     assert (bad["status"], bad["code"]) == (400, "invalid_dial")
 
 
 def test_the_content_log_is_a_file_of_its_own(tmp_path: Path, log: io.StringIO) -> None:
-    door = make_door(tmp_path, text=ANSWER, content_log=True)
-    keys = json.loads(door.keys_file.read_text())
+    server = make_server(tmp_path, text=ANSWER, content_log=True)
+    keys = json.loads(server.keys_file.read_text())
     keys["keys"][1]["content_log"] = False
-    door.keys_file.write_text(json.dumps(keys))
-    with running(door) as port:
+    server.keys_file.write_text(json.dumps(keys))
+    with running(server) as port:
         for name in ("lab", "kid"):
-            call(port, "POST", CHAT, chat_body(CANARY), key=door.secrets[name])
+            call(port, "POST", CHAT, chat_body(CANARY), key=server.secrets[name])
     file = tmp_path / "content.jsonl"
     assert file.stat().st_mode & 0o777 == 0o600
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
@@ -153,8 +155,7 @@ def test_a_content_log_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 
 def job(text: str, created: int) -> Any:
-    applied = Applied({}, {}, "general", "p", "m")
-    envelope = Envelope("id", created, "toy@general", applied, 1)
+    envelope = Envelope("id", created, "toy@general", {}, {}, "general", "p", "m", 1)
     return SimpleNamespace(envelope=envelope, key_id="k", messages=(Message("user", text),))
 
 

@@ -27,10 +27,10 @@ from equipoise.dials.tokens import install, save_dial_model
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError
 from equipoise.models import load as models_load
-from equipoise.policy.decide import Key
 from equipoise.policy.keys import add_key, digest, new_secret
-from equipoise.serve import runner
-from equipoise.serve.connection import listening
+from equipoise.policy.rules import Key
+from equipoise.serve import main as serve_main
+from equipoise.serve.http import listening
 from serve_kit import call, chat_body, example_policy, policy_text, wait_for
 from tuning_kit import tiny_policy
 
@@ -56,8 +56,8 @@ main(sys.argv[1:])
 _HANGING = """
 import atexit, sys, threading
 from equipoise.cli.main import main
-from equipoise.serve import rows
-rows.LiveRows.join = lambda *_: threading.Event().wait()
+from equipoise.engine import decode
+decode.LiveRows.join = lambda *_: threading.Event().wait()
 atexit.register(print, "taken down", file=sys.stderr, flush=True)
 main(sys.argv[1:])
 """
@@ -245,7 +245,7 @@ def test_success_and_key_are_printed_once_it_listens(
 ) -> None:
     """The port may be taken while the model is loaded."""
     monkeypatch.delenv("EQUIPOISE_KEYS", raising=False)
-    monkeypatch.setattr(runner, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(serve_main, "log_to_stderr", lambda: None)
     model_dir, load = save_toy(tmp_path), models_load.load_causal
     with socket.socket() as busy:
         busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -268,8 +268,8 @@ def test_a_start_warns_of_keys_for_scenarios_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "equipoise.serve")
-    monkeypatch.setattr(runner, "run_app", lambda app, **_: None)
-    monkeypatch.setattr(runner, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(serve_main, "run_app", lambda app, **_: None)
+    monkeypatch.setattr(serve_main, "log_to_stderr", lambda: None)
     keys = tmp_path / "keys.json"
     add_key(keys, Key(id="k", sha256=digest("x"), scenarios=("nope",)))
     command = ["serve", str(save_toy(tmp_path)), "--policy", "example", "--keys", str(keys)]
@@ -287,7 +287,7 @@ def test_a_start_without_keys_prints_one_and_ends_though_every_step_hangs(tmp_pa
         waiting = threading.Thread(target=hang_up_with, args=(port, key), daemon=True)
         waiting.start()
         page = ""
-        while "equipoise_completions_under_way 1\n" not in page:
+        while "equipoise_completions_under_way 1.0\n" not in page:
             page = call(port, "GET", "/metrics", key=key).body.decode()
         arguments = Path(f"/proc/{served.process.pid}/cmdline")
         if arguments.exists():  # A12: what `ps` shows to everybody

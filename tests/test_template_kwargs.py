@@ -13,7 +13,7 @@ from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, ModelError
 from equipoise.models.load import load_causal
 from equipoise.policy.file import parse_policy
-from equipoise.protocol.failures import RefusedError
+from equipoise.protocol.replies import RefusedError
 from equipoise.store.fingerprint import SPECS, first_affected
 from equipoise.types import Rendering
 from serve_kit import (
@@ -21,11 +21,11 @@ from serve_kit import (
     LEVELS,
     dialled,
     example_policy,
-    make_door,
+    make_server,
     policy_text,
     served_model,
 )
-from test_serve_forging import job_of
+from test_serve_forging import checked
 from test_store import recipe
 
 _SWITCH = (
@@ -94,15 +94,15 @@ def ask(**more: Any) -> dict[str, Any]:
 
 
 def test_the_operator_sets_variables_and_a_request_cannot(tmp_path: Path) -> None:
-    door = make_door(tmp_path, model=served_model(dialled(byte_tokenizer(_TONE))))
-    encoder = door.model.encoder
+    server = make_server(tmp_path, model=served_model(dialled(byte_tokenizer(_TONE))))
+    encoder = server.model.encoder
     policy = example_policy() | {"chat_template_kwargs": {"tone": "strict"}}
-    door.policy_file.write_text(policy_text(policy), "utf-8")
-    prompt = job_of(door, ask()).generations[0].prompt_ids
+    server.policy_file.write_text(policy_text(policy), "utf-8")
+    prompt = checked(server, ask()).generations[0].prompt_ids
     assert "Be strict." in encoder.tokenizer.decode(prompt)
     for sent in ({"tone": "lax"}, {}):
         with pytest.raises(RefusedError, match="unknown_field"):
-            job_of(door, ask(chat_template_kwargs=sent))
+            checked(server, ask(chat_template_kwargs=sent))
 
 
 def test_a_policy_holds_plain_values_only() -> None:

@@ -25,15 +25,23 @@ from equipoise.engine.text import AnswerText
 from equipoise.errors import ConfigError
 from equipoise.models.load import LoadedPolicy, load_causal
 from equipoise.pipeline.runner import run_all, run_stage
-from equipoise.policy.decide import DialPolicy
+from equipoise.policy.rules import DialPolicy
 from equipoise.pool.score import shortened
-from equipoise.serve.chat import ServedModel
-from equipoise.serve.runner import check_policy
+from equipoise.serve.main import check_policy
+from equipoise.serve.prepare import ServedModel
 from equipoise.store.rundir import RunDir
 from equipoise.tune.trainer import tune
 from equipoise.types import Branch, GenerationRequest, Message, Rendering
-from serve_kit import Door, dialled, example_policy, make_door, policy_text, running, served_model
-from test_serve_forging import job_of
+from serve_kit import (
+    Server,
+    dialled,
+    example_policy,
+    make_server,
+    policy_text,
+    running,
+    served_model,
+)
+from test_serve_forging import checked
 from tokenizer_kit import hostile
 from tuning_kit import ATTRIBUTES, examples
 
@@ -325,38 +333,38 @@ def test_the_server_gives_the_answer_and_counts_the_thought(tmp_path: Path) -> N
     tokenizer = byte_tokenizer(TEMPLATES[kind], _MARKERS, plain=_PLAIN)
     model = served_model(dialled(tokenizer))
     ids = tokenizer.convert_tokens_to_ids(["<think>", "h", "</think>", "Ċ", "o", "k"])
-    door = make_door(tmp_path, model=model)
+    server = make_server(tmp_path, model=model)
     policy = example_policy() | {"chat_template_kwargs": {"enable_thinking": True}}
-    door.policy_file.write_text(policy_text(policy), "utf-8")
+    server.policy_file.write_text(policy_text(policy), "utf-8")
     tokens = [Token(i, thought=place < 3) for place, i in enumerate(ids)]
     body = {"model": "toy", "messages": [{"role": "user", "content": "hi"}]}
-    says(door, [*tokens, Token(-1, "stop")])
-    with running(door) as port:
-        whole = send(port, door.secrets["lab"], body)
-        says(door, [tokens[0], Token(ids[1], "thought", thought=True)])
-        cut = send(port, door.secrets["lab"], body)
+    says(server, [*tokens, Token(-1, "stop")])
+    with running(server) as port:
+        whole = send(port, server.secrets["lab"], body)
+        says(server, [tokens[0], Token(ids[1], "thought", thought=True)])
+        cut = send(port, server.secrets["lab"], body)
     assert whole["choices"][0]["message"]["content"] == "ok"
     assert whole["choices"][0]["finish_reason"] == "stop"
     assert whole["usage"]["completion_tokens"] == 7
     assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 3}
     assert cut["choices"][0]["message"]["content"] == ""
     assert cut["choices"][0]["finish_reason"] == "thought"
-    generation = job_of(door, body | {"max_tokens": 7}).generations[0]
+    generation = checked(server, body | {"max_tokens": 7}).generations[0]
     assert generation.sampling.max_tokens == 7
     assert generation.sampling.max_thought_tokens == 512
     taken = len(generation.prompt_ids) + len(generation.control_ids)
-    small = prepare_with(replace(model, context=taken + 20), door, body)
+    small = prepare_with(replace(model, context=taken + 20), server, body)
     assert (small.max_tokens, small.max_thought_tokens) == (10, 10)
 
 
-def says(door: Door, tokens: list[Token]) -> None:
+def says(server: Server, tokens: list[Token]) -> None:
     """Let the engine give these tokens."""
 
     async def stream(generation: Generation) -> AsyncIterator[Token]:
         for token in tokens:
             yield token
 
-    door.engine.stream = stream  # type: ignore[method-assign]
+    server.engine.stream = stream  # type: ignore[method-assign]
 
 
 def send(port: int, key: str, body: object) -> Any:
@@ -366,9 +374,9 @@ def send(port: int, key: str, body: object) -> Any:
         return json.loads(connection.getresponse().read())
 
 
-def prepare_with(model: ServedModel, door: Door, body: object) -> Sampling:
-    door.model = model
-    return job_of(door, body).generations[0].sampling
+def prepare_with(model: ServedModel, server: Server, body: object) -> Sampling:
+    server.model = model
+    return checked(server, body).generations[0].sampling
 
 
 def test_a_policy_must_leave_room_for_the_largest_thoughts() -> None:

@@ -1,11 +1,11 @@
-"""The serving bench: what the door adds, what it costs in throughput, and what it does under load.
+"""The serving bench: what the server adds, what it costs in throughput, and what load does to it.
 
     python -m benchmarks.serve.run                    # about two minutes on two cores
     python -m benchmarks.serve.run --only overhead    # or: engine, load; --dry keeps the result
     python -m benchmarks.serve.run --only real        # after `equipoise fetch smollm2`
 
 ``overhead``: requests at a fixed rate to a fake engine that computes nothing, so that all of the
-latency is the door's. ``engine``: tokens per second of the Workshop's model with ``generate`` of
+latency is the server's. ``engine``: tokens per second of the Workshop's model with ``generate`` of
 ``transformers``, with ``TransformersEngine``, in the batcher, and through HTTP, in turns. ``real``:
 the same with SmolLM2-135M, where the model is what takes the time. ``load``: an open loop (a
 request is sent when it is due, not when an answer came back) at 1.2 and at 10 times what the engine
@@ -39,7 +39,7 @@ from equipoise.config import Sampling
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.sample import TransformersEngine
 from equipoise.engine.seam import Generation
-from equipoise.serve.client import HttpResponder
+from equipoise.steer.served import HttpResponder
 from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Prompt
 
 HERE = Path(__file__).parent
@@ -75,7 +75,7 @@ def memory_mb(process: int) -> float:
 
 
 def overhead() -> dict[str, Any]:
-    """Latency of the door alone: the engine behind it computes nothing."""
+    """Latency of the server alone: the engine behind it computes nothing."""
     found: dict[str, Any] = {}
     with server("--slots", str(CONCURRENCY)) as (port, key, _):
 

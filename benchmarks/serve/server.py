@@ -1,4 +1,4 @@
-"""The server under test, in a process of its own: the real door, before a fake engine or a model.
+"""The server under test, in a process of its own: the real one, before a fake engine or a model.
 
 Prints its port and its key as one line of JSON, and stops on SIGTERM.
 """
@@ -20,13 +20,13 @@ from equipoise.dials.tokens import install
 from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.engine.seam import Generation, Load, ServingEngine, Token
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.policy.decide import Key
 from equipoise.policy.file import shipped_policies
 from equipoise.policy.keys import digest, new_secret
 from equipoise.policy.reload import RulesSource
-from equipoise.serve.app import build_app
-from equipoise.serve.loopback import on_loopback
-from equipoise.serve.runner import LOCAL_HOSTS, served_model
+from equipoise.policy.rules import Key
+from equipoise.serve.app import Api, build_app
+from equipoise.serve.http import on_loopback
+from equipoise.serve.main import LOCAL_HOSTS, served_model
 
 ANSWER = "First, hold the frostbell with both hands."
 
@@ -102,7 +102,8 @@ def main() -> None:
         model = served_model(loaded, "model")
         key = Key(id="bench", sha256=digest(secret), scenarios=tuple(policy["scenarios"]))
         source = RulesSource(file, None, dials=model.dials, fixed_keys=(key,))
-        app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS, drain_seconds=1.0)
+        api = Api(model, engine)
+        app = build_app(api, source.current, hosts=LOCAL_HOSTS, drain_seconds=1.0)
         with on_loopback(app) as port:
             print(json.dumps({"port": port, "key": secret}), flush=True)
             signal.sigwait({signal.SIGTERM, signal.SIGINT})

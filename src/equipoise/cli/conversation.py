@@ -1,7 +1,7 @@
 """A conversation at a terminal: dials, history, one streamed answer at a time, a grid of nine.
 
 The same policy function as the server's decides what a dial request gets, and the same rows decode
-it; only the door is missing.
+it; only HTTP is missing.
 """
 
 from __future__ import annotations

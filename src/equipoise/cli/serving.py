@@ -85,9 +85,9 @@ def serve(
     from equipoise.pipeline.runner import quieten
     from equipoise.policy.file import find_policy
     from equipoise.policy.keys import environment_keys
-    from equipoise.serve.connection import listening
-    from equipoise.serve.runner import ServeOptions, check_start
-    from equipoise.serve.runner import serve as run_server
+    from equipoise.serve.http import listening
+    from equipoise.serve.main import ServeOptions, check_start
+    from equipoise.serve.main import serve as run_server
 
     options = ServeOptions(
         policy=find_policy(policy),
@@ -109,7 +109,7 @@ def serve(
     quieten()
     loaded, scorer = load_causal(model), None
     if score and loaded.manifest is not None:
-        from equipoise.serve.scoring import load_scorer
+        from equipoise.serve.scorer import load_scorer
 
         scorer = load_scorer(Path(model), loaded.manifest, run=run)
     run_server(options, loaded, Path(model).resolve().name, scorer)
@@ -218,7 +218,9 @@ def need_extra() -> None:
 
     from equipoise.errors import ConfigError
 
-    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    missing = [
+        name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None
+    ]
     if missing:
         raise ConfigError(
             "the server's packages are not installed",

@@ -68,7 +68,7 @@ ForgeOption = Annotated[
         "--forge",
         metavar="N",
         min=0,
-        help="With --policy: measure forge lift through the HTTP door, N answers per prompt.",
+        help="With --policy: measure forge lift over HTTP, N answers per prompt.",
     ),
 ]
 TextOption = Annotated[

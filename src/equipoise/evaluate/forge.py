@@ -152,7 +152,7 @@ def measure_forge(
     Answers are judged beside the prompt as it was, not beside the forged text.
 
     Args:
-        responder: Whatever stands behind the door: a policy in this process or an HTTP client.
+        responder: Whatever answers: a policy in this process or an HTTP client.
         prompts: P prompts; they should be unseen ones.
         setting: The operator's, the same for all.
         judges: Judge kind to scorer.

@@ -14,13 +14,8 @@ import numpy as np
 from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
 from equipoise.evaluate.metrics import collect
-from equipoise.policy.decide import (
-    DialPolicy,
-    Refusal,
-    Server,
-    allowed_levels,
-    effective_setting,
-)
+from equipoise.policy.decide import Refusal, Server, allowed_levels, effective_setting
+from equipoise.policy.rules import DialPolicy
 from equipoise.stats import Array, Bootstrap
 from equipoise.types import Delivery, DialSetting, JudgeKind
 

@@ -120,16 +120,16 @@ def run_scenarios(
         policy: A policy file, or the name of a shipped policy.
         run: A run directory whose evaluate stage is complete.
         progress: See :func:`run_all`.
-        forge: Also measure forge lift through the HTTP door, with so many answers per prompt.
+        forge: Also measure forge lift over HTTP, with so many answers per prompt.
     """
     from equipoise.stages.scenarios import evaluate_scenarios
 
     job = _job(run, progress, text=None, fresh=False)
     place = evaluate_scenarios(job, policy)
     if forge:
-        from equipoise.serve.forge import forge_through_the_door
+        from equipoise.serve.forge import forge_over_http
 
-        forge_through_the_door(job, policy, repeats=forge)
+        forge_over_http(job, policy, repeats=forge)
     return place
 
 

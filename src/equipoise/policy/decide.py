@@ -13,26 +13,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from equipoise.dials.dials import Dials
-from equipoise.policy.rules import DialPolicy, Key, Level, Limits, Range, Ranges, Scenario
+from equipoise.policy.rules import DialPolicy, Key, Level, Range, Ranges, Scenario
 from equipoise.types import DialSetting
 
-__all__ = [
-    "DialPolicy",
-    "Key",
-    "Level",
-    "Limits",
-    "Range",
-    "Ranges",
-    "Refusal",
-    "Scenario",
-    "Server",
-    "allowed_levels",
-    "describe_levels",
-    "effective_setting",
-    "policy_faults",
-    "scenario_for",
-]
-
+_WHOLE = Range()
 # 0.6 * (L - 1) may fall just beside a level in floats; such a value is on the grid.
 _GRID_SLACK = 1e-9
 
@@ -101,7 +85,7 @@ def _ends(
     attribute: str, ranges: Ranges, scenario: Scenario, server: Server
 ) -> tuple[float, float]:
     """Return the dial values at which key ∩ scenario ∩ server ends; they may be off the grid."""
-    parts = [r.get(attribute, Range()) for r in (ranges, scenario.ranges, server.ranges)]
+    parts = [r.get(attribute, _WHOLE) for r in (ranges, scenario.ranges, server.ranges)]
     return max(part.min for part in parts), min(part.max for part in parts)
 
 

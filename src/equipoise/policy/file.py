@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
-from equipoise.policy.decide import DialPolicy, policy_faults
+from equipoise.policy.decide import policy_faults
+from equipoise.policy.rules import DialPolicy
 
 _MAX_BYTES = 1 << 20
 

@@ -19,9 +19,11 @@ from pathlib import Path
 
 from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError, EquipoiseError
-from equipoise.policy.decide import DialPolicy, Key, Server
+from equipoise.policy.decide import Server
 from equipoise.policy.file import find_policy, is_closed, parse_policy, read_policy
 from equipoise.policy.keys import read_keys
+from equipoise.policy.rules import DialPolicy, Key
+from equipoise.types import Rendering
 
 _log = logging.getLogger("equipoise.serve")
 
@@ -39,6 +41,8 @@ class Rules:
 
     policy: DialPolicy
     policy_hash: str
+    rendering: Rendering
+    """What the chat template is given besides the turns."""
     keys: tuple[Key, ...]
     server: Server
 
@@ -50,7 +54,7 @@ class RulesSource:
         policy: Policy file.
         keys: Keys file, or ``None`` for the fixed keys alone.
         dials: The model's.
-        fixed_keys: Keys that are in no file (the one made for this start of the server).
+        fixed_keys: Keys that are in no file (of the environment, or made for this start).
         now_ns: Clock of the files.
         fits: Raises ConfigError if a policy does not fit the model's chat template.
     """
@@ -67,12 +71,12 @@ class RulesSource:
     ) -> None:
         self._policy, self._keys = policy, keys
         self._dials = dials
-        self._fixed, self._now_ns, self._fits = fixed_keys, now_ns, fits
+        self.fixed_keys, self._now_ns, self._fits = fixed_keys, now_ns, fits
         self._stamp: _Stamp | None = None
         self._first = _stamp(policy)
         """What lay there at the start is what the operator started the server with."""
         self._rules: Rules | None = None
-        self._lost: list[tuple[str, str]] = []
+        self._lost: set[tuple[str, str]] = set()
         """Of the rules last in force: key id and a scenario of the key that the policy lacks."""
 
     def current(self) -> Rules | None:
@@ -117,7 +121,7 @@ class RulesSource:
         name = find_policy(self._policy).name
         policy = parse_policy(data, self._dials, file=name)
         self._fits(policy)
-        keys = (*(read_keys(self._keys) if self._keys is not None else ()), *self._fixed)
+        keys = (*(read_keys(self._keys) if self._keys is not None else ()), *self.fixed_keys)
         for key in keys:
             unknown = sorted(set(key.ranges) - set(self._dials.attributes))
             if unknown:
@@ -128,27 +132,21 @@ class RulesSource:
                     fix="make the key anew with `equipoise keys new --range DIAL=MIN:MAX`",
                 )
         server = Server(self._dials, policy.server, policy.round_up)
-        return Rules(policy, policy.hash, keys, server), is_closed(data)
+        return Rules(policy, policy.hash, policy.rendering, keys, server), is_closed(data)
 
     def _warn_of_lost_scenarios(self, rules: Rules) -> None:
         """Log each once; no error, as a policy may well drop a scenario that keys still name."""
-        before, self._lost = (
-            self._lost,
-            [
-                (key.id, name)
-                for key in rules.keys
-                if not key.revoked
-                for name in key.scenarios
-                if name not in rules.policy.scenarios
-            ],
-        )
-        for key_id, name in self._lost:
-            if (key_id, name) not in before:
-                _log.warning(
-                    "key %s: the policy has no scenario %s; what it asks for there gets 404",
-                    key_id,
-                    name,
-                )
+        lost = {
+            (key.id, name)
+            for key in rules.keys
+            if not key.revoked
+            for name in key.scenarios
+            if name not in rules.policy.scenarios
+        }
+        text = "key %s: the policy has no scenario %s; what it asks for there gets 404"
+        for key_id, name in sorted(lost - self._lost):
+            _log.warning(text, key_id, name)
+        self._lost = lost
 
     def _stamps(self) -> _Stamp:
         return tuple(_stamp(path) for path in (self._policy, self._keys) if path is not None)

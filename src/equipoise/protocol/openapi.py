@@ -1,4 +1,4 @@
-"""The OpenAPI document, from the wire models and the route table."""
+"""The OpenAPI document: the request from its model, the answers in outline."""
 
 from __future__ import annotations
 
@@ -20,68 +20,36 @@ def document(model: str, dials: Dials) -> dict[str, Any]:
     """
     request = ChatRequest.model_json_schema(ref_template=_REF)
     schemas = request.pop("$defs", {})
-    dial = {
-        "anyOf": [
-            {"type": "number", "minimum": 0, "maximum": 1},
-            {
-                "type": "object",
-                "properties": {
-                    "level": {"type": "integer", "minimum": 0, "maximum": dials.levels - 1}
-                },
-                "required": ["level"],
-                "additionalProperties": False,
-            },
-            {"const": "auto"},
-        ]
-    }
-    request["properties"]["dials"] = {
-        "type": "object",
-        "properties": dict.fromkeys(dials.attributes, dial),
-        "additionalProperties": False,
-    }
+    level = {"type": "integer", "minimum": 0, "maximum": dials.levels - 1}
+    value = {"type": "number", "minimum": 0, "maximum": 1}
+    dial = {"anyOf": [value, _closed({"level": level}, required=["level"]), {"const": "auto"}]}
+    request["properties"]["dials"] = _closed(dict.fromkeys(dials.attributes, dial))
     request["properties"]["model"]["examples"] = [model]
-    chat = {
-        "operationId": "chat",
-        "summary": "Answer a chat at a dial setting.",
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": _ref("ChatRequest")}},
-        },
-        "responses": {
-            "200": {
-                "description": "The answer, or its events.",
-                "content": {
-                    "application/json": {"schema": _ref("ChatCompletion")},
-                    "text/event-stream": {"schema": _ref("Event")},
-                },
-            },
-            **_errors(400, 401, 404, 408, 413, 415, 421, 429, 431, 503, 504),
-        },
+    in_path = {"name": "name", "in": "path", "required": True, "schema": {"minLength": 1} | _STRING}
+    chat = _operation("chat", "Answer a chat at a dial setting.", "ChatCompletion", 400, 404, 504)
+    chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": _ref("Event")}
+    body = {"application/json": {"schema": _ref("ChatRequest")}}
+    one_model = _operation("model", "One of them.", "Model", 404)
+    health = _operation("healthz", "Whether it runs.", "Status")
+    metrics = _operation("metrics", "Counters for Prometheus.", "Anything")
+    metrics["responses"]["200"]["content"] = {"text/plain": {"schema": _STRING}}
+    operations = {
+        "/v1/models": _operation("models", "Models and scenarios of this key.", "Models"),
+        "/v1/models/{name}": one_model | {"parameters": [in_path]},
+        "/readyz": _operation("readyz", "Whether answers can be given.", "Status"),
+        "/metrics": metrics,
+        "/openapi.json": _operation("openapi", "This document.", "Anything"),
+        "/healthz": health | {"security": []},
     }
     return {
         "openapi": "3.1.0",
         "info": {"title": "Equipoise", "version": "1"},
         "security": [{"key": []}],
         "paths": {
-            "/v1/chat/completions": {"post": chat},
-            "/v1/models": {"get": _get("models", "Models and scenarios of this key.", "Models")},
-            "/v1/models/{name}": {
-                "get": {
-                    **_get("model", "One of them.", "Model", 404),
-                    "parameters": [
-                        {
-                            "name": "name",
-                            "in": "path",
-                            "required": True,
-                            "schema": {"type": "string", "minLength": 1},
-                        }
-                    ],
-                }
+            "/v1/chat/completions": {
+                "post": chat | {"requestBody": {"required": True, "content": body}}
             },
-            "/readyz": {"get": _get("readyz", "Whether answers can be given.", "Status")},
-            "/metrics": {"get": _text("metrics", "Counters for Prometheus.")},
-            "/openapi.json": {"get": _get("openapi", "This document.", "Anything")},
-            "/healthz": {"get": {**_get("healthz", "Whether it runs.", "Status"), "security": []}},
+            **{path: {"get": operation} for path, operation in operations.items()},
         },
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -94,37 +62,38 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": _REF.format(model=name)}
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
-    content = {"application/json": {"schema": _ref("Error")}}
-    return {str(status): {"description": "Refused.", "content": content} for status in statuses}
-
-
-def _get(name: str, summary: str, schema: str, *more: int) -> dict[str, Any]:
+def _operation(name: str, summary: str, schema: str, *statuses: int) -> dict[str, Any]:
+    """Return an operation; ``statuses`` are of refusals beside those that every route has."""
+    refused = {"application/json": {"schema": _ref("Error")}}
+    answered = {"application/json": {"schema": _ref(schema)}}
     return {
         "operationId": name,
         "summary": summary,
         "responses": {
-            "200": {
-                "description": "Done.",
-                "content": {"application/json": {"schema": _ref(schema)}},
+            "200": {"description": "Done.", "content": answered},
+            **{
+                str(status): {"description": "Refused.", "content": refused}
+                for status in (401, 408, 413, 415, 421, 429, 431, 503, *statuses)
             },
-            **_errors(401, 408, 413, 415, 421, 429, 431, 503, *more),
         },
     }
 
 
-def _text(name: str, summary: str) -> dict[str, Any]:
-    operation = _get(name, summary, "Anything")
-    operation["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    return operation
+def _closed(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
 
 
 def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": sorted(properties)}
 
 
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
 _STRING, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 _NULLABLE = {"type": ["string", "null"]}
+_MESSAGE = _object(role={"const": "assistant"}, content=_STRING)
 _FINISH = {"enum": list(get_args(Finish))}
 _ANSWERS: dict[str, Any] = {
     "Anything": {"type": "object"},
@@ -132,7 +101,7 @@ _ANSWERS: dict[str, Any] = {
     "Status": _object(status=_STRING),
     "Error": _object(error=_object(message=_STRING, type=_STRING, param=_NULLABLE, code=_STRING)),
     "Model": _object(id=_STRING, object={"const": "model"}, created=_COUNT, owned_by=_STRING),
-    "Models": _object(object={"const": "list"}, data={"type": "array", "items": _ref("Model")}),
+    "Models": _object(object={"const": "list"}, data=_list(_ref("Model"))),
     "ChatCompletion": _object(
         id=_STRING,
         object={"const": "chat.completion"},
@@ -143,13 +112,6 @@ _ANSWERS: dict[str, Any] = {
         model_hash=_STRING,
         dials=_object(requested={"type": "object"}, effective={"type": "object"}, scenario=_STRING),
         usage=_object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT),
-        choices={
-            "type": "array",
-            "items": _object(
-                index=_COUNT,
-                finish_reason=_FINISH,
-                message=_object(role={"const": "assistant"}, content=_STRING),
-            ),
-        },
+        choices=_list(_object(index=_COUNT, finish_reason=_FINISH, message=_MESSAGE)),
     ),
 }

@@ -1,35 +1,105 @@
-"""What travels: the chat request, field by field, and the bodies that answer it.
+"""The chat request, field by field, out of JSON that two readers would read alike.
 
 Only what is listed here exists, beside what does nothing (:mod:`equipoise.protocol.compat`).
 Token-id prompts, embeddings, templates and their arguments, adapters and the like are unknown
-fields and refused by name.
+fields and refused by name. Two keys of one name are where a check and its use part ways: one sees
+the first, one the last. Numbers beyond floats are kept as infinities, so that the field they stand
+in can name its range.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, StringConstraints, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
-from equipoise.dials.dials import Dials
 from equipoise.policy.file import validation_fault
-from equipoise.protocol.compat import NOT_HERE, NeutralFields, NullIsDefault, Only, Wire, Zero
-from equipoise.protocol.failures import RefusedError, as_name, bad_request
-from equipoise.protocol.turns import MAX_MESSAGES, ChatMessage
-from equipoise.types import DialSetting, Finish, Judged
+from equipoise.protocol.compat import (
+    ANSWER_FIELDS,
+    NOT_HERE,
+    Label,
+    NeutralFields,
+    NullIsDefault,
+    Only,
+    Wire,
+    Zero,
+)
+from equipoise.protocol.replies import RefusedError, as_name, bad_request, quoted
+from equipoise.types import Message
 
+MAX_MESSAGES = 256
+"""Turns of a request, and parts of a turn."""
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 64
 MAX_BIASES = 300
+MAX_DEPTH = 32
+MAX_KEYS = 512
+"""Of one object. Each key of too many would be a fault of its own, at a kilobyte and more."""
+_MAX_DIGITS = 4000
+"""Python refuses to parse longer integers."""
 _MAX_FAULTS = 5
 _FORM = re.compile(r"str|constrained-str|list\[.*\]|\[key\]")
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+
+
+class TextPart(Wire):
+    """A piece of a message; pieces are joined as they are."""
+
+    type: Literal["text"]
+    text: str
+    prompt_cache_breakpoint: Annotated[None, Only()] = None
+
+
+def _declare_unsaid(schema: dict[str, Any]) -> None:
+    schema["properties"] |= {name: only.schema() for name, only in ANSWER_FIELDS.items()}
+
+
+class ChatMessage(Wire):
+    """One turn. All of it is untrusted, the assistant's turns too."""
+
+    model_config = ConfigDict(json_schema_extra=_declare_unsaid)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """``developer`` is another word for ``system``."""
+    content: (
+        str
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    )
+    name: Label = None
+    type: Literal["text"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_the_unsaid(cls, turn: Any) -> Any:
+        # An answer can be appended to the messages as it came; what says something stays unknown.
+        if not isinstance(turn, dict):
+            return turn
+        unsaid = ANSWER_FIELDS if turn.get("role") == "assistant" else {}
+        return {
+            name: value
+            for name, value in turn.items()
+            if not (name in unsaid and unsaid[name].takes(value))
+            and not (name == "content" and value is None)
+        }
+
+    def plain(self) -> Message:
+        """Return the turn as the encoder takes it."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return Message(role, self.content)
+        return Message(role, "".join(part.text for part in self.content))
 
 
 class StreamOptions(Wire):
@@ -72,16 +142,17 @@ class ChatRequest(NeutralFields):
         return (given,) if isinstance(given, str) else tuple(given)
 
 
-def parse_chat(body: Any) -> ChatRequest:
-    """Return the request in a parsed body.
+def parse_chat(body: bytes) -> ChatRequest:
+    """Return the request in a body.
 
     Raises:
         RefusedError: 400; names the fields at fault, at most five, and quotes no values.
     """
-    if not isinstance(body, dict):
+    plain = _json_value(body)
+    if not isinstance(plain, dict):
         raise bad_request("the body must be a JSON object")
     try:
-        return ChatRequest.model_validate(body)
+        return ChatRequest.model_validate(plain)
     except ValidationError as error:
         raise _faults(error) from None
 
@@ -105,129 +176,43 @@ def _place(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return tuple(part if isinstance(part, int) else as_name(part) for part in kept)
 
 
-def in_words(setting: DialSetting, dials: Dials) -> dict[str, Any]:
-    """Return a setting as answers spell it: ``auto``, or level and dial value."""
-    return {
-        attribute: "auto" if k is None else {"level": k, "value": round(k / (dials.levels - 1), 6)}
-        for attribute, k in zip(dials.attributes, setting.levels, strict=True)
-    }
+def _json_value(body: bytes) -> Any:
+    """Return what a body holds; refuse what is no JSON, too deep, or names a key twice."""
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer)
+        if _depth(value) <= MAX_DEPTH:
+            return value
+    except RecursionError:
+        pass
+    except UnicodeDecodeError:
+        raise bad_request("the body is not UTF-8", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at character {error.pos}"
+        raise bad_request(f"the body is not JSON: {why}", code="invalid_json") from None
+    raise bad_request(f"the body nests deeper than {MAX_DEPTH}", code="too_deep")
 
 
-@dataclass(frozen=True)
-class Applied:
-    """What was asked for, what was applied, and by which rules; part of every answer."""
-
-    requested: Mapping[str, Any]
-    effective: Mapping[str, Any]
-    """Attribute to ``{"level": k, "value": v}`` or ``"auto"``."""
-    scenario: str
-    policy_hash: str
-    model_hash: str
-
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of the body."""
-        return {
-            "dials": {
-                "requested": dict(self.requested),
-                "effective": dict(self.effective),
-                "scenario": self.scenario,
-            },
-            "policy_hash": self.policy_hash,
-            "model_hash": self.model_hash,
-        }
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise bad_request(f"an object holds more than {MAX_KEYS} keys", code="too_many_keys")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            message = f"the key {quoted(key)} stands twice in one object"
+            raise bad_request(message, code="duplicate_key")
+        result[key] = value
+    return result
 
 
-@dataclass(frozen=True)
-class Choice(Judged):
-    """One finished completion."""
-
-    text: str
-    finish: Finish
-    n_tokens: int
-    measured: Mapping[str, float] | None = None
-    """Attribute to measured unit score; ``None`` where the server does not score."""
-    n_thought: int = 0
-    """Of the tokens, those of thoughts."""
-
-    def scores(self) -> dict[str, Any]:
-        """Return the field of the body that holds the scores, if there are any."""
-        return {} if self.measured is None else {"measured": dict(self.measured)}
+def _integer(digits: str) -> int | float:
+    if len(digits) > _MAX_DIGITS:
+        return float("-inf") if digits.startswith("-") else float("inf")
+    # JSON's -0 has a sign, and a dial value has none: keep it, so that it can be refused.
+    return -0.0 if digits == "-0" else int(digits)
 
 
-class Spent(NamedTuple):
-    """Tokens sampled in all, also for choices that are not given."""
-
-    tokens: int
-    thought: int
-    """Of these, those of thoughts."""
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What all bodies of one answer have in common."""
-
-    id: str
-    created: int
-    model: str
-    applied: Applied
-    prompt_tokens: int
-
-    def completion(self, choices: Sequence[Choice], spent: Spent) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed; ``choices`` are those given."""
-        return {
-            **self._head("chat.completion"),
-            "choices": [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "finish_reason": choice.finish,
-                    "logprobs": None,
-                    **choice.scores(),
-                }
-                for index, choice in enumerate(choices)
-            ],
-            "usage": self.usage(spent),
-            **self.applied.fields(),
-        }
-
-    def chunk(
-        self, index: int, delta: Mapping[str, str], done: Choice | None = None
-    ) -> dict[str, Any]:
-        """Return one event of a stream; the first and the last of a choice carry the dials."""
-        choice: dict[str, Any] = {
-            "index": index,
-            "delta": dict(delta),
-            "finish_reason": done and done.finish,
-            "logprobs": None,
-            **(done.scores() if done else {}),
-        }
-        body = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        carries = "role" in delta or done is not None
-        return {**body, **self.applied.fields()} if carries else body
-
-    def usage_chunk(self, spent: Spent) -> dict[str, Any]:
-        """Return the event of a stream that holds its costs."""
-        return {
-            **self._head("chat.completion.chunk"),
-            "choices": [],
-            "usage": self.usage(spent),
-        }
-
-    def usage(self, spent: Spent) -> dict[str, Any]:
-        """Return the token counts."""
-        details = {"completion_tokens_details": {"reasoning_tokens": spent.thought}}
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": spent.tokens,
-            "total_tokens": self.prompt_tokens + spent.tokens,
-            **(details if spent.thought else {}),
-        }
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": f"eq-{self.applied.model_hash[:12]}",
-        }
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 1
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max((_depth(one) for one in inner), default=0)

@@ -2,6 +2,10 @@
 
 Two files take turns, so that nothing is rewritten: at half the greatest age ``FILE`` becomes
 ``FILE.old``, and ``FILE.old`` is deleted when the first row in it has reached that age.
+
+The rotating handlers of :mod:`logging` cannot promise an age: they look at a file only when a row
+is written, and after a restart they count from its last change, so that a server which starts anew
+every day would keep its rows for ever.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ from typing import TYPE_CHECKING
 from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
-    from equipoise.protocol.wire import Choice
-    from equipoise.serve.chat import Job
+    from equipoise.protocol.replies import Choice
+    from equipoise.serve.prepare import CheckedChat
 
 _log = logging.getLogger("equipoise.serve")
 
@@ -52,14 +56,14 @@ class ContentLog:
             )
         self.expire()
 
-    def write(self, job: Job, choices: Sequence[Choice]) -> None:
+    def write(self, chat: CheckedChat, choices: Sequence[Choice]) -> None:
         """Append one answer."""
         row = {
-            "created": job.envelope.created,
-            "id": job.envelope.id,
-            "key": job.key_id,
-            **job.envelope.applied.fields(),
-            "messages": [{"role": m.role, "content": m.content} for m in job.messages],
+            "created": chat.envelope.created,
+            "id": chat.envelope.id,
+            "key": chat.key_id,
+            **chat.envelope.applied(),
+            "messages": [{"role": m.role, "content": m.content} for m in chat.messages],
             "completions": [choice.text for choice in choices],
         }
         size = os.fstat(self._descriptor).st_size

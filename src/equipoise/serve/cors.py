@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from starlette.routing import compile_path
-
 from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
+    from starlette.routing import Route
     from starlette.types import Scope
 
 Headers = list[tuple[bytes, bytes]]
@@ -65,18 +64,16 @@ class Cors:
     """What pages of listed origins get beside the answer.
 
     Args:
-        origins: See :func:`check_origin`; none: nothing is said, and no preflight is answered.
-        routes: Method and path of each route.
+        origins: See :func:`check_origin`.
+        routes: All that there are.
     """
 
-    def __init__(self, origins: Iterable[str], routes: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, origins: Iterable[str], routes: Iterable[Route]) -> None:
         self._origins = frozenset(origin.encode("ascii") for origin in origins)
-        self._routes = [(method, compile_path(path)[0]) for method, path in routes]
+        self._routes = tuple(routes)
 
     def headers(self, scope: Scope) -> Headers:
         """Return what is added to every response, refusals too."""
-        if not self._origins:
-            return []
         vary, origin = (b"vary", b"Origin"), self._listed(scope)
         if origin is None:
             return [vary]
@@ -90,7 +87,8 @@ class Cors:
         """
         if scope["method"] != "OPTIONS" or self._listed(scope) is None:
             return None
-        methods = [method for method, path in self._routes if path.match(scope["path"])]
+        found = [route for route in self._routes if route.path_regex.match(scope["path"])]
+        methods = [method for route in found for method in sorted(route.methods or ())]
         if _asked(scope, b"method") not in ([method] for method in methods):
             return None
         names = [name.lower() for name in _asked(scope, b"headers")]

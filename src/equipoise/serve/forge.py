@@ -1,7 +1,8 @@
-"""Forge lift of a run's tuned model, measured through the HTTP door on loopback."""
+"""Forge lift of a run's tuned model, measured over HTTP on loopback."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from equipoise.dials.dials import Dials
 from equipoise.pipeline.job import Job
-from equipoise.policy.decide import DialPolicy, Key, Server, allowed_levels
+from equipoise.policy.decide import Server, allowed_levels
 from equipoise.policy.file import find_policy, load_policy
+from equipoise.policy.rules import DialPolicy, Key
 from equipoise.stages.evaluate import evaluated_prompts
 from equipoise.stages.judge import read_judges
 from equipoise.stages.scenarios import FOLDER
@@ -27,8 +29,8 @@ _AT_ONCE = 64
 """Requests under way, each in a slot: a step of many rows costs little more than one of few."""
 
 
-def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
-    """Start the run's tuned model behind its door, forge, measure, and write ``forge.json``.
+def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
+    """Serve the run's tuned model, forge, measure, and write ``forge.json``.
 
     The setting is the middle of what the widest scenario allows: there a dial has room both ways.
 
@@ -41,12 +43,12 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
         The file: ``RUN/scenarios/POLICY/forge.json``.
 
     Raises:
-        ServingError: The door gave no answers.
+        ServingError: The server gave no answers.
     """
     from equipoise.evaluate.forge import FAMILIES, measure_forge
     from equipoise.models.load import load_causal
     from equipoise.report.render import plain
-    from equipoise.serve.client import HttpResponder
+    from equipoise.steer.served import HttpResponder
 
     recipe, config = job.recipe, job.recipe.evaluate
     file = find_policy(policy_name)
@@ -102,18 +104,12 @@ def forge_through_the_door(job: Job, policy_name: str, *, repeats: int) -> Path:
 def widest(policy: DialPolicy, dials: Dials) -> tuple[str, DialSetting]:
     """Return the scenario that allows the most cells, and the middle of its ranges."""
     server = Server(dials, policy.server, policy.round_up)
-
-    def ranges(name: str) -> list[range]:
-        return [allowed_levels(a, {}, policy.scenarios[name], server) for a in dials.attributes]
-
-    def room(name: str) -> int:
-        cells = 1
-        for allowed in ranges(name):
-            cells *= len(allowed)
-        return cells
-
-    name = max(policy.scenarios, key=room)
-    return name, DialSetting(tuple(allowed[len(allowed) // 2] for allowed in ranges(name)))
+    ranges = {
+        name: [allowed_levels(attribute, {}, scenario, server) for attribute in dials.attributes]
+        for name, scenario in policy.scenarios.items()
+    }
+    name = max(ranges, key=lambda name: math.prod(len(allowed) for allowed in ranges[name]))
+    return name, DialSetting(tuple(allowed[len(allowed) // 2] for allowed in ranges[name]))
 
 
 @contextmanager
@@ -122,29 +118,26 @@ def served(loaded: LoadedPolicy, file: Path, policy: DialPolicy) -> Iterator[tup
     from equipoise.engine.batcher import ContinuousBatcher
     from equipoise.policy.keys import digest, new_secret
     from equipoise.policy.reload import RulesSource
-    from equipoise.serve.app import build_app
-    from equipoise.serve.loopback import on_loopback
-    from equipoise.serve.runner import LOCAL_HOSTS, served_model
+    from equipoise.serve.app import Api, build_app
+    from equipoise.serve.http import on_loopback
+    from equipoise.serve.main import LOCAL_HOSTS, served_model
 
     secret = new_secret()
+    # A key of its own, so that the policy's rate for strangers does not slow a measurement down.
+    key = Key(
+        id="measuring",
+        sha256=digest(secret),
+        scenarios=tuple(policy.scenarios),
+        requests_per_minute=10**6,
+    )
     model = served_model(loaded, _NAME)
     source = RulesSource(
         file,
         None,
         dials=model.dials,
-        fixed_keys=(_key(digest(secret), policy),),
+        fixed_keys=(key,),
     )
     engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=_AT_ONCE)
-    app, _ = build_app(model, engine, source.current, hosts=LOCAL_HOSTS)
+    app = build_app(Api(model, engine), source.current, hosts=LOCAL_HOSTS)
     with on_loopback(app) as port:
         yield f"http://127.0.0.1:{port}", secret
-
-
-def _key(sha256: str, policy: DialPolicy) -> Key:
-    # A key of its own, so that the policy's rate for strangers does not slow a measurement down.
-    return Key(
-        id="measuring",
-        sha256=sha256,
-        scenarios=tuple(policy.scenarios),
-        requests_per_minute=10**6,
-    )

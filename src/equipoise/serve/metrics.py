@@ -1,75 +1,54 @@
-"""Counters in Prometheus text form; labels are statuses, scenarios and codes, never texts."""
+"""Counters for Prometheus; labels are statuses, scenarios and codes, never texts."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from equipoise.engine.seam import Load
 
-_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-@dataclass
 class Metrics:
-    """What has happened since the start."""
+    """What has happened since the start, and what is under way.
 
-    responses: Counter[int] = field(default_factory=Counter)
-    """HTTP status to requests; 499 where the client left first."""
-    refusals: Counter[str] = field(default_factory=Counter)
-    """Code of :mod:`equipoise.protocol.failures` to requests."""
-    answers: Counter[str] = field(default_factory=Counter)
-    """Scenario to chat answers that have ended."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: Counter[float] = field(default_factory=Counter)
-    """Upper bound of duration to chat answers, not cumulative; ``inf`` beyond the last bound."""
-    seconds_sum: float = 0.0
+    Args:
+        load: Returns the load of the engine.
+        under_way: Returns the completions that are admitted and not finished.
+    """
 
-    def took(self, seconds: float) -> None:
-        """Count the duration of one chat answer."""
-        bound = next((bound for bound in _BUCKETS if seconds <= bound), float("inf"))
-        self.seconds[bound] += 1
-        self.seconds_sum += seconds
+    def __init__(self, load: Callable[[], Load], under_way: Callable[[], int]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
 
-    def text(self, load: Load, under_way: int) -> str:
-        """Return the page that Prometheus reads.
+        def counter(name: str, help_: str, *labels: str) -> Counter:
+            return Counter(f"equipoise_{name}", help_, labels, registry=self._registry)
 
-        Args:
-            load: Of the engine.
-            under_way: Completions admitted and not finished.
-        """
-        lines: list[str] = []
+        def gauge(name: str, help_: str, value: Callable[[], float]) -> None:
+            Gauge(f"equipoise_{name}", help_, registry=self._registry).set_function(value)
 
-        def add(name: str, kind: str, help_: str, values: Mapping[str, int]) -> None:
-            lines.append(f"# HELP equipoise_{name} {help_}")
-            lines.append(f"# TYPE equipoise_{name} {kind}")
-            lines.extend(f"equipoise_{name}{label} {value}" for label, value in values.items())
+        self.responses = counter("responses", "Requests by HTTP status.", "status")
+        """499 where the client left first."""
+        self.refusals = counter("refusals", "Refused requests by code.", "code")
+        self.answers = counter("answers", "Chat answers by scenario.", "scenario")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
+        self.completion_tokens = counter("completion_tokens", "Sampled tokens.")
+        gauge("completions_under_way", "Admitted, not finished.", under_way)
+        gauge("completions_running", "In a slot.", lambda: load().running)
+        gauge("completions_queued", "Waiting for a slot.", lambda: load().queued)
+        gauge("slots", "Completions sampled at once.", lambda: load().slots)
+        name, help_ = "equipoise_answer_seconds", "Duration of chat answers."
+        self.seconds = Histogram(name, help_, buckets=_SECONDS, registry=self._registry)
 
-        def labelled(name: str, counts: Counter[int] | Counter[str]) -> dict[str, int]:
-            pairs = sorted((str(label), count) for label, count in counts.items())
-            return {f'{{{name}="{label}"}}': count for label, count in pairs}
-
-        add("responses_total", "counter", "Requests by HTTP status.",
-            labelled("status", self.responses))  # fmt: skip
-        add("refusals_total", "counter", "Refused requests by code.",
-            labelled("code", self.refusals))  # fmt: skip
-        add("answers_total", "counter", "Chat answers by scenario.",
-            labelled("scenario", self.answers))  # fmt: skip
-        add("prompt_tokens_total", "counter", "Prompt tokens.", {"": self.prompt_tokens})
-        add("completion_tokens_total", "counter", "Sampled tokens.", {"": self.completion_tokens})
-        add("completions_under_way", "gauge", "Admitted, not finished.", {"": under_way})
-        add("completions_running", "gauge", "In a slot.", {"": load.running})
-        add("completions_queued", "gauge", "Waiting for a slot.", {"": load.queued})
-        add("slots", "gauge", "Completions sampled at once.", {"": load.slots})
-        name = "answer_seconds"
-        add(name, "histogram", "Duration of chat answers.", {})
-        total = 0
-        for bound in (*_BUCKETS, float("inf")):
-            total += self.seconds[bound]
-            label = "+Inf" if bound == float("inf") else f"{bound:g}"
-            lines.append(f'equipoise_{name}_bucket{{le="{label}"}} {total}')
-        lines.append(f"equipoise_{name}_sum {self.seconds_sum:.6f}")
-        lines.append(f"equipoise_{name}_count {total}")
-        return "\n".join(lines) + "\n"
+    def page(self) -> bytes:
+        """Return the page that Prometheus reads."""
+        return generate_latest(self._registry)

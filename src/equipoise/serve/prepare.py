@@ -1,4 +1,4 @@
-"""A chat request, from bytes to checked generations: no side door leads around this function.
+"""A chat request, from bytes to checked generations: no way to the engine leads around this.
 
 Order: JSON, fields, model and scenario, dials, knobs, ids. Only the parsed body and the key decide;
 headers and query are never looked at.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from equipoise.config import Sampling
@@ -17,16 +20,23 @@ from equipoise.dials.dials import Dials
 from equipoise.encoding.template import check_prompt
 from equipoise.engine.seam import Generation
 from equipoise.errors import DataError, EncodingError, ModelError
-from equipoise.policy.decide import Key, Limits, Refusal, effective_setting, scenario_for
-from equipoise.policy.reload import Rules
-from equipoise.protocol.failures import RefusedError, as_name, bad_request
-from equipoise.protocol.strict_json import parse
-from equipoise.protocol.wire import Applied, ChatRequest, Envelope, in_words, parse_chat
+from equipoise.policy.decide import Refusal, effective_setting, scenario_for
+from equipoise.protocol.replies import (
+    Envelope,
+    RefusedError,
+    as_name,
+    bad_request,
+    in_words,
+    no_such_model,
+)
+from equipoise.protocol.wire import ChatRequest, parse_chat
 from equipoise.seeds import derive_seed
 from equipoise.types import DialSetting, Message
 
 if TYPE_CHECKING:
     from equipoise.encoding.encode import Encoder
+    from equipoise.policy.rules import Limits
+    from equipoise.serve.gate import Visit
 
 _GREEDY_BELOW = 0.01
 """Temperatures below this take the likeliest token: dividing by them would overflow."""
@@ -37,7 +47,7 @@ _CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model behind the door, as far as the door needs it."""
+    """The model behind the server, as far as the server needs it."""
 
     name: str
     hash: str
@@ -49,23 +59,21 @@ class ServedModel:
     """Positions that the model can hold."""
     scored: bool = False
     """Whether answers are scored; ``best_of`` needs it."""
+    salt_key: bytes = field(default_factory=partial(secrets.token_bytes, 32), repr=False)
+    """Secret of this process, from which prefix salts are derived."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A request that passed all checks."""
+class CheckedChat:
+    """A chat request that passed all checks."""
 
     key_id: str
+    request: ChatRequest
     messages: tuple[Message, ...]
     setting: DialSetting
     generations: tuple[Generation, ...]
-    """One per choice that is sampled."""
-    keep: int
-    """Choices that are given: the nearest to the setting."""
-    stops: tuple[str, ...]
+    """One per choice that is sampled; of these ``request.n`` are given, nearest the setting."""
     envelope: Envelope
-    stream: bool
-    include_usage: bool
     limits: Limits
 
     @property
@@ -77,103 +85,64 @@ class Job:
         )
 
 
-def prepare(
-    body: bytes,
-    key: Key,
-    rules: Rules,
-    model: ServedModel,
-    *,
-    request_id: str,
-    created: int,
-    fresh_seed: int,
-    salt_key: bytes,
-) -> Job:
-    """Check a request and turn it into generations.
-
-    Args:
-        body: As received.
-        key: Of the caller.
-        rules: In force when the request came.
-        model: The model behind the door.
-        request_id: Echoed as ``id``.
-        created: Unix seconds.
-        fresh_seed: Used where the request names no seed.
-        salt_key: Secret of this process, from which prefix salts are derived.
+def prepare(visit: Visit, model: ServedModel) -> CheckedChat:
+    """Check the body of a request that passed the gate, and turn it into generations.
 
     Raises:
         RefusedError: 400 or 404; says what is allowed.
     """
-    request = parse_chat(parse(body))
-    scenario_name = _scenario_name(request.model, key, rules, model)
-    scenario = rules.policy.scenarios[scenario_name]
-    setting = effective_setting(request.dials, key.ranges, scenario, rules.server)
+    rules, key, limits = visit.rules, visit.key, visit.rules.policy.limits
+    request = parse_chat(visit.body)
+    name, at, asked = request.model.partition("@")
+    scenario = scenario_for(rules.policy, key, asked if at else None)
+    if name != model.name or scenario is None:
+        raise no_such_model()
+    allowed = rules.policy.scenarios[scenario]
+    setting = effective_setting(request.dials, key.ranges, allowed, rules.server)
     if isinstance(setting, Refusal):
         raise bad_request(
             f"dials.{as_name(setting.attribute)}: {setting.message}",
             param="dials",
             code="invalid_dial",
         )
-    limits = rules.policy.limits
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options is for streams", param="stream_options")
     n_sampled = _n_sampled(request, limits, model)
-    _check_text(request.stops)
+    _check_stops(request.stops)
     bias = _bias(request.logit_bias or {}, model)
     messages = tuple(message.plain() for message in request.messages)
-    encoder = model.encoder.with_rendering(rules.policy.rendering)
+    encoder = model.encoder.with_rendering(rules.rendering)
     prompt_ids = _prompt_ids(messages, encoder, limits)
     control_ids = encoder.control_ids(setting)
     room = model.context - len(prompt_ids) - len(control_ids)
     # At most half of the room, so that an answer fits behind the thought.
     thought_tokens = min(limits.max_thought_tokens, room // 2) if encoder.thinks else 0
     sampling = _sampling(request, limits, room, thought_tokens)
-    seed = fresh_seed if request.seed is None else request.seed
-    salt = hmac.new(salt_key, key.id.encode(), hashlib.sha256).hexdigest()
-    applied = Applied(
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    salt = hmac.new(model.salt_key, key.id.encode(), hashlib.sha256).hexdigest()
+    generations = tuple(
+        Generation(
+            prompt_ids=prompt_ids,
+            control_ids=control_ids,
+            sampling=sampling,
+            seed=derive_seed(seed, "choice", index),
+            prefix_salt=salt,
+            logit_bias=bias,
+        )
+        for index in range(n_sampled)
+    )
+    envelope = Envelope(
+        id=visit.id,
+        created=int(time.time()),
+        model=f"{model.name}@{scenario}",
         requested=request.dials,
         effective=in_words(setting, model.dials),
-        scenario=scenario_name,
+        scenario=scenario,
         policy_hash=rules.policy_hash,
         model_hash=model.hash,
+        prompt_tokens=len(prompt_ids),
     )
-    return Job(
-        key_id=key.id,
-        messages=messages,
-        setting=setting,
-        generations=tuple(
-            Generation(
-                prompt_ids=prompt_ids,
-                control_ids=control_ids,
-                sampling=sampling,
-                seed=derive_seed(seed, "choice", index),
-                prefix_salt=salt,
-                logit_bias=bias,
-            )
-            for index in range(n_sampled)
-        ),
-        keep=request.n,
-        stops=request.stops,
-        envelope=Envelope(
-            request_id, created, f"{model.name}@{scenario_name}", applied, len(prompt_ids)
-        ),
-        stream=request.stream,
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
-        limits=limits,
-    )
-
-
-def _scenario_name(asked: str, key: Key, rules: Rules, model: ServedModel) -> str:
-    name, at, scenario = asked.partition("@")
-    found = scenario_for(rules.policy, key, scenario if at else None)
-    if name != model.name or found is None:
-        # One message for all: a key learns of no scenario that it may not use.
-        raise RefusedError(
-            404,
-            "this key has no such model; GET /v1/models lists what it has",
-            code="model_not_found",
-            param="model",
-        )
-    return found
+    return CheckedChat(key.id, request, messages, setting, generations, envelope, limits)
 
 
 def _prompt_ids(messages: tuple[Message, ...], encoder: Encoder, limits: Limits) -> tuple[int, ...]:
@@ -254,7 +223,7 @@ def _bias(given: Mapping[str, float], model: ServedModel) -> tuple[tuple[int, fl
     return pairs
 
 
-def _check_text(stops: tuple[str, ...]) -> None:
+def _check_stops(stops: tuple[str, ...]) -> None:
     try:
         "".join(stops).encode("utf-8")
     except UnicodeEncodeError:

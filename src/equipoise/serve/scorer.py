@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from equipoise.dials.manifest import DialManifest
 from equipoise.errors import ConfigError, RewardError, ServingError
-from equipoise.rewards.scorer import Scorer
+from equipoise.rewards.scorer import Pair, Scorer
 from equipoise.steer.reranking import nearest_first
 from equipoise.types import (
     DialSetting,
@@ -28,7 +28,6 @@ from equipoise.types import (
 )
 
 _Units = list[dict[str, float]]
-_Work = tuple["Future[_Units]", tuple[Message, ...], tuple[Judged, ...]]
 
 
 class ScorerUnavailableError(ServingError):
@@ -50,7 +49,7 @@ class LiveScorer:
         self._scorer, self._levels, self._timeout = scorer, levels, timeout
         self._began: float | None = None
         """When the batch under way began."""
-        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._work: SimpleQueue[tuple[Future[_Units], list[Pair]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     @property
@@ -78,8 +77,9 @@ class LiveScorer:
             # A daemon, as those of an executor are waited for when the process ends, hung or not.
             self._thread = threading.Thread(target=self._run, name="equipoise-scorer", daemon=True)
             self._thread.start()
+        prompt = Prompt("live", tuple(messages), "test")
         result: Future[_Units] = Future()
-        self._work.put((result, tuple(messages), tuple(answers)))
+        self._work.put((result, [(prompt, answer.judged) for answer in answers]))
         try:
             return await asyncio.wait_for(asyncio.wrap_future(result), self._timeout)
         except Exception as error:  # whatever a reward model of the user raises
@@ -97,24 +97,21 @@ class LiveScorer:
     def _run(self) -> None:
         """The scorer's thread: one batch after the other, those apart that nobody waits for."""
         while (work := self._work.get()) is not None:
-            result, messages, answers = work
+            result, pairs = work
             if not result.set_running_or_notify_cancel():
                 continue
+            self._began = time.monotonic()
             try:
-                result.set_result(self._scored(messages, answers))
+                units = self._units(pairs)
             except BaseException as error:  # whatever a reward model of the user raises
+                self._began = None
                 result.set_exception(error)
+            else:
+                self._began = None
+                result.set_result(units)
 
-    def _scored(self, messages: tuple[Message, ...], answers: tuple[Judged, ...]) -> _Units:
-        self._began = time.monotonic()
-        try:
-            return self._units(messages, answers)
-        finally:
-            self._began = None
-
-    def _units(self, messages: tuple[Message, ...], answers: tuple[Judged, ...]) -> _Units:
-        prompt = Prompt("live", messages, "test")
-        found = self._scorer.units([(prompt, answer.judged) for answer in answers])
+    def _units(self, pairs: list[Pair]) -> _Units:
+        found = self._scorer.units(pairs)
         if any(not 0.0 <= value <= 1.0 for unit in found for value in unit.values()):
             raise RewardError(
                 "a unit score is outside of [0, 1]",

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import logging
 import os
-import signal
-import socket
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from equipoise.engine.batcher import ContinuousBatcher
 from equipoise.errors import ConfigError, ModelError
 from equipoise.models.limits import positions
-from equipoise.policy.decide import DialPolicy, Key
 from equipoise.policy.keys import digest, new_secret
 from equipoise.policy.reload import RulesSource
+from equipoise.policy.rules import DialPolicy, Key
+from equipoise.serve.app import Api, build_app
+from equipoise.serve.content_log import ContentLog
+from equipoise.serve.cors import check_origin
+from equipoise.serve.http import listening, run_app
+from equipoise.serve.prepare import ServedModel
 
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
-    from equipoise.serve.chat import ServedModel
-    from equipoise.serve.scoring import LiveScorer
+    from equipoise.serve.scorer import LiveScorer
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -57,8 +58,6 @@ def check_start(options: ServeOptions) -> None:
     Raises:
         ConfigError: The address is not a loopback one, and there are no keys; or an origin is none.
     """
-    from equipoise.serve.cors import check_origin
-
     for origin in options.cors_origins:
         check_origin(origin)
     if options.keys is None and not options.environment_keys and not _is_loopback(options.host):
@@ -75,17 +74,18 @@ def allowed_hosts(options: ServeOptions) -> frozenset[str]:
     return frozenset(named - {"0.0.0.0", "::"}) | LOCAL_HOSTS
 
 
-def served_model(loaded: LoadedPolicy, name: str) -> ServedModel:
-    """Return what the door needs to know of a loaded model.
+def served_model(loaded: LoadedPolicy, name: str, *, scored: bool = False) -> ServedModel:
+    """Return what the server needs to know of a loaded model.
+
+    Args:
+        loaded: The model.
+        name: In the API.
+        scored: Whether answers are scored.
 
     Raises:
         ModelError: The model has no dials.
         ConfigError: The name cannot stand in the API.
     """
-    import re
-
-    from equipoise.serve.chat import ServedModel
-
     if loaded.manifest is None:
         raise ModelError(
             "this model has no dials",
@@ -106,6 +106,7 @@ def served_model(loaded: LoadedPolicy, name: str) -> ServedModel:
         dials=loaded.manifest.dials,
         vocab_size=min(len(loaded.tokenizer), int(config.vocab_size)),
         context=positions(config) or 1 << 30,
+        scored=scored,
     )
 
 
@@ -133,14 +134,13 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
     Raises:
         ConfigError: Policy or keys cannot be used; the server does not start then.
     """
-    read = partial(
-        RulesSource,
+    source = RulesSource(
         options.policy,
         options.keys,
         dials=model.dials,
+        fixed_keys=options.environment_keys,
         fits=partial(check_policy, model),
     )
-    source = read(fixed_keys=options.environment_keys)
     rules = source.read()
     if options.keys is not None or options.environment_keys:
         if not rules.keys:
@@ -153,8 +153,8 @@ def rules_source(options: ServeOptions, model: ServedModel) -> tuple[RulesSource
     secret = new_secret()
     first = rules.policy.default_scenario
     scenarios = (first, *(name for name in rules.policy.scenarios if name != first))
-    key = Key(id="this-start", sha256=digest(secret), scenarios=scenarios)
-    return read(fixed_keys=(key,)), secret
+    source.fixed_keys = (Key(id="this-start", sha256=digest(secret), scenarios=scenarios),)
+    return source, secret
 
 
 def serve(
@@ -173,35 +173,26 @@ def serve(
     Raises:
         EquipoiseError: Something is wrong before the server listens.
     """
-    from equipoise.engine.batcher import ContinuousBatcher
-    from equipoise.serve.app import build_app
-    from equipoise.serve.connection import listening
-    from equipoise.serve.content_log import ContentLog
-
     check_start(options)
-    model = replace(served_model(loaded, options.name or name), scored=scorer is not None)
+    model = served_model(loaded, options.name or name, scored=scorer is not None)
     source, secret = rules_source(options, model)
     engine = ContinuousBatcher(loaded.model, loaded.encoder, slots=options.slots)
-    content_log = (
-        ContentLog(options.content_log, days=options.content_log_days)
-        if options.content_log is not None
-        else None
-    )
-    app, house = build_app(
-        model,
-        engine,
+    content_log = None
+    if options.content_log is not None:
+        content_log = ContentLog(options.content_log, days=options.content_log_days)
+    api = Api(model, engine, content_log, scorer)
+    app = build_app(
+        api,
         source.current,
         hosts=allowed_hosts(options),
         cors_origins=options.cors_origins,
-        content_log=content_log,
-        scorer=scorer,
         drain_seconds=options.drain_seconds,
     )
-    _log_to_stderr()
+    log_to_stderr()
     source.current()  # what is odd about it is to be seen now, not at the first request
 
     def on_stop() -> None:
-        house.draining = True
+        api.draining = True
 
     with listening(options.host, options.port) as sockets:
         _announce(options, model.name, secret)
@@ -230,35 +221,6 @@ def _announce(options: ServeOptions, name: str, secret: str | None) -> None:
         print(secret, flush=True)
 
 
-def run_app(
-    app: Any,
-    *,
-    sockets: list[socket.socket],
-    drain_seconds: int,
-    on_stop: Callable[[], None],
-    on_reload: Callable[[], None],
-) -> None:
-    """Run an application under uvicorn on sockets that listen; see :func:`serve`."""
-    import uvicorn
-
-    from equipoise.serve.connection import door_config
-
-    class _Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            on_stop()
-            # A second Ctrl-C does not wait. The signal is not raised again at the end, so a drained
-            # server exits with 0.
-            self.force_exit = self.should_exit and sig == signal.SIGINT
-            self.should_exit = True
-
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if hasattr(signal, "SIGHUP"):
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_reload)
-
-    _Server(door_config(app, drain_seconds=drain_seconds)).run(sockets)
-
-
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -268,7 +230,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Write the server's log to standard error, and nowhere else."""
     log = logging.getLogger("equipoise.serve")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

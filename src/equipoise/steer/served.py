@@ -1,18 +1,17 @@
-"""A client of the HTTP door that answers like any other responder (:mod:`equipoise.types`).
+"""A client of the server that answers like any other responder (:mod:`equipoise.types`).
 
-So whatever measures a responder can measure what really comes through the door: template, policy,
+So whatever measures a responder can measure what really comes over HTTP: template, policy,
 sampling and all. It checks that the setting it asked for is the one that was applied.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
-from urllib.parse import urlsplit
+
+import httpx2
 
 from equipoise.config import Sampling
 from equipoise.errors import ServingError
@@ -52,9 +51,16 @@ class HttpResponder:
     ) -> None:
         self.name = name
         self.tokens_through_model = 0
-        self._url, self._key, self._model = urlsplit(url), key, model
-        self._attributes, self._sampling = tuple(attributes), sampling
-        self._workers, self._timeout = workers, timeout
+        self._model, self._attributes, self._sampling = model, tuple(attributes), sampling
+        self._workers = workers
+        self._client = httpx2.Client(
+            base_url=url,
+            headers={"authorization": f"Bearer {key}"},
+            timeout=timeout,
+            trust_env=False,  # a proxy of the environment is for elsewhere
+            # A connection for each request: one that is kept may be closed just as it is used.
+            limits=httpx2.Limits(max_keepalive_connections=0),
+        )
 
     def respond(
         self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
@@ -81,16 +87,17 @@ class HttpResponder:
             attribute: "auto" if level is None else {"level": level}
             for attribute, level in zip(self._attributes, setting.levels, strict=True)
         }
-        body = {
-            "model": self._model,
-            "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
-            "dials": asked,
-            "temperature": self._sampling.temperature,
-            "top_p": self._sampling.top_p,
-            "max_tokens": self._sampling.max_tokens,
-            "seed": derive_seed(seed, prompt.id, setting_key(setting)),
-        }
-        answer = self._answer(json.dumps(body).encode())
+        answer = self._answer(
+            {
+                "model": self._model,
+                "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
+                "dials": asked,
+                "temperature": self._sampling.temperature,
+                "top_p": self._sampling.top_p,
+                "max_tokens": self._sampling.max_tokens,
+                "seed": derive_seed(seed, prompt.id, setting_key(setting)),
+            }
+        )
         choice, applied = answer["choices"][0], answer["dials"]["effective"]
         levels = tuple(
             None if applied[attribute] == "auto" else applied[attribute]["level"]
@@ -113,43 +120,27 @@ class HttpResponder:
         )
         return completion, int(answer["usage"]["total_tokens"])
 
-    def _answer(self, body: bytes) -> dict[str, Any]:
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        why = "too busy"
         for _ in range(_BUSY_TRIES):
             try:
-                status, wait, data = self._post(body)
-            except (OSError, HTTPException) as error:
-                raise _failed(type(error).__name__) from error
-            if status == 200:
-                answer: dict[str, Any] = json.loads(data)
-                return answer
-            if status != 429:
+                reply = self._client.post("v1/chat/completions", json=body)
+                if reply.status_code == 200:
+                    answer: dict[str, Any] = reply.json()
+                    return answer
+                code = reply.json()["error"]["code"]
+            except httpx2.TransportError as error:
+                why = type(error).__name__
                 break
+            except (ValueError, KeyError, TypeError):
+                code = "unknown"
+            why = f"status {reply.status_code}, code {code}"
+            if reply.status_code != 429:
+                break
+            wait = float(reply.headers.get("retry-after") or 1.0)
             time.sleep(min(wait, _MAX_WAIT_SECONDS))
-        raise _failed(f"status {status}, code {_code(data)}")
-
-    def _post(self, body: bytes) -> tuple[int, float, bytes]:
-        kind = HTTPSConnection if self._url.scheme == "https" else HTTPConnection
-        connection = kind(self._url.netloc, timeout=self._timeout)
-        headers = {"authorization": f"Bearer {self._key}", "content-type": "application/json"}
-        try:
-            path = f"{self._url.path.rstrip('/')}/v1/chat/completions"
-            connection.request("POST", path, body, headers)
-            reply = connection.getresponse()
-            return reply.status, float(reply.headers.get("retry-after") or 1.0), reply.read()
-        finally:
-            connection.close()
-
-
-def _code(data: bytes) -> str:
-    try:
-        return str(json.loads(data)["error"]["code"])
-    except (ValueError, KeyError, TypeError):
-        return "unknown"
-
-
-def _failed(why: str) -> ServingError:
-    return ServingError(
-        "the server gave no answer",
-        why=why,
-        fix="see that it runs, that the key is right, and what its log says",
-    )
+        raise ServingError(
+            "the server gave no answer",
+            why=why,
+            fix="see that it runs, that the key is right, and what its log says",
+        )
