@@ -21,6 +21,7 @@ from equipoise.types import Completion, DialSetting, Prompt
 
 _BUSY_TRIES = 60
 _MAX_WAIT_SECONDS = 5.0
+_ANSWER_SECONDS = 300.0
 
 
 class HttpResponder:
@@ -33,7 +34,6 @@ class HttpResponder:
         attributes: The model's dials, in the order of the settings.
         sampling: ``top_k`` is the server's own and ignored.
         workers: Requests under way.
-        timeout: Seconds per request.
         name: Row name in reports.
     """
 
@@ -46,7 +46,6 @@ class HttpResponder:
         attributes: Sequence[str],
         sampling: Sampling,
         workers: int = 8,
-        timeout: float = 300.0,
         name: str = "served",
     ) -> None:
         self.name = name
@@ -56,7 +55,7 @@ class HttpResponder:
         self._client = httpx2.Client(
             base_url=url,
             headers={"authorization": f"Bearer {key}"},
-            timeout=timeout,
+            timeout=_ANSWER_SECONDS,
             trust_env=False,  # a proxy of the environment is for elsewhere
             # A connection for each request: one that is kept may be closed just as it is used.
             limits=httpx2.Limits(max_keepalive_connections=0),
