@@ -18,7 +18,7 @@ from equipoise.encoding.encode import Encoder
 from equipoise.engine.draw import draw, uniform_stream
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import ModelError, TrainingError
-from equipoise.models import branches
+from equipoise.models import architecture
 from equipoise.models.architecture import check_architecture, compare
 from equipoise.models.cut import cut_config, narrowest_model
 from equipoise.models.load import LoadedPolicy, load_causal
@@ -114,14 +114,14 @@ def test_what_cannot_be_exact_is_refused_by_its_config(kind: str) -> None:
 def test_a_window_that_is_off_by_one_is_noticed(
     kind: str, change: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = branches.layer_windows
+    own = architecture.layer_windows
     if not any(own(config_of(kind)).values()):
         pytest.skip("its default config has a window and does not use it")
 
     def wrong(config: Any) -> dict[str, int | None]:
         return {k: w and (w + change if change else None) for k, w in own(config).items()}
 
-    monkeypatch.setattr(branches, "layer_windows", wrong)
+    monkeypatch.setattr(architecture, "layer_windows", wrong)
     with pytest.raises(ModelError, match="other numbers"):
         compare(policy_of(kind).model)
 

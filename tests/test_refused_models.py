@@ -19,7 +19,7 @@ from equipoise.alignment.sft import encode_rows, teach
 from equipoise.config import AlignConfig, RewardModelConfig, RolloutConfig, SamplingConfig
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ModelError
-from equipoise.models.headers import headers
+from equipoise.models.files import headers
 from equipoise.models.load import LoadedPolicy, load_causal, load_tokenizer
 from equipoise.rewards.classifier import read_classifier
 from equipoise.types import PreferencePair

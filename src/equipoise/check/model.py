@@ -13,10 +13,10 @@ from equipoise.dials.tokens import verify_files
 from equipoise.errors import EquipoiseError
 from equipoise.models.adapter import check_adapter, is_adapter
 from equipoise.models.cut import empty_model
-from equipoise.models.headers import Headers, check_shapes, disagree, headers
+from equipoise.models.files import Headers, check_shapes, clear_errors, disagree, headers
 from equipoise.models.hub import folder_of, resolve_model
 from equipoise.models.load import load_tokenizer
-from equipoise.models.read import clear_errors, read_config
+from equipoise.models.read import read_config
 
 WEIGHTS = "weights"
 

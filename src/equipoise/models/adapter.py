@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import ModelError
-from equipoise.models.headers import file_headers
+from equipoise.models.files import clear_errors, file_headers
 from equipoise.models.hub import folder_of, is_snapshot, model_hash
-from equipoise.models.read import clear_errors, read_causal
+from equipoise.models.read import read_causal
 
 if TYPE_CHECKING:
     import torch

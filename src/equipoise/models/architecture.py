@@ -1,8 +1,13 @@
-"""Whether an architecture can be sampled and tuned here, tried on two random layers of it.
+"""Several continuations of one prompt in one forward, and whether an architecture takes that.
 
-Two things are held against plain forwards of one row: decoding with a cache behind prompts padded
-on the left, and reading several branches of a prompt at once. Nothing is taken on trust from names:
-what gives other numbers is refused before its weights are read.
+In our masks branches do not meet. A mask of our own replaces the model's, so a layer's sliding
+window has to be part of it. Windows are counted in positions, which go on from the prompt's end in
+every branch.
+
+Two random layers of a model tell whether it can be sampled and tuned here. Two things are held
+against plain forwards of one row: decoding with a cache behind prompts padded on the left, and
+reading several branches of a prompt at once. Nothing is taken on trust from names: what gives other
+numbers is refused before its weights are read.
 """
 
 from __future__ import annotations
@@ -10,18 +15,91 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from equipoise.errors import EquipoiseError, ModelError
-from equipoise.models.branches import branch_inputs, layer_windows
 from equipoise.models.cut import VOCABULARY, cut_config, narrowest_model, refused
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 _TOLERANCE = 5e-3
 """Largest difference of a logit, in standard deviations of the logits: rounding gives 1e-6 (1e-4
 where a model cannot be narrowed), a window that is one position too wide 1."""
 _TRIED_BEFORE: dict[str, None] = {}
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """Return the kinds of a model's layers, each with its window in positions (None: no window).
+
+    Args:
+        config: The model's config.
+
+    Raises:
+        ModelError: A kind of layer is neither full nor sliding attention.
+    """
+    text = config.get_text_config()
+    window: int | None = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or [FULL if window is None else SLIDING]
+    unknown = sorted(set(kinds) - {FULL, SLIDING})
+    if unknown:
+        raise refused(
+            config.model_type,
+            f"they have layers of kind {', '.join(unknown)}, and the branches of a prompt can "
+            "be kept apart in full and sliding attention only",
+        )
+    return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
+
+
+def branch_mask(branch_ids: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
+    """Return which key each query may see: a boolean (B, 1, T, T).
+
+    A query sees earlier keys of the prompt and of its own branch, within the window. Padding sees
+    itself only, since a row of the mask with nothing in it would be not-a-number.
+
+    Args:
+        branch_ids: (B, T): -1 padding, 0 prompt, 1.. branches.
+        position_ids: (B, T).
+        window: In positions; None for none.
+    """
+    query, key = branch_ids[:, :, None], branch_ids[:, None, :]
+    length = branch_ids.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=branch_ids.device).tril()
+    allowed = ((key == 0) | (key == query)) & (key >= 0) & earlier
+    if window is not None:
+        allowed &= position_ids[:, :, None] - position_ids[:, None, :] < window
+    allowed |= torch.eye(length, dtype=torch.bool, device=branch_ids.device)
+    return allowed[:, None]
+
+
+def branch_inputs(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, branch_ids: Tensor
+) -> dict[str, Any]:
+    """Return what ``model`` is called with to read all branches of a batch apart.
+
+    Args:
+        model: A causal language model.
+        input_ids: (B, T).
+        position_ids: (B, T).
+        branch_ids: See :func:`branch_mask`.
+    """
+    masks = {
+        kind: branch_mask(branch_ids, position_ids, window)
+        for kind, window in layer_windows(model.config).items()
+    }
+    if getattr(model.config, "_attn_implementation", "sdpa") != "sdpa":
+        lowest = torch.finfo(model.dtype).min
+        masks = {
+            kind: torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, lowest)
+            for kind, mask in masks.items()
+        }
+    # A model whose layers are of one kind takes one mask, one of several kinds a mask for each.
+    mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
+    return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask}
 
 
 def check_architecture(config: Any, place: str) -> None:
@@ -40,7 +118,7 @@ def check_architecture(config: Any, place: str) -> None:
         small = cut_config(config)
         key = type(config).__name__ + json.dumps(small.to_dict(), sort_keys=True, default=str)
         if key not in _TRIED_BEFORE:
-            try_architecture(small)
+            compare(narrowest_model(small))
             _TRIED_BEFORE[key] = None
     except EquipoiseError as error:
         raise ModelError(f"{place}: {error.what}", why=error.why, fix=error.fix) from error
@@ -56,16 +134,6 @@ def _refuse_distances(config: Any) -> None:
             "its attention is biased by the distance in the row (ALiBi), which is wrong for the "
             "second branch of a prompt",
         )
-
-
-def try_architecture(config: Any) -> None:
-    """Build a random model of a (small) config, and hold what we do with it against plain forwards.
-
-    Raises:
-        ModelError: It cannot be built, cached decoding or branches go wrong, or differ.
-    """
-    layer_windows(config)
-    compare(narrowest_model(config))
 
 
 def compare(model: Any) -> None:
@@ -97,13 +165,13 @@ def _texts() -> tuple[list[int], list[int], list[list[int]]]:
     return drawn[:9], drawn[9:13], [drawn[13 + 7 * i : 20 + 7 * i] for i in range(4)]
 
 
-def _plain(model: Any, ids: Sequence[int]) -> torch.Tensor:
+def _plain(model: Any, ids: Sequence[int]) -> Tensor:
     """Return the logits (T, V) of one row, as the model itself computes it."""
-    logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits.float()
 
 
-def _apart(ours: torch.Tensor, plain: torch.Tensor) -> float:
+def _apart(ours: Tensor, plain: Tensor) -> float:
     return float((ours - plain).abs().max() / plain.std())
 
 
@@ -120,13 +188,13 @@ def _cache_difference(model: Any) -> float:
         mask[row, width - len(prompt) :] = 1
     cache = DynamicCache(config=model.config)
 
-    def step(fed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def step(fed: Tensor, mask: Tensor) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
         output = model(
             input_ids=fed, attention_mask=mask, position_ids=positions, past_key_values=cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: Tensor = output.logits[:, -1].float()
         return logits
 
     ours = [step(ids, mask)]

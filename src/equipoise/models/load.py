@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from equipoise.dials.manifest import read_manifest
 from equipoise.errors import ModelError
+from equipoise.models.files import clear_errors
 from equipoise.models.hub import folder_of, model_hash, resolve_model
-from equipoise.models.read import clear_errors
 from equipoise.types import PLAIN, Rendering
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from equipoise.models.headers import check_json_files
+    from equipoise.models.files import check_json_files
 
     folder = str(folder_of(name, weights=False))
     check_json_files(folder)

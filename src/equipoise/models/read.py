@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from equipoise.errors import EquipoiseError, ModelError
+from equipoise.errors import ModelError
+from equipoise.models.files import check_json_files, check_shapes, clear_errors, headers
 from equipoise.models.hub import folder_of
+from equipoise.models.layers import decoder_layers
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +32,6 @@ def read_config(place: str, *, revision: str | None = None) -> Any:
         ModelError: It cannot be read, or is of a kind that this transformers does not know.
     """
     from transformers import AutoConfig
-
-    from equipoise.models.headers import check_json_files
 
     folder = folder_of(place, revision=revision, weights=False)
     check_json_files(str(folder))
@@ -85,10 +85,8 @@ def check_headers(place: str, config: Any, auto: Any, *, fresh: bool = False) ->
     """Hold a config against the headers of the weights in a directory.
 
     Raises:
-        ModelError: See :func:`equipoise.models.headers.check_shapes`.
+        ModelError: See :func:`equipoise.models.files.check_shapes`.
     """
-    from equipoise.models.headers import check_shapes, headers
-
     if getattr(config, "quantization_config", None) is None:
         with quiet():
             check_shapes(place, config, headers(place), auto.from_config, fresh=fresh)
@@ -147,8 +145,6 @@ def check_weights(place: str, model: Any, found: dict[str, Any]) -> None:
         ModelError: Weights are missing, have another shape, or belong to layers that the config
             does not have.
     """
-    from equipoise.models.layers import decoder_layers
-
     problems = {
         "lacks": sorted(map(str, found.get("missing_keys") or ())),
         "holds in another shape": sorted(str(one[0]) for one in found.get("mismatched_keys") or ()),
@@ -170,59 +166,6 @@ def check_weights(place: str, model: Any, found: dict[str, Any]) -> None:
                 fix="Fetch the model again, or save it again with `save_pretrained` (of the model "
                 "itself, not of a wrapper such as torch.compile's).",
             )
-
-
-@contextmanager
-def clear_errors(place: str, what: str = "") -> Iterator[None]:
-    """Turn whatever the libraries raise on a damaged model into one ModelError.
-
-    Args:
-        place: The model's name.
-        what: What it was to be used as, for the message.
-
-    Raises:
-        ModelError: In place of any other exception.
-    """
-    try:
-        yield
-    except EquipoiseError:
-        raise
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise cannot_load(place, error, what) from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what a library in Rust ends with
-            raise
-        raise cannot_load(place, error, what) from error
-
-
-def cannot_load(place: str, error: BaseException, what: str = "") -> ModelError:
-    """Return the error for a model that the library could not load."""
-    text = str(error).strip() or type(error).__name__
-    lines = text.splitlines()
-    # Some libraries say what is wrong in the lines behind the first.
-    why, fix = " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0], ""
-    if type(error).__name__ == "SafetensorError":
-        why = f"A weights file is damaged: {why}. It may be a Git LFS pointer or a cut download."
-        fix = "Fetch the weights again (`git lfs pull` in a clone), and compare their sizes."
-    elif isinstance(error, ImportError):
-        why = f"It needs a package that is not installed: {why}"
-        fix = "Install it, or use a model that does without."
-    elif isinstance(error, RuntimeError):
-        why = f"Its config and its weights disagree: {why}"
-        fix = "Take config.json and weights from one place."
-    elif not isinstance(error, OSError | ValueError):
-        why = f"Its files hold something unexpected ({type(error).__name__}: {why})."
-        fix = "Check config.json and the tokenizer files against those of the model's publisher."
-    elif "tokenizer" in what:
-        fix = "Take tokenizer.json and tokenizer_config.json from the model's publisher; a Git LFS "
-        fix += "pointer is no file."
-    return ModelError(
-        f"Cannot load {place}{what}",
-        why=why,
-        fix=fix
-        or "Check the name (a run's model is RUN/tune/model), the network if it is a hub id, and "
-        "that the weights are safetensors.",
-    )
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ModelError, RewardError
+from equipoise.models.files import clear_errors
 from equipoise.models.hub import model_hash, resolve_model
 from equipoise.models.limits import check_vocabulary
 from equipoise.models.load import default_device, load_tokenizer
-from equipoise.models.read import clear_errors, read_config
+from equipoise.models.read import read_config
 from equipoise.rewards.card import Pooling, RewardCard, read_card
 from equipoise.rewards.classifier import longest_input, read_classifier, settle_padding
 from equipoise.rewards.head import FrozenFeatures, has_segments, head_of

@@ -41,9 +41,10 @@ def prompts(job: Job) -> None:
     from equipoise.data.prompts import check_lengths, load_prompts
     from equipoise.data.skipped import Skipped
     from equipoise.encoding.encode import Encoder
+    from equipoise.models.files import clear_errors
     from equipoise.models.hub import resolve_model
     from equipoise.models.load import load_tokenizer
-    from equipoise.models.read import clear_errors, read_config
+    from equipoise.models.read import read_config
 
     config, skipped = job.recipe.prompts, Skipped()
     loaded = load_prompts(config, data=job.data, seed=job.recipe.seed, skipped=skipped)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from equipoise.models.branches import branch_inputs
+from equipoise.models.architecture import branch_inputs
 from equipoise.tune.batch import ControlledBatch
 from equipoise.tune.objectives import token_log_likelihoods
 

@@ -1,8 +1,9 @@
-"""What the weights files of a directory hold, read off their headers alone.
+"""What the files of a model directory hold, before any weight is read.
 
-A config asks for layers and shapes, and the libraries make room for whatever it asks before they
-look at a file. So names, shapes and counts are compared first, and nothing is allocated for a
-config that the weights cannot fill.
+Names, number types and shapes of weights are read off the headers of their files alone. A config
+asks for layers and shapes, and the libraries make room for whatever it asks before they look at a
+file. So these are compared first, and nothing is allocated for a config that the weights cannot
+fill.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from equipoise.errors import ModelError
+from equipoise.errors import EquipoiseError, ModelError
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name of a weight to (number type as safetensors spells it, shape)."""
@@ -31,6 +33,57 @@ _NAMED = 3
 _BUFFERS = 64 << 20
 
 
+@contextmanager
+def clear_errors(place: str, what: str = "") -> Iterator[None]:
+    """Turn whatever the libraries raise on a damaged model into one ModelError.
+
+    Args:
+        place: The model's name.
+        what: What it was to be used as, for the message.
+
+    Raises:
+        ModelError: In place of any other exception.
+    """
+    try:
+        yield
+    except EquipoiseError:
+        raise
+    except BaseException as error:  # what a damaged file raises depends on where it is damaged
+        # A library in Rust ends with a panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _cannot_load(place, error, what) from error
+
+
+def _cannot_load(place: str, error: BaseException, what: str = "") -> ModelError:
+    text = str(error).strip() or type(error).__name__
+    lines = text.splitlines()
+    # Some libraries say what is wrong in the lines behind the first.
+    why, fix = " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0], ""
+    if type(error).__name__ == "SafetensorError":
+        why = f"A weights file is damaged: {why}. It may be a Git LFS pointer or a cut download."
+        fix = "Fetch the weights again (`git lfs pull` in a clone), and compare their sizes."
+    elif isinstance(error, ImportError):
+        why = f"It needs a package that is not installed: {why}"
+        fix = "Install it, or use a model that does without."
+    elif isinstance(error, RuntimeError):
+        why = f"Its config and its weights disagree: {why}"
+        fix = "Take config.json and weights from one place."
+    elif not isinstance(error, OSError | ValueError):
+        why = f"Its files hold something unexpected ({type(error).__name__}: {why})."
+        fix = "Check config.json and the tokenizer files against those of the model's publisher."
+    elif "tokenizer" in what:
+        fix = "Take tokenizer.json and tokenizer_config.json from the model's publisher; a Git LFS "
+        fix += "pointer is no file."
+    return ModelError(
+        f"Cannot load {place}{what}",
+        why=why,
+        fix=fix
+        or "Check the name (a run's model is RUN/tune/model), the network if it is a hub id, and "
+        "that the weights are safetensors.",
+    )
+
+
 def headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return name, number type and shape of every weight of a model directory; no weight is read.
 
@@ -40,13 +93,9 @@ def headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         ModelError: A file is missing or damaged, or the index names a file outside the directory.
     """
-    from equipoise.models.read import clear_errors
-
     with clear_errors(str(directory)):
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for file in _weights_files(Path(directory)):
-            found |= file_headers(file)
-    return found
+        files = _weights_files(Path(directory))
+        return {name: held for file in files for name, held in file_headers(file).items()}
 
 
 def file_headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -91,8 +140,6 @@ def check_json_files(place: str) -> None:
         ModelError: A file is no JSON object, or a number of layers, labels or experts is beyond
             100,000.
     """
-    from equipoise.models.read import clear_errors
-
     for name in _JSON:
         file = Path(place) / name
         if not file.is_file():
@@ -138,8 +185,6 @@ def check_shapes(
     """
     import torch
 
-    from equipoise.models.read import clear_errors
-
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for part in parts:
         layers = getattr(part, _DEPTH, None)
@@ -159,16 +204,13 @@ def check_shapes(
         more = f" and {len(other) - _NAMED} more" if len(other) > _NAMED else ""
         raise disagree(place, f"it asks for {'; '.join(other[:_NAMED])}{more}")
     body = getattr(model, model.base_model_prefix, model)
-    asked, there = _numel(body.parameters()), sum(math.prod(s) for _, s in stored.values())
+    asked = sum(tensor.numel() for tensor in body.parameters())
+    there = sum(math.prod(shape) for _, shape in stored.values())
     if asked > there:
         raise disagree(place, f"it asks for {asked:,} numbers, and there are {there:,}")
     room = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if room > max(_BUFFERS, 4 * there):
         raise disagree(place, f"it asks for tables of {room >> 20:,} MiB beside its weights")
-
-
-def _numel(tensors: Iterable[Any]) -> int:
-    return sum(int(tensor.numel()) for tensor in tensors)
 
 
 def disagree(place: str, why: str) -> ModelError:
