@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from equipoise.serve.runner import served_model
+from equipoise.serve.main import served_model
 
 from equipoise.check.model import check_model
 from equipoise.cli.main import main
