@@ -14,8 +14,7 @@ from equipoise.config import PromptsConfig, SourceConfig
 from equipoise.data.dialogues import load_rows
 from equipoise.data.pairs import load_labelled, load_pairs
 from equipoise.data.prompts import check_lengths, load_prompts
-from equipoise.data.skipped import Skipped
-from equipoise.data.sources import read_rows
+from equipoise.data.sources import Row, Skipped, read_items
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import DataError
 from equipoise.store.shards import rows_to_jsonl, rows_to_parquet
@@ -24,6 +23,10 @@ from pipeline_kit import TEMPLATE, build_tokenizer
 
 USER = [{"role": "user", "content": "How do I wax a lamp?"}]
 BOM = b"\xef\xbb\xbf"
+
+
+def read_rows(source: SourceConfig, *, data: Path | None) -> list[Row]:
+    return read_items(source, lambda row, _: row, data=data)
 
 
 def write(file: Path, *rows: Any) -> str:

@@ -17,12 +17,16 @@ from equipoise.config import PromptsConfig, SourceConfig
 from equipoise.data.pairs import load_labelled, load_pairs
 from equipoise.data.prompts import check_lengths, load_prompts
 from equipoise.data.shapes import parse_transcript
-from equipoise.data.sources import draw, read_rows
+from equipoise.data.sources import Row, draw, read_items
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
 from equipoise.types import Message, Prompt
 
 USER = [{"role": "user", "content": "How do I wax a lamp?"}]
+
+
+def read_rows(source: SourceConfig, *, data: Path | None) -> list[Row]:
+    return read_items(source, lambda row, _: row, data=data)
 
 
 def write(path: Path, rows: list[Any]) -> Path:

@@ -16,8 +16,7 @@ from equipoise.data.shapes import (
     split_answer,
     unknown_shape,
 )
-from equipoise.data.skipped import Skipped
-from equipoise.data.sources import Place, Row, draw, read_items
+from equipoise.data.sources import Place, Row, Skipped, draw, read_items
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
 from equipoise.types import PreferencePair, Prompt

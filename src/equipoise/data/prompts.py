@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from equipoise.config import PromptsConfig, SourceConfig
 from equipoise.data.shapes import make_prompt, parse_turns, prompt_turns, unknown_shape
-from equipoise.data.skipped import Skipped
-from equipoise.data.sources import Place, Row, draw, none_left, read_items, refused
+from equipoise.data.sources import Place, Row, Skipped, draw, none_left, read_items, refused
 from equipoise.errors import DataError, named
 from equipoise.overlap import prompt_key
 from equipoise.seeds import derive_seed

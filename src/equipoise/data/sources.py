@@ -7,13 +7,12 @@ import json
 import logging
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from equipoise.config import SourceConfig
-from equipoise.data.skipped import Skipped
 from equipoise.errors import DataError
 from equipoise.recipes.source import home
 from equipoise.seeds import derive_seed
@@ -33,23 +32,39 @@ class Place:
         return f"{self.source}, row {self.row}"
 
 
+_SHOWN = 5
+"""Reasons for a row left out that are kept in words; the rest is counted."""
+_AROUND = "set `on_bad_row: skip` for this source, which leaves such rows out and counts them."
+_FORMATS = "Give JSON Lines (.jsonl, also .gz), a JSON list, or Parquet, in UTF-8."
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _Item = TypeVar("_Item")
 
 log = logging.getLogger(__name__)
 
 
-def read_rows(source: SourceConfig, *, data: Path | None) -> list[Row]:
-    """Read the rows of a file or ``datasets`` name that pass ``where``; ``limit`` is not applied.
+class Skipped:
+    """Which rows ``on_bad_row: skip`` left out, and why.
 
-    Args:
-        source: Not a ``workshop://`` one.
-        data: Folder in which relative paths are looked up first.
-
-    Raises:
-        DataError: No such file or data set, a damaged line, or no row left.
+    Each once: a file that serves two splits is read twice.
     """
-    return read_items(source, lambda row, _place: row, data=data)
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+
+    @property
+    def count(self) -> int:
+        """How many rows were left out."""
+        return len(self._reasons)
+
+    def note(self, rows: Iterable[tuple[str, DataError]]) -> None:
+        """Take note of rows that were left out, each with its place; no text of a row is kept."""
+        for place, error in rows:
+            what = error.what.removeprefix(place).lstrip(": ")
+            self._reasons[place] = f"{place}: {what} ({error.why})"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a stage keeps: ``count``, and ``first``, the first reasons in words."""
+        return {"count": self.count, "first": list(self._reasons.values())[:_SHOWN]}
 
 
 def read_items(
@@ -95,9 +110,6 @@ def refused(error: DataError) -> DataError:
     return DataError(error.what, why=error.why, fix=f"{error.fix}\n  or: {_AROUND}")
 
 
-_AROUND = "set `on_bad_row: skip` for this source, which leaves such rows out and counts them."
-
-
 def none_left(source: str, n_bad: int, first: DataError) -> DataError:
     """The error for a source of which ``on_bad_row: skip`` left nothing."""
     return DataError(
@@ -133,8 +145,8 @@ def find_file(name: str, data: Path | None) -> Path | None:
     return None
 
 
-def _numbered(source: SourceConfig, data: Path | None) -> Iterator[tuple[int, Row | DataError]]:
-    """Yield the rows that pass ``where``, and those that cannot be read, with their numbers."""
+def _numbered(source: SourceConfig, data: Path | None) -> list[tuple[int, Row | DataError]]:
+    """Return the rows that pass ``where``, and those that cannot be read, with their numbers."""
     path = find_file(source.source, data)
     rows = _read_file(path, source.source) if path is not None else _read_dataset(source)
     if not rows:
@@ -152,10 +164,12 @@ def _numbered(source: SourceConfig, data: Path | None) -> Iterator[tuple[int, Ro
                 why=f"`where` asks for it; the fields are {', '.join(sorted(map(str, fields)))}.",
                 fix="Correct `where` in the recipe.",
             )
+    wanted = {field: value.casefold() for field, value in source.where.items()}
     kept = [
         (number, row)
         for number, row in enumerate(rows, start=1)
-        if isinstance(row, DataError) or _passes(row, source.where)
+        if isinstance(row, DataError)
+        or all(str(row.get(field)).casefold() == value for field, value in wanted.items())
     ]
     if not kept:
         raise DataError(
@@ -163,11 +177,7 @@ def _numbered(source: SourceConfig, data: Path | None) -> Iterator[tuple[int, Ro
             why=f"None of its {len(rows)} rows has {source.where}.",
             fix="Correct `where` in the recipe.",
         )
-    yield from kept
-
-
-def _passes(row: Row, where: Mapping[str, str]) -> bool:
-    return all(str(row.get(field)).casefold() == value.casefold() for field, value in where.items())
+    return kept
 
 
 def _read_file(path: Path, source: str) -> Sequence[Row | DataError]:
@@ -214,22 +224,10 @@ def _parse_line(place: Place, number: int, line: bytes) -> Row | DataError:
     try:
         # A byte order mark: Windows writes one, and `cat` moves it into the middle of a file.
         row = json.loads(line.decode("utf-8-sig"))
+        why = "" if isinstance(row, dict) else f"Line {number} is not a JSON object."
     except (ValueError, RecursionError) as error:
-        return _bad_line(place, f"Line {number}: {error}")
-    return (
-        row if isinstance(row, dict) else _bad_line(place, f"Line {number} is not a JSON object.")
-    )
-
-
-def _bad_line(place: Place, why: str) -> DataError:
-    return DataError(
-        f"{place}: cannot be read",
-        why=why,
-        fix=_FORMATS,
-    )
-
-
-_FORMATS = "Give JSON Lines (.jsonl, also .gz), a JSON list, or Parquet, in UTF-8."
+        row, why = {}, f"Line {number}: {error}"
+    return DataError(f"{place}: cannot be read", why=why, fix=_FORMATS) if why else row
 
 
 def _damaged(path: Path, why: str) -> DataError:

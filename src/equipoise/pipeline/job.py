@@ -20,7 +20,7 @@ from equipoise.store.stagedir import Stage
 from equipoise.types import Prompt, Rendering, RewardModel, ScoredCompletion, SteeredCompletion
 
 if TYPE_CHECKING:
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
     from equipoise.pool.calibrate import Calibration
     from equipoise.rewards.scorer import Scorer
 

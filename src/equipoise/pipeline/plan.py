@@ -257,11 +257,11 @@ def _fitting_flops(job: Job) -> float:
 
 def rows_of(source: SourceConfig, data: Path | None) -> int:
     """Return how many rows a source will give; a guess where only the hub knows."""
-    from equipoise.data.sources import find_file, read_rows
+    from equipoise.data.sources import find_file, read_items
 
     if find_file(source.source, data) is None:
         return source.limit or ROWS_UNKNOWN
-    rows = len(read_rows(source, data=data))
+    rows = len(read_items(source, lambda row, _: row, data=data))
     return min(rows, source.limit or rows)
 
 

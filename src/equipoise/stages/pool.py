@@ -39,7 +39,7 @@ def prompts(job: Job) -> None:
     if stage is None:
         return
     from equipoise.data.prompts import check_lengths, load_prompts
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
     from equipoise.encoding.encode import Encoder
     from equipoise.models.files import clear_errors
     from equipoise.models.hub import resolve_model
@@ -97,7 +97,7 @@ def fit_reward(job: Job) -> None:
     if stage is None:
         return
     from equipoise.data.pairs import load_labelled, load_pairs
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
     from equipoise.rewards.fit import fit_reward as fit
 
     for name, config in recipe.fit_reward.items():

@@ -109,7 +109,7 @@ def perplexity_of(
 
 def _references(job: Job, stage: Stage) -> list[tuple[Prompt, str, bool]]:
     from equipoise.data.dialogues import load_rows
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
 
     config, skipped = job.recipe.evaluate, Skipped()
     rows = load_rows(

@@ -13,7 +13,7 @@ from equipoise.store.stagedir import Stage
 
 if TYPE_CHECKING:
     from equipoise.config import AlignConfig
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
     from equipoise.models.load import LoadedPolicy
     from equipoise.tune.checkpoints import Curve, OnStep
 
@@ -32,7 +32,7 @@ def base(job: Job) -> None:
     from equipoise.alignment.pretrain import new_model, train_tokenizer
     from equipoise.alignment.sft import encode_rows, teach
     from equipoise.data.dialogues import load_rows
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
     from equipoise.encoding.encode import Encoder
     from equipoise.seeds import derive_seed
 
@@ -71,7 +71,7 @@ def sft(job: Job) -> None:
         return
     from equipoise.alignment.sft import encode_rows, teach
     from equipoise.data.dialogues import load_rows
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
     from equipoise.encoding.thoughts import refuse_thoughts
     from equipoise.models.load import load_causal
     from equipoise.seeds import derive_seed
@@ -113,7 +113,7 @@ def align(job: Job) -> None:
     stage = _begin(job, "align", config.model, reward_hashes(config.rewards, job))
     if stage is None:
         return
-    from equipoise.data.skipped import Skipped
+    from equipoise.data.sources import Skipped
     from equipoise.encoding.thoughts import refuse_thoughts
     from equipoise.models.load import load_causal
     from equipoise.seeds import derive_seed
