@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from equipoise.config import Sampling
 from equipoise.encoding import markers, sealing
-from equipoise.encoding.decoding import AnswerDecoder
 from equipoise.encoding.skeletons import Skeletons
 from equipoise.encoding.template import ChatTemplate, Turn, check_prompt
-from equipoise.encoding.thoughts import Follower, find_thought
+from equipoise.encoding.thoughts import AnswerDecoder, Follower, find_thought
 from equipoise.errors import DataError, EncodingError, ModelError
 from equipoise.types import PLAIN, DialSetting, Message, Rendering
 
