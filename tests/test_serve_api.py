@@ -9,9 +9,13 @@ from typing import Any
 import openai
 import pytest
 
+from equipoise.config import Sampling
+from equipoise.errors import ServingError
 from equipoise.protocol.replies import RefusedError
 from equipoise.serve.limits import RateLimit
-from serve_kit import ANSWER, Reply, Server, call, chat_body, make_server, running
+from equipoise.steer.served import HttpResponder
+from equipoise.types import DialSetting, Message, Prompt
+from serve_kit import ANSWER, ATTRIBUTES, Reply, Server, call, chat_body, make_server, running
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +344,22 @@ def sampled(page: Reply) -> float:
     """Return the counter of tokens on a page of metrics."""
     lines = dict(line.rsplit(" ", 1) for line in page.body.decode().splitlines())
     return float(lines["equipoise_completion_tokens_total"])
+
+
+def test_the_responder_of_the_server_answers_or_says_why_not(server: Server, port: int) -> None:
+    def responder(key: str, model: str = "toy@security-lab") -> HttpResponder:
+        url, sampling = f"http://127.0.0.1:{port}", Sampling(max_tokens=20)
+        return HttpResponder(url, key, model, attributes=ATTRIBUTES, sampling=sampling)
+
+    prompts = [Prompt(f"p{i}", (Message("user", "hi"),), "test") for i in range(3)]
+    settings = [DialSetting((1, 2)), DialSetting((None, 0))]
+    rows = responder(server.secrets["lab"]).respond(prompts, settings, seed=1)
+    assert [[one.setting for one in row] for row in rows] == [settings] * 3
+    assert [row[0].prompt_id for row in rows] == ["p0", "p1", "p2"]
+    refused = {"toy": ("eqp-no", "401, code invalid_api_key")}
+    refused["other"] = (server.secrets["lab"], "404, code model_not_found")
+    for model, (key, why) in refused.items():
+        with pytest.raises(ServingError, match=why):
+            responder(key, model).respond(prompts, settings, seed=1)
+    with pytest.raises(ServingError, match="applied another setting"):
+        responder(server.secrets["kid"], "toy").respond(prompts, settings, seed=1)
