@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,20 @@ def _work(side: str) -> None:
     except ImportError:
         from equipoise.types import Sampling  # type: ignore[attr-defined,no-redef]
 
+    @cache
     def dialled(name: str) -> LoadedPolicy:
         found = load_causal(name, device="cpu")
         dials = install(found.model, found.tokenizer, **named)
         encoder = found.encoder.with_dials(dials)
         return LoadedPolicy(found.model, found.tokenizer, encoder, dials, found.hash)
 
-    policies = {name: dialled(name) for name in (WORKSHOP, SMOLLM2)}
-
     def prompts_of(name: str, n: int) -> list[tuple[int, ...]]:
-        encode = policies[name].encoder.prompt_ids
+        encode = dialled(name).encoder.prompt_ids
         return [tuple(encode((Message("user", text),))) for text in _questions(n)]
 
     def offline(name: str, n: int, most: int) -> Callable[[], list[list[int]]]:
         policy, sampling = (
-            policies[name],
+            dialled(name),
             Sampling(temperature=1.0, top_p=1.0, top_k=256, max_tokens=most),
         )
         engine = TransformersEngine(policy.model, policy.encoder, model_hash=side, batch_size=BATCH)
@@ -97,7 +97,7 @@ def _work(side: str) -> None:
 
     def served(name: str, at_once: int, n: int, most: int) -> Callable[[], list[list[int]]]:
         policy, sampling = (
-            policies[name],
+            dialled(name),
             Sampling(temperature=1.0, top_p=1.0, top_k=256, max_tokens=most),
         )
         control_ids = policy.encoder.control_ids(DialSetting((4, 4)))
@@ -121,12 +121,16 @@ def _work(side: str) -> None:
 
         return lambda: asyncio.run(all_of_them())
 
-    ways = {name: offline(*how) for name, how in OFFLINE.items()}
-    ways |= {name: served(*how) for name, how in SERVED.items()}
+    @cache
+    def way(name: str, tokens: int) -> Callable[[], list[list[int]]]:
+        *how, most = OFFLINE[name] if name in OFFLINE else SERVED[name]
+        return (offline if name in OFFLINE else served)(*how, min(most, tokens))
+
     print("ready", flush=True)
     for line in sys.stdin:
+        work = way(*json.loads(line))
         start, own = time.perf_counter(), time.process_time()
-        ids = ways[line.strip()]()
+        ids = work()
         seconds, own = time.perf_counter() - start, time.process_time() - own
         print(
             json.dumps(
@@ -155,10 +159,10 @@ class _Side:
         )
         self._said()
 
-    def run(self, workload: str) -> Any:
-        """Return the rate and the texts of one round."""
+    def run(self, workload: str, tokens: int) -> Any:
+        """Return the rates and the texts of one round of at most so many tokens per answer."""
         assert self._process.stdin is not None
-        print(workload, file=self._process.stdin, flush=True)
+        print(json.dumps([workload, tokens]), file=self._process.stdin, flush=True)
         return json.loads(self._said())
 
     def close(self) -> None:
@@ -179,12 +183,14 @@ def _git(tree: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def measure(before: _Side, after: _Side, workload: str, pairs: int) -> dict[str, Any]:
+def measure(
+    before: _Side, after: _Side, workload: str, *, pairs: int, tokens: int
+) -> dict[str, Any]:
     """Return rates and ratios of one workload; who begins changes from pair to pair."""
     rounds: dict[_Side, list[Any]] = {before: [], after: []}
     for pair in range(pairs + 1):
         for side in (before, after) if pair % 2 else (after, before):
-            rounds[side].append(side.run(workload))
+            rounds[side].append(side.run(workload, tokens))
     agree = [
         a == b for a, b in zip(*(rounds[s][-1]["texts"] for s in (before, after)), strict=True)
     ]
@@ -208,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--before", type=Path, help="a worktree of the commit to compare with")
     parser.add_argument("--only", choices=(*OFFLINE, *SERVED), action="append")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=10**6, help="at most, of one answer")
     parser.add_argument("--dry", action="store_true", help="print, and keep the committed result")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -217,15 +224,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.before is None:
         parser.error("--before is missing")
     before, after = _Side("before", given.before), _Side("after", HERE.parent)
-    old = results.read(RESULT) if RESULT.is_file() else {}
-    workloads: dict[str, Any] = old.get("workloads", {})
     for workload in given.only or (*OFFLINE, *SERVED):
-        workloads[workload] = {
+        most = {**OFFLINE, **SERVED}[workload][-1]
+        found = {
             "before": before.commit,
             "commit": after.commit,
             "machine": results.machine(),
-            **measure(before, after, workload, given.pairs),
+            "new_tokens": min(most, given.tokens),
+            **measure(before, after, workload, pairs=given.pairs, tokens=given.tokens),
         }
+        workloads = results.read(RESULT)["workloads"] if RESULT.is_file() else {}
+        workloads[workload] = found
         print(json.dumps({workload: workloads[workload]}, indent=1), flush=True)
         headline = {
             f"{name}.{kind}.ratio": one[kind]["ratio"]
