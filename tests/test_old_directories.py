@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from equipoise.serve.main import served_model
 
 from equipoise.check.model import check_model
 from equipoise.cli.main import main
@@ -22,6 +21,7 @@ from equipoise.dials.tokens import save_dial_model
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import ConfigError
 from equipoise.models.load import load_causal
+from equipoise.serve.main import served_model
 from equipoise.types import Branch, DialSetting, GenerationRequest, Message
 
 OLD = Path(__file__).parent / "old"
