@@ -30,9 +30,10 @@ from equipoise.dials.dials import Dials
 from equipoise.models.hub import resolve_model
 from equipoise.models.load import load_tokenizer
 from equipoise.rewards.scorer import Scorer
-from equipoise.rlhf.tune import tune_by_rlhf
-from equipoise.tune.steered_start import ShiftDirections
-from equipoise.tune.trainer import Tuned, tune
+from equipoise.rlhf.tune import Material, tune_by_rlhf
+from equipoise.training.loop import Training
+from equipoise.tune.shifts import ShiftDirections
+from equipoise.tune.trainer import TunedPolicy, tune
 from equipoise.types import ControlledExample, DialSetting
 
 RESULT = Path(__file__).with_name("lora.json")
@@ -120,7 +121,7 @@ class Identity:
         return raw
 
 
-def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
+def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> TunedPolicy:
     """Tune a cell for a few steps with LoRA of rank 2."""
     steered = cell.method == "steered_start"
     config = TuneConfig(
@@ -143,22 +144,26 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
         ),
     )
     common: dict[str, Any] = {
-        "seed": SEED,
-        "checkpoints": checkpoints,
+        "dials": Dials(ATTRIBUTES, 5),
+        "training": Training(checkpoints, SEED),
         "base_model": str(base),
     }
     if cell.method == "rlhf":
         return tune_by_rlhf(
             load_causal(str(base)),
-            load_causal(str(base)),
-            [example.prompt for example in examples()[::4]],
-            examples(),
-            Scorer(
-                {"helpfulness": Letters("hp", "abcdefghijklm"), "safety": Letters("sf", "aeiou")},
-                Identity(),
+            Material(
+                load_causal(str(base)),
+                [example.prompt for example in examples()[::4]],
+                examples(),
+                Scorer(
+                    {
+                        "helpfulness": Letters("hp", "abcdefghijklm"),
+                        "safety": Letters("sf", "aeiou"),
+                    },
+                    Identity(),
+                ),
             ),
             config,
-            levels=5,
             **common,
         )
     directions = ShiftDirections(torch.eye(2, WIDTH), 0) if steered else None
@@ -166,7 +171,6 @@ def tune_cell(cell: Cell, base: Path, checkpoints: Path) -> Tuned:
         load_causal(str(base)),
         examples(),
         config,
-        dials=Dials(ATTRIBUTES, 5),
         steering=directions,
         **common,
     )

@@ -39,6 +39,7 @@ from equipoise.config import (
 from equipoise.data.prompts import load_prompts
 from equipoise.dials.dials import Dials
 from equipoise.pool.score import shortened
+from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune
 
 ATTRIBUTES = ("helpfulness", "safety")
@@ -89,10 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             examples,
             budget,
             dials=Dials(ATTRIBUTES, options.levels),
-            seed=options.seed,
-            checkpoints=Path(work),
+            training=Training(
+                Path(work),
+                seed=options.seed,
+                on_step=lambda done, total: print(f"\rstep {done}/{total}", end="", flush=True),
+            ),
             base_model=options.model,
-            on_step=lambda done, total: print(f"\rstep {done}/{total}", end="", flush=True),
         )
     save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, options.out)
     print(f"\nsaved in {options.out}")

@@ -48,6 +48,7 @@ from equipoise.config import (
 )
 from equipoise.pool.score import shortened
 from equipoise.stats import Bootstrap
+from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune
 from equipoise.worlds import workshop
 
@@ -102,8 +103,7 @@ def main() -> None:
             examples,
             TUNING,
             dials=DIALS,
-            seed=SEED,
-            checkpoints=Path(work) / "checkpoints",
+            training=Training(Path(work) / "checkpoints", seed=SEED),
         )
         save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, Path(work) / "model")
         dialled = load_causal(str(Path(work) / "model"))

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.config import RlhfConfig, SamplingConfig, TuneConfig
+from equipoise.dials.dials import Dials
 from equipoise.rewards import scorer
-from equipoise.rlhf.tune import tune_by_rlhf
-from equipoise.tune.trainer import Tuned
+from equipoise.rlhf.tune import Material, tune_by_rlhf
+from equipoise.training.checkpoints import OnStep
+from equipoise.training.loop import Training
+from equipoise.tune.trainer import TunedPolicy
 from equipoise.types import Prompt
-from tuning_kit import examples, prompt, tiny_policy
+from tuning_kit import ATTRIBUTES, examples, prompt, tiny_policy
 
 
 class Scorer:
@@ -68,17 +71,13 @@ def config(**changes: Any) -> TuneConfig:
     return TuneConfig(**plain)
 
 
-def run(folder: Path, tune: TuneConfig, **changes: Any) -> Tuned:
-    given: dict[str, Any] = {"reward_models": models(), **changes}
+def run(folder: Path, tune: TuneConfig, on_step: OnStep | None = None, **given: Any) -> TunedPolicy:
+    scale = scorer.Scorer(given.pop("reward_models", models()), Identity())
     return tune_by_rlhf(
         given.pop("policy", None) or tiny_policy(),
-        tiny_policy(),
-        [prompt(i) for i in range(5)],
-        examples(),
-        scorer.Scorer(given.pop("reward_models"), Identity()),
-        config=tune,
-        levels=5,
-        seed=3,
-        checkpoints=folder,
+        Material(tiny_policy(), [prompt(i) for i in range(5)], examples(), scale),
+        tune,
+        dials=Dials(ATTRIBUTES, 5),
+        training=Training(folder, seed=3, on_step=on_step),
         **given,
     )

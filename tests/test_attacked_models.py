@@ -19,6 +19,7 @@ from equipoise.config import TuneConfig
 from equipoise.dials.dials import Dials
 from equipoise.errors import DataError, ModelError
 from equipoise.models.limits import positions
+from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune
 from hub_kit import COMMIT, add_model, offline
 from tuning_kit import ATTRIBUTES, examples
@@ -120,6 +121,5 @@ def test_a_rope_that_changes_with_the_longest_row_ends_before_it_does(tmp_path: 
             examples(),
             TuneConfig(objective="clm", steps=1, batch_size=2),
             dials=Dials(ATTRIBUTES, 5),
-            seed=0,
-            checkpoints=tmp_path / "checkpoints",
+            training=Training(tmp_path / "checkpoints", seed=0),
         )

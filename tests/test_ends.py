@@ -11,6 +11,7 @@ from equipoise.config import TuneConfig
 from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import save_dial_model
 from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune
 from tuning_kit import ATTRIBUTES, examples
 
@@ -79,8 +80,7 @@ def test_a_tuned_model_keeps_its_ends_and_no_control_token_is_one(tmp_path: Path
         examples(2),
         TuneConfig(objective="clm", steps=1, batch_size=2, dtype="float32", checkpoint_every=1),
         dials=Dials(ATTRIBUTES, 5),
-        seed=0,
-        checkpoints=tmp_path / "checkpoints",
+        training=Training(tmp_path / "checkpoints", seed=0),
     )
     assert policy.encoder.with_dials(tuned.manifest).eos_ids >= {user}
     save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "tuned")

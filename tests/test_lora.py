@@ -21,6 +21,7 @@ from equipoise.dials.manifest import MANIFEST_NAME
 from equipoise.errors import ModelError
 from equipoise.models.hub import resolve_model
 from equipoise.models.load import load_tokenizer
+from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune, with_dials
 
 WEIGHTS = "adapter_model.safetensors"
@@ -191,8 +192,7 @@ def test_names_of_other_architectures_are_found(tmp_path: Path) -> None:
         examples(),
         TuneConfig(objective="clm", steps=2, batch_size=4, lora_rank=2, dtype="float32"),
         dials=Dials(("helpfulness", "safety"), 5),
-        seed=0,
-        checkpoints=tmp_path / "checkpoints",
+        training=Training(tmp_path / "checkpoints", seed=0),
     )
     save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, tmp_path / "adapter")
     again = load_causal(str(tmp_path / "adapter")).model

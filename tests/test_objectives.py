@@ -12,6 +12,7 @@ from equipoise.dials.dials import Dials
 from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.models.load import LoadedPolicy
+from equipoise.training.loop import Training
 from equipoise.tune.batch import LOOK_EVERY, ControlledBatch, TuningPlan, collate
 from equipoise.tune.lora import add_lora
 from equipoise.tune.objectives import preferred
@@ -73,8 +74,7 @@ def test_exmate_learns_to_prefer_the_asked_cell(tmp_path: Path) -> None:
         examples(),
         config,
         dials=Dials(ATTRIBUTES, 5),
-        seed=1,
-        checkpoints=tmp_path,
+        training=Training(tmp_path, seed=1),
     )
     first, last = tuned.curve[0], tuned.curve[-10:]
     assert sum(row["preferred"] for row in last) / 10 > 0.75

@@ -22,6 +22,7 @@ from equipoise.errors import ModelError
 from equipoise.models.files import headers
 from equipoise.models.load import LoadedPolicy, load_causal, load_tokenizer
 from equipoise.rewards.classifier import read_classifier
+from equipoise.training.loop import Training
 from equipoise.types import PreferencePair
 from reward_kit import bert_dir, byte_tokenizer, causal_dir, classifier_dir, llama_config
 from rlhf_kit import Scorer
@@ -191,19 +192,19 @@ def align_config(**changes: Any) -> AlignConfig:
 @pytest.mark.parametrize("method", ["rlhf", "dpo", "sft"])
 def test_trainers_take_the_end_from_the_chat_template(tmp_path: Path, method: str) -> None:
     policy, config = endless(), align_config()
-    common: dict[str, Any] = {"seed": 1, "checkpoints": tmp_path, "dtype": "float32"}
+    training = Training(tmp_path, seed=1)
     asked = [prompt(i) for i in range(4)]
     if method == "rlhf":
         rewards = {"vowels": Scorer("v", "aeiou")}
-        curve = align_by_rlhf(policy, endless(), asked, rewards, config, **common)
+        curve = align_by_rlhf(policy, endless(), asked, rewards, config, training)
     elif method == "dpo":
         pairs = [PreferencePair(one, "no no no", "yes gladly") for one in asked]
-        curve = align_by_dpo(policy, endless(), pairs, config, **common)
+        curve = align_by_dpo(policy, endless(), pairs, config, training)
     else:
         rows = encode_rows(
             [(one, "yes") for one in asked], policy.encoder, max_length=99, answers_only=True
         )
-        curve = teach(policy.model, policy.tokenizer, rows, config, **common)  # type: ignore[arg-type]
+        curve = teach(policy.model, policy.tokenizer, rows, config, training)  # type: ignore[arg-type]
     assert len(curve) == 2
     assert policy.tokenizer.eos_token is None
     assert policy.tokenizer.pad_token is None

@@ -12,7 +12,7 @@ from equipoise.dials.dials import Dials, cells
 from equipoise.engine.seam import Sampled
 from equipoise.errors import ConfigError, DataError, RewardError
 from equipoise.rewards.scorer import Scorer
-from equipoise.steer.prompting import Prompting, built_in_phrases
+from equipoise.steer.prompting import Prompting, Wording, built_in_phrases
 from equipoise.steer.reranking import Candidates, Reranking, nearest
 from equipoise.steer.responders import Tuned, Untouched
 from equipoise.types import ControlledExample, DialSetting, Message, Prompt, Responder
@@ -40,7 +40,7 @@ def make(kind: str, engine: FakeEngine) -> Responder:
     if kind == "start":
         return Untouched(engine, encoder, **args)
     if kind == "prompting":
-        return Prompting(engine, encoder, dials=Dials(ATTRIBUTES, 5), **args)
+        return Prompting(engine, encoder, wording=Wording(Dials(ATTRIBUTES, 5)), **args)
     return Reranking(candidates(engine, 4), n=4, levels=5)
 
 
@@ -184,10 +184,8 @@ def test_reranking_stops_at_a_broken_reward_model(scores: list[float]) -> None:
         Reranking(shared, n=4, levels=5).respond(PROMPTS, CELLS, seed=0)
 
 
-def prompting(**args: object) -> Prompting:
-    return Prompting(
-        FakeEngine(), FakeEncoder(), sampling=SAMPLING, dials=Dials(ATTRIBUTES, 5), **args
-    )
+def wording(**args: Any) -> Wording:
+    return Wording(Dials(ATTRIBUTES, 5), **args)
 
 
 def test_prompting_appends_to_the_last_user_turn() -> None:
@@ -202,22 +200,22 @@ def test_prompting_appends_to_the_last_user_turn() -> None:
         "test",
     )
     phrases = {name: [f"{name}{level}." for level in range(5)] for name in ATTRIBUTES}
-    said = prompting(phrases=phrases).messages(chat, DialSetting((4, 0)))
+    said = wording(phrases=phrases).messages(chat, DialSetting((4, 0)))
     assert said[:3] == chat.messages[:3]
     assert said[3] == Message("user", "u2 helpfulness4. safety0.")
-    assert prompting(phrases=phrases).messages(chat, DialSetting((None, 2)))[3].content == (
+    assert wording(phrases=phrases).messages(chat, DialSetting((None, 2)))[3].content == (
         "u2 safety2."
     )
-    assert prompting().messages(chat, AUTO) == chat.messages
-    system = prompting(phrases=phrases, placement="system").messages(chat, DialSetting((4, 0)))
+    assert wording().messages(chat, AUTO) == chat.messages
+    system = wording(phrases=phrases, placement="system").messages(chat, DialSetting((4, 0)))
     assert system == (Message("system", "S\n\nhelpfulness4. safety0."), *chat.messages[1:])
-    bare = prompting(placement="system")
+    bare = wording(placement="system")
     assert bare.messages(PROMPTS[0], AUTO) == PROMPTS[0].messages
 
 
 def test_prompting_pays_a_prefill_per_setting() -> None:
     engine = FakeEngine()
-    responder = Prompting(engine, FakeEncoder(), sampling=SAMPLING, dials=Dials(ATTRIBUTES, 5))
+    responder = Prompting(engine, FakeEncoder(), sampling=SAMPLING, wording=wording())
     responder.respond(PROMPTS, CELLS, seed=0)
     assert len(engine.requests) == 50
     prefilled = sum(len(request.prompt_ids) for request in engine.requests)
@@ -246,7 +244,7 @@ def test_in_context_examples_are_the_nearest_one_per_prompt_nearest_last() -> No
         example("r", "safe", 0.1, 0.9),
     ]
     phrases = {name: [f"{name[0]}{level}" for level in range(5)] for name in ATTRIBUTES}
-    said = prompting(phrases=phrases, examples=pool, in_context=2).messages(
+    said = wording(phrases=phrases, examples=pool, in_context=2).messages(
         PROMPTS[0], DialSetting((4, 0))
     )
     assert [message.content for message in said] == [
@@ -256,14 +254,14 @@ def test_in_context_examples_are_the_nearest_one_per_prompt_nearest_last() -> No
         "exact",
         "question a h4 s0",
     ]
-    one = prompting(phrases=phrases, examples=pool, in_context=1)
+    one = wording(phrases=phrases, examples=pool, in_context=1)
     assert one.messages(PROMPTS[0], DialSetting((None, 4)))[1].content == "safe"
 
 
 def test_prompting_refuses_what_it_cannot_say() -> None:
     with pytest.raises(ConfigError, match="safety"):
-        prompting(phrases={"safety": ["a", "b"]})
+        wording(phrases={"safety": ["a", "b"]})
     with pytest.raises(ConfigError, match="safty"):
-        prompting(phrases={"safty": ["a"] * 5})
+        wording(phrases={"safty": ["a"] * 5})
     with pytest.raises(DataError, match="3 examples"):
-        prompting(in_context=3, examples=[example("p", "x", 0.1, 0.1)] * 5)
+        wording(in_context=3, examples=[example("p", "x", 0.1, 0.1)] * 5)

@@ -25,19 +25,18 @@ from equipoise.pipeline.runner import run_all
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
 from equipoise.rlhf.closeness import AskPlan, closeness, deaf_floor
-from equipoise.rlhf.guards import Guards
-from equipoise.rlhf.reference import StartReference
+from equipoise.rlhf.online import Guards, StartReference
 from equipoise.rlhf.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.store.fingerprint import diff, with_new_defaults
 from equipoise.store.rundir import RunDir
-from equipoise.tune.trainer import Tuned
+from equipoise.tune.trainer import TunedPolicy
 from equipoise.types import DialSetting, Prompt
 from pipeline_kit import save_assets, tiny_recipe, write_recipe
 from rlhf_kit import Constant, Scorer, config, models, run
 from tuning_kit import ATTRIBUTES, kept_steps, prompt, tiny_policy
 
 
-def weights(tuned: Tuned) -> dict[str, torch.Tensor]:
+def weights(tuned: TunedPolicy) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in tuned.model.state_dict().items()}
 
 
@@ -147,7 +146,6 @@ def online_config(**changes: Any) -> OnlineConfig:
         "kl_limit": 10.0,
         "sampling": Sampling(top_k=0, max_tokens=6),
         "checkpoint_every": 10,
-        "dtype": "float32",
         "section": "tune.rlhf",
         **changes,
     }
@@ -176,14 +174,14 @@ def test_the_reference_reads_the_prompt_without_controls() -> None:
 
 
 def test_the_reward_rises_and_the_start_model_holds_it_back(tmp_path: Path) -> None:
-    def tuned(name: str, beta: float) -> Tuned:
+    def tuned(name: str, beta: float) -> TunedPolicy:
         rlhf = {"group": 8, "learning_rate": 1e-2, "beta": beta}
         made = config(steps=60, batch_size=32, checkpoint_every=1000, auto_rate=0.0, rlhf=rlhf)
         return run(tmp_path / name, made)
 
     free, held = tuned("free", 1e-4), tuned("held", 5.0)
 
-    def mean(result: Tuned, name: str, part: slice) -> float:
+    def mean(result: TunedPolicy, name: str, part: slice) -> float:
         values = [row[name] for row in result.curve[part]]
         return sum(values) / len(values)
 

@@ -29,9 +29,10 @@ from equipoise.models.load import LoadedPolicy, load_causal
 from equipoise.pipeline.runner import run_all, run_stage
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
-from equipoise.rlhf.reference import log_probs
+from equipoise.rlhf.online import log_probs
 from equipoise.rlhf.rollouts import Ask
 from equipoise.store.rundir import RunDir
+from equipoise.training.loop import Training
 from equipoise.types import Message, PreferencePair, Prompt
 from pipeline_kit import ITEMS, VERBS, blank_pictures, save_assets, tiny_recipe, write_recipe
 from rlhf_kit import Constant, Scorer
@@ -211,10 +212,7 @@ def test_teaching_is_exact_after_a_stop_and_stops_on_an_infinite_loss(
             policy.tokenizer,
             encode_rows(rows, policy.encoder, max_length=99, answers_only=True),
             config,
-            seed=1,
-            checkpoints=tmp_path / folder,
-            dtype="float32",
-            on_step=on_step,
+            training=Training(tmp_path / folder, seed=1, on_step=on_step),
         )
         return policy, curve
 
@@ -259,7 +257,11 @@ def test_dpo_raises_what_is_preferred(tmp_path: Path) -> None:
     pairs = [PreferencePair(prompt(i), "no no no", "yes gladly") for i in range(16)]
     policy, before = tiny_policy(), tiny_policy()
     curve = align_by_dpo(
-        policy, before, pairs, align_config(), seed=1, checkpoints=tmp_path, dtype="float32"
+        policy,
+        before,
+        pairs,
+        align_config(),
+        training=Training(tmp_path, seed=1),
     )
 
     def lead(model: LoadedPolicy) -> float:
@@ -275,9 +277,7 @@ def test_dpo_raises_what_is_preferred(tmp_path: Path) -> None:
             before,
             pairs,
             align_config(max_length=4),
-            seed=1,
-            checkpoints=tmp_path / "short",
-            dtype="float32",
+            training=Training(tmp_path / "short", seed=1),
         )
 
 
@@ -293,9 +293,7 @@ def test_rlhf_raises_the_weighted_sum(tmp_path: Path) -> None:
         [prompt(i) for i in range(6)],
         {"vowels": Scorer("v", "aeiou"), "digits": Scorer("d", "0123456789")},
         config,
-        seed=1,
-        checkpoints=tmp_path,
-        dtype="float32",
+        training=Training(tmp_path, seed=1),
     )
     first, last = (sum(row["reward"] for row in part) / 8 for part in (curve[:8], curve[-8:]))
     assert last > first + 0.3
@@ -323,7 +321,11 @@ def test_a_base_model_says_what_it_read(tmp_path: Path) -> None:
     model = new_model(tokenizer, config, seed=0)
     encoded = encode_rows(rows, encoder, max_length=64, answers_only=False)
     curve = teach(
-        model, tokenizer, encoded, config, seed=0, checkpoints=tmp_path / "c", dtype="float32"
+        model,
+        tokenizer,
+        encoded,
+        config,
+        training=Training(tmp_path / "c", seed=0),
     )
     assert curve[-1]["loss"] < 0.4 * curve[0]["loss"]
     model.save_pretrained(tmp_path / "m")

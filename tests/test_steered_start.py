@@ -16,18 +16,13 @@ from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, TrainingError
 from equipoise.models.layers import decoder_layers, states_behind, watched
 from equipoise.recipes.load import load_recipe
+from equipoise.training.checkpoints import OnStep
+from equipoise.training.loop import Training
 from equipoise.tune.lora import add_lora
 from equipoise.tune.prefix import before_labels
-from equipoise.tune.steered_start import (
-    ShiftDirections,
-    ShiftPlan,
-    collate,
-    disturbance_weight,
-    mirrored,
-    missing,
-    shift_of,
-)
-from equipoise.tune.trainer import Tuned, tune
+from equipoise.tune.shifts import ShiftDirections, ShiftPlan, mirrored, shift_batch, shift_of
+from equipoise.tune.steered_start import disturbance_weight, missing
+from equipoise.tune.trainer import TunedPolicy, tune
 from equipoise.types import DialSetting
 from steering_kit import SHIFT
 from tuning_kit import ATTRIBUTES, examples, lively_policy
@@ -46,16 +41,14 @@ def config(start: SteeredStartConfig = START, **changes: object) -> TuneConfig:
     return TuneConfig(**{**plain, **changes}, steered_start=start)  # type: ignore[arg-type]
 
 
-def run(folder: Path, made: TuneConfig, **more: object) -> Tuned:
+def run(folder: Path, made: TuneConfig, on_step: OnStep | None = None) -> TunedPolicy:
     return tune(
         lively_policy(),
         examples(),
         made,
         dials=Dials(ATTRIBUTES, 5),
-        seed=1,
-        checkpoints=folder,
+        training=Training(folder, seed=1, on_step=on_step),
         steering=STEERING,
-        **more,  # type: ignore[arg-type]
     )
 
 
@@ -98,7 +91,7 @@ def planned(count: int, *, auto_rate: float = 0.0) -> tuple[Any, list[Any]]:
     policy = lively_policy()
     manifest = install(policy.model, policy.tokenizer, dials=Dials(ATTRIBUTES, 5))
     encoder = Encoder(policy.tokenizer, manifest)
-    plan = ShiftPlan(examples(), encoder, STEERING, START, levels=5, auto_rate=auto_rate, seed=3)
+    plan = ShiftPlan(examples(), encoder, STEERING, START, auto_rate=auto_rate, seed=3)
     return policy, [plan[index] for index in range(count)]
 
 
@@ -126,7 +119,7 @@ def test_what_a_text_would_teach_alone_cancels_and_the_text_tells_no_setting() -
 
 def test_both_readings_meet_at_the_same_tokens() -> None:
     _, rows = planned(12, auto_rate=0.2)
-    batch = collate(rows)
+    batch = shift_batch(rows)
     follow = batch.plain_ids[:, 1:][batch.plain_at[:, :-1]]
     dialled, places = batch.dialled.input_ids, before_labels(batch.dialled)
     texts = follow.split(batch.plain_at.sum(1).tolist())
@@ -145,7 +138,7 @@ def test_what_is_missing_is_told_apart() -> None:
         rank=2,
         seed=0,
     )
-    batch = collate(rows)
+    batch = shift_batch(rows)
     with torch.no_grad():
         found = missing(model, batch, 0)
         still = missing(model, replace(batch, shifts=torch.zeros_like(batch.shifts)), 0)
@@ -177,9 +170,9 @@ def test_the_start_teaches_the_shift_and_its_curve_says_so(tmp_path: Path) -> No
     assert shown[0] == (1, 62) and shown[-1] == (62, 62)
     assert [row["tokens"] for row in curve] == sorted(row["tokens"] for row in curve)
     encoder = Encoder(tuned.tokenizer, tuned.manifest)
-    plan = ShiftPlan(examples(), encoder, STEERING, START, levels=5, auto_rate=0.0, seed=77)
+    plan = ShiftPlan(examples(), encoder, STEERING, START, auto_rate=0.0, seed=77)
     with torch.no_grad():
-        found = missing(tuned.model, collate([plan[index] for index in range(24)]), 0)
+        found = missing(tuned.model, shift_batch([plan[index] for index in range(24)]), 0)
     assert found.unexplained + found.disturbance < 0.5 * plan.wanted
 
 
@@ -213,8 +206,8 @@ def test_the_start_can_stand_alone(tmp_path: Path) -> None:
 def test_states_that_are_not_finite_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite"):
         tune(
-            lively_policy(), examples(), config(), dials=Dials(ATTRIBUTES, 5),  seed=1,
-            checkpoints=tmp_path, steering=ShiftDirections(VECTORS * torch.nan, 0),
+            lively_policy(), examples(), config(), dials=Dials(ATTRIBUTES, 5),
+            training=Training(tmp_path, seed=1), steering=ShiftDirections(VECTORS * torch.nan, 0),
         )  # fmt: skip
 
 

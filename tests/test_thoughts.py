@@ -30,6 +30,7 @@ from equipoise.pool.score import shortened
 from equipoise.serve.main import check_policy
 from equipoise.serve.prepare import ServedModel
 from equipoise.store.rundir import RunDir
+from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune
 from equipoise.types import Branch, GenerationRequest, Message, Rendering
 from serve_kit import (
@@ -292,8 +293,7 @@ def test_thinking_can_be_switched_on_and_is_then_refused_before_a_weight_moves(
             examples(2),
             config,
             dials=Dials(ATTRIBUTES, 5),
-            seed=0,
-            checkpoints=tmp_path / "checkpoints",
+            training=Training(tmp_path / "checkpoints", seed=0),
         )
         return policy
 

@@ -26,12 +26,12 @@ from equipoise.dials.tokens import install, save_dial_model
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ModelError, TrainingError
 from equipoise.models.load import LoadedPolicy, load_causal
-from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
-from equipoise.tune.checkpoints import OnStep
-from equipoise.tune.counterfactual import counterfactuals, drop_to_auto
+from equipoise.training.checkpoints import OnStep
+from equipoise.training.loop import Training
+from equipoise.tune.batch import ControlledBatch, TuningPlan, collate, counterfactuals, drop_to_auto
 from equipoise.tune.objectives import clm, exmate, mean_of, token_log_likelihoods
 from equipoise.tune.prefix import branch_log_likelihoods
-from equipoise.tune.trainer import Tuned, objective, tune
+from equipoise.tune.trainer import TunedPolicy, objective, tune
 from equipoise.types import DialSetting, PreferencePair
 from tuning_kit import (
     ATTRIBUTES,
@@ -56,19 +56,18 @@ LEARNS: dict[str, Any] = {
 CONFIG = TuneConfig(steps=8, batch_size=4, checkpoint_every=3, dtype="float32", learning_rate=3e-3)
 
 
-def run(folder: Path, config: TuneConfig = CONFIG, base: str = "tiny") -> Tuned:
+def run(folder: Path, config: TuneConfig = CONFIG, base: str = "tiny") -> TunedPolicy:
     return tune(
         tiny_policy(),
         examples(),
         config,
         dials=Dials(ATTRIBUTES, 5),
-        seed=1,
-        checkpoints=folder,
+        training=Training(folder, seed=1),
         base_model=base,
     )
 
 
-def weights(tuned: Tuned) -> dict[str, torch.Tensor]:
+def weights(tuned: TunedPolicy) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in tuned.model.state_dict().items()}
 
 
@@ -197,8 +196,7 @@ def test_tuning_learns_to_listen(tmp_path: Path, objective_name: str) -> None:
         examples(),
         config,
         dials=Dials(ATTRIBUTES, 5),
-        seed=1,
-        checkpoints=tmp_path,
+        training=Training(tmp_path, seed=1),
     )
     lead = lead_of_the_asked_cell(tuned.model, Encoder(tuned.tokenizer, tuned.manifest))
     assert lead.min() > 0.1
@@ -221,9 +219,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
             examples(),
             CONFIG,
             dials=Dials(ATTRIBUTES, 5),
-            seed=1,
-            checkpoints=tmp_path / "parts",
-            on_step=stop_at,
+            training=Training(tmp_path / "parts", seed=1, on_step=stop_at),
         )
     (tmp_path / "parts" / "checkpoint-4").mkdir()  # half-written: no marker
     resumed = run(tmp_path / "parts")
@@ -240,7 +236,7 @@ TINY = {"steps": SPOILT_STEPS, "batch_size": 8, "checkpoint_every": 1}
 def spoilt_tune(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
     tune(
         policy, examples(), TuneConfig(**TINY, dtype="float32"), dials=Dials(ATTRIBUTES, 5), 
-        seed=1, checkpoints=folder, on_step=on_step,
+        training=Training(folder, seed=1, on_step=on_step),
     )  # fmt: skip
 
 
@@ -251,7 +247,7 @@ def spoilt_teach(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
         policy.tokenizer,
         encode_rows(rows, policy.encoder, max_length=99, answers_only=True),
         SftConfig(sources=[SourceConfig(source="x")], **TINY),
-        seed=1, checkpoints=folder, dtype="float32", on_step=on_step,
+        training=Training(folder, seed=1, on_step=on_step),
     )  # fmt: skip
 
 
@@ -259,8 +255,7 @@ def spoilt_dpo(folder: Path, policy: LoadedPolicy, on_step: OnStep) -> None:
     pairs = [PreferencePair(prompt(i), "no no no", "yes gladly") for i in range(16)]
     made = AlignConfig(sources=[SourceConfig(source="x")], **TINY)
     align_by_dpo(
-        policy, tiny_policy(), pairs, made, seed=1, checkpoints=folder, dtype="float32",
-        on_step=on_step,
+        policy, tiny_policy(), pairs, made, training=Training(folder, seed=1, on_step=on_step),
     )  # fmt: skip
 
 
@@ -295,8 +290,7 @@ def test_lora_learns_and_is_reloaded_in_a_new_process(tmp_path: Path) -> None:
         examples(),
         TuneConfig(**LEARNS, lora_rank=4),
         dials=Dials(ATTRIBUTES, 5),
-        seed=1,
-        checkpoints=tmp_path / "checkpoints",
+        training=Training(tmp_path / "checkpoints", seed=1),
         base_model=str(base),
     )
     after = lead_of_the_asked_cell(tuned.model, Encoder(tuned.tokenizer, tuned.manifest))

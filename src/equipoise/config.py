@@ -230,7 +230,7 @@ class RlhfConfig(RolloutConfig):
 
 
 class SteeredStartConfig(RecipeConfig):
-    """Teach the control tokens the steering directions before the objective begins."""
+    """Steering distilled into control tokens, before the objective begins."""
 
     steps: Positive = 160
     batch_size: Positive = 4
@@ -259,7 +259,7 @@ class TuneConfig(RecipeConfig):
     exp_of: Literal["example", "batch"] = "example"
     """exp of each example's mean log-likelihood, or of the batch mean."""
     steps: Annotated[int, Field(ge=0)] = 400
-    """0 = the steered start alone."""
+    """0 = the distilled steering alone."""
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     auto_rate: Fraction = 0.15
@@ -267,7 +267,7 @@ class TuneConfig(RecipeConfig):
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """0 = full weights."""
     steered_start: SteeredStartConfig | None = None
-    """LoRA, in a recipe that steers: start from control tokens that already move the model."""
+    """LoRA, in a recipe that steers: begin with steering distilled into control tokens."""
     dtype: Literal["probe", "float32", "bfloat16"] = "probe"
     checkpoint_every: Positive = 100
     rlhf: RlhfConfig = RlhfConfig()

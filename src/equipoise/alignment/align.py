@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from equipoise.alignment.sft import drive
 from equipoise.config import AlignConfig, Sampling
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import DataError, named
 from equipoise.models.limits import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
-from equipoise.rlhf.online import train_online
-from equipoise.rlhf.reference import StartReference
+from equipoise.rlhf.online import StartReference, train_online
 from equipoise.rlhf.rollouts import Ask, OnlineConfig, Rollouts
 from equipoise.seeds import derive_seed
-from equipoise.tune.checkpoints import Curve, OnStep, for_trainer
+from equipoise.training.checkpoints import Curve
+from equipoise.training.loop import Training, arguments, drive
+from equipoise.training.trl import LOGGED, Losses, for_trainer
 from equipoise.types import Branch, GenerationRequest, PreferencePair, Prompt, RewardModel
 
 SCALE_PROMPTS = 128
@@ -32,7 +31,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc, unused-ignore]
     """TRL's DPO on ids that our encoder made."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        # It would write the pairs down as text, and read them back with the markers in it.
+        # It would write the pairs down as text, and read them back with the markers in it; unlike
+        # SFTTrainer and RewardTrainer it has no setting for rows that are ids already.
         return dataset
 
 
@@ -41,11 +41,7 @@ def align_by_dpo(
     before: LoadedPolicy,
     pairs: Sequence[PreferencePair],
     config: AlignConfig,
-    *,
-    seed: int,
-    checkpoints: Path,
-    dtype: str,
-    on_step: OnStep | None = None,
+    training: Training,
 ) -> Curve:
     """Align in place by Direct Preference Optimization; resumes from the newest checkpoint.
 
@@ -54,10 +50,7 @@ def align_by_dpo(
         before: The same model, the reference.
         pairs: Preference pairs.
         config: Budget and ``beta``.
-        seed: Of the order.
-        checkpoints: Folder of the checkpoints.
-        dtype: ``float32`` or ``bfloat16``.
-        on_step: Called with (steps done, steps in all).
+        training: Where, and from which seed.
 
     Returns:
         Per step the loss and the accuracy of the implicit reward.
@@ -82,16 +75,21 @@ def align_by_dpo(
             fix="raise align.max_length",
         )
 
-    def build(arguments: dict[str, Any]) -> Any:
-        return PairTrainer(
-            model=policy.model,
-            ref_model=before.model.requires_grad_(False),
-            args=DPOConfig(**arguments, beta=config.beta, max_length=None, weight_decay=0.0),
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=for_trainer(policy.tokenizer),
-        )
-
-    return drive(build, config, seed=seed, checkpoints=checkpoints, dtype=dtype, on_step=on_step)
+    trainer = PairTrainer(
+        model=policy.model,
+        ref_model=before.model.requires_grad_(False),
+        args=DPOConfig(
+            **arguments(training, config),
+            **LOGGED,
+            beta=config.beta,
+            max_length=None,
+            weight_decay=0.0,
+        ),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=for_trainer(policy.tokenizer),
+    )
+    curve: Curve = []
+    return drive(trainer, training, curve, [Losses(curve)])
 
 
 def align_by_rlhf(
@@ -100,11 +98,7 @@ def align_by_rlhf(
     prompts: Sequence[Prompt],
     rewards: Mapping[str, RewardModel],
     config: AlignConfig,
-    *,
-    seed: int,
-    checkpoints: Path,
-    dtype: str,
-    on_step: OnStep | None = None,
+    training: Training,
 ) -> Curve:
     """Align in place by RLHF on a weighted sum of rewards; resumes from the newest checkpoint.
 
@@ -117,10 +111,7 @@ def align_by_rlhf(
         prompts: What is asked.
         rewards: Reward models by name.
         config: Budget, ``beta`` and ``weights``.
-        seed: Everything random derives from it.
-        checkpoints: Folder of the checkpoints.
-        dtype: ``float32`` or ``bfloat16``.
-        on_step: Called with (steps done, steps in all).
+        training: Where, and from which seed.
 
     Returns:
         One row per step, see :func:`equipoise.rlhf.online.train_online`.
@@ -137,6 +128,7 @@ def align_by_rlhf(
         max_tokens=config.rlhf.sampling.max_tokens,
         setting="align.rlhf.sampling.max_tokens",
     )
+    seed = training.seed
     order = sorted(prompts, key=lambda prompt: derive_seed(seed, "align", prompt.id))
     online = OnlineConfig(
         steps=config.steps,
@@ -147,7 +139,6 @@ def align_by_rlhf(
         kl_limit=config.rlhf.kl_limit,
         sampling=config.rlhf.sampling,
         checkpoint_every=config.checkpoint_every,
-        dtype=dtype,
         section="align",
     )
     reward = weighted_reward(
@@ -166,10 +157,7 @@ def align_by_rlhf(
         policy.tokenizer,
         rollouts,
         StartReference(before.model, (), online.sampling.temperature),
-        online,
-        checkpoints=checkpoints,
-        seed=seed % 2**31,
-        on_step=on_step,
+        training,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from equipoise.config import Recipe
 from equipoise.dials.dials import Dials
@@ -58,7 +58,7 @@ def check_context(recipe: Recipe, prompts: Sequence[Prompt], encoder: Encoder, c
     longest = max(prompts, key=lambda prompt: len(encoder.prompt_ids(prompt.messages)))
     for section, phrases in _in_words(recipe).items():
         check_prompts(
-            _worded(longest, recipe, encoder, phrases),
+            _worded(longest, recipe, phrases),
             encoder,
             limit,
             n_controls=0,
@@ -77,19 +77,9 @@ def _in_words(recipe: Recipe) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _worded(
-    prompt: Prompt, recipe: Recipe, encoder: Encoder, phrases: dict[str, list[str]]
-) -> list[Prompt]:
-    from equipoise.engine.seam import Engine
-    from equipoise.steer.prompting import Prompting
+def _worded(prompt: Prompt, recipe: Recipe, phrases: dict[str, list[str]]) -> list[Prompt]:
+    from equipoise.steer.prompting import Wording
 
     dials = Dials(tuple(recipe.attributes), recipe.levels)
-    prompting = Prompting(
-        cast(Engine, None),  # only its words are wanted
-        encoder,
-        sampling=recipe.evaluate.sampling,
-        dials=dials,
-        phrases=phrases,
-    )
-    settings = dials.cells()
-    return [replace(prompt, messages=prompting.messages(prompt, one)) for one in settings]
+    wording = Wording(dials, phrases=phrases)
+    return [replace(prompt, messages=wording.messages(prompt, one)) for one in dials.cells()]

@@ -31,7 +31,8 @@ from equipoise.seeds import derive_seed
 from equipoise.types import PreferencePair, RewardModel
 
 if TYPE_CHECKING:
-    from equipoise.rewards.training import EncodedRow, OnStep
+    from equipoise.rewards.training import EncodedRow
+    from equipoise.training.checkpoints import OnStep
 
 Row = PreferencePair | LabelledAnswer
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import ModelError
-from equipoise.rewards.input import RewardInput, collate, length_batches
+from equipoise.rewards.input import RewardInput, length_batches
 
 if TYPE_CHECKING:
     import torch
@@ -72,18 +72,31 @@ class FrozenFeatures:
         for batch in length_batches([len(row.ids) for row in fresh], self._batch_size):
             chosen = [fresh[i] for i in batch]
             self.positions += sum(len(row.ids) for row in chosen)
-            inputs = collate(
-                chosen,
-                pad_id=self._model.config.get_text_config().pad_token_id,
-                with_types=has_segments(self._model),
-            )
-            inputs = {key: value.to(self._model.device) for key, value in inputs.items()}
+            inputs = model_inputs(self._model, chosen)
             with torch.inference_mode():
                 found.update(zip(chosen, answer_mean(self._model, inputs, chosen), strict=True))
         self._kept = found
         return torch.stack([found[row] for row in rows])
 
 
-def has_segments(model: Any) -> bool:
-    """Whether the model tells two segments apart (BERT does, RoBERTa and Llama do not)."""
-    return int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+def model_inputs(model: Any, rows: Sequence[RewardInput]) -> dict[str, torch.Tensor]:
+    """Return what a model is called with to read rows, padded on the right, on its device.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where the model tells two segments apart (BERT does,
+        RoBERTa and Llama do not), ``token_type_ids``; each (B, T).
+    """
+    import torch
+
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), model.config.get_text_config().pad_token_id)  # (B, T)
+    mask = torch.zeros_like(ids)  # (B, T)
+    types = torch.zeros_like(ids)  # (B, T)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, : len(row.ids)] = 1
+        types[i, : len(row.ids)] = torch.tensor(row.type_ids)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if int(getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        batch["token_type_ids"] = types
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}

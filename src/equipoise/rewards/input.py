@@ -1,10 +1,10 @@
-"""(Prompt, completion) -> ids of a reward model, and batches of them."""
+"""(Prompt, completion) -> ids of a reward model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from equipoise.errors import ModelError
 from equipoise.types import Message
@@ -127,23 +127,3 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def collate(rows: Sequence[RewardInput], *, pad_id: int, with_types: bool) -> dict[str, Any]:
-    """Pad on the right.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and, if asked for, ``token_type_ids``, each (B, T).
-    """
-    import torch
-
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)  # (B, T)
-    mask = torch.zeros_like(ids)  # (B, T)
-    types = torch.zeros_like(ids)  # (B, T)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, : len(row.ids)] = 1
-        types[i, : len(row.ids)] = torch.tensor(row.type_ids)
-    batch = {"input_ids": ids, "attention_mask": mask}
-    return {**batch, "token_type_ids": types} if with_types else batch

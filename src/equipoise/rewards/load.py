@@ -20,8 +20,8 @@ from equipoise.models.load import default_device, load_tokenizer
 from equipoise.models.read import read_config
 from equipoise.rewards.card import Pooling, RewardCard, read_card
 from equipoise.rewards.classifier import longest_input, read_classifier, settle_padding
-from equipoise.rewards.head import FrozenFeatures, has_segments, head_of
-from equipoise.rewards.input import InputEncoder, RewardInput, collate, length_batches
+from equipoise.rewards.head import FrozenFeatures, head_of, model_inputs
+from equipoise.rewards.input import InputEncoder, RewardInput, length_batches
 from equipoise.types import Prompt, RewardModel
 
 if TYPE_CHECKING:
@@ -195,14 +195,10 @@ class ClassifierReward:
     def _forward(self, rows: Sequence[RewardInput]) -> list[float]:
         import torch
 
-        batch = collate(
-            rows,
-            pad_id=self.model.config.get_text_config().pad_token_id,
-            with_types=has_segments(self.model),
-        )
-        batch = {key: value.to(self.model.device) for key, value in batch.items()}
         with torch.inference_mode():
-            logits = self._checked(self.model(**batch).logits, rows)  # (B, n_labels)
+            logits = self._checked(
+                self.model(**model_inputs(self.model, rows)).logits, rows
+            )  # (B, n_labels)
         values: list[float] = logits[:, self._logit].float().tolist()
         return values
 

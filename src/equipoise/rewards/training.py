@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainingArguments
 
 from equipoise.config import FitRewardConfig
 from equipoise.errors import TrainingError
-from equipoise.rewards.head import answer_mean, has_segments, head_of
-from equipoise.rewards.input import RewardInput, collate, length_batches
+from equipoise.rewards.head import answer_mean, head_of, model_inputs
+from equipoise.rewards.input import RewardInput, length_batches
+from equipoise.training.checkpoints import Curve, OnStep
+from equipoise.training.loop import Training, drive
+from equipoise.training.trl import Losses
 
-OnStep = Callable[[int, int], None]
 _LOGS = 50
 _WARMUP = 0.1
 
@@ -44,19 +51,21 @@ def fit_whole(
         TrainingError: The loss is not finite.
     """
     from datasets import Dataset
-    from transformers import PrinterCallback, Trainer, TrainingArguments
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import RewardTrainer
 
     paired = config.kind == "pairs"
     steps = max(1, round(config.epochs * len(rows) / config.batch_size))
-    collator = _Collator(
-        rows,
-        pad_id=model.config.get_text_config().pad_token_id,
-        with_types=has_segments(model),
-        paired=paired,
-    )
-    # The trainers see row numbers and lengths; the ids stay with the collator, as our encoder
+
+    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Row numbers to a batch; of pairs first all chosen, then all rejected, as TRL reads it."""
+        chosen = [rows[item["row"]] for item in items]
+        sides = [row.sides[side] for side in range(2 if paired else 1) for row in chosen]
+        batch = model_inputs(model, sides)
+        labels = torch.tensor([[row.score] for row in chosen])  # (B, 1)
+        return batch if paired else {**batch, "labels": labels}
+
+    # The trainers see row numbers and lengths; the ids stay with `collate`, as our encoder
     # made them. RewardTrainer takes rows with `chosen_ids` and `rejected_ids` for tokenised.
     columns: dict[str, list[Any]] = {
         "row": list(range(len(rows))),
@@ -88,8 +97,7 @@ def fit_whole(
             "model": model,
             "train_dataset": Dataset.from_dict(columns),
             "processing_class": tokenizer,
-            "data_collator": collator,
-            "callbacks": [_progress(on_step, steps)],
+            "data_collator": collate,
         }
         if paired:
             arguments = RewardConfig(max_length=None, activation_checkpointing=False, **common)
@@ -98,9 +106,9 @@ def fit_whole(
             # With one label this problem type is binary cross-entropy on a score in [0, 1].
             model.config.problem_type = "multi_label_classification"
             trainer = Trainer(args=TrainingArguments(**common), **given)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return tuple(float(e["loss"]) for e in trainer.state.log_history if "loss" in e)
+        curve: Curve = []
+        drive(trainer, Training(Path(work), seed, on_step), curve, [_Losses(curve)])
+    return tuple(row["loss"] for row in curve)
 
 
 def fit_head(
@@ -119,8 +127,6 @@ def fit_head(
     Logistic regression on standardised features, its strength chosen by 4-fold cross-validation;
     pairs enter as differences without an intercept.
     """
-    import numpy as np
-    import torch
     from sklearn.linear_model import LogisticRegressionCV
 
     head = head_of(model)
@@ -160,8 +166,6 @@ def fit_head(
 
 def keep_lower_layers(model: Any) -> None:
     """Cut the upper third of a transformer's layers off, in place, config included."""
-    import torch
-
     config = model.config.get_text_config()
     n_layers = int(config.num_hidden_layers)
     kept = -(-2 * n_layers // 3)
@@ -178,64 +182,24 @@ def keep_lower_layers(model: Any) -> None:
 def _features(
     model: Any, inputs: Sequence[RewardInput], config: FitRewardConfig, on_step: OnStep | None
 ) -> Any:
-    import numpy as np
-    import torch
-
     model.eval()
     found = np.zeros((len(inputs), model.config.get_text_config().hidden_size))  # (R, D)
     done = 0
     for batch in length_batches([len(row.ids) for row in inputs], config.batch_size):
         rows = [inputs[i] for i in batch]
-        tensors = collate(
-            rows,
-            pad_id=model.config.get_text_config().pad_token_id,
-            with_types=has_segments(model),
-        )
         with torch.inference_mode():
-            found[batch] = answer_mean(model, tensors, rows).float().numpy()
+            read = answer_mean(model, model_inputs(model, rows), rows)
+        found[batch] = read.float().cpu().numpy()
         done += len(batch)
         if on_step is not None:
             on_step(done, len(inputs))
     return found
 
 
-class _Collator:
-    """Row numbers to a batch; for pairs first all chosen, then all rejected (as TRL reads it)."""
-
-    def __init__(
-        self, rows: Sequence[EncodedRow], *, pad_id: int, with_types: bool, paired: bool
-    ) -> None:
-        self._rows, self._pad_id = rows, pad_id
-        self._with_types, self._paired = with_types, paired
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        rows = [self._rows[item["row"]] for item in items]
-        sides = [row.sides[side] for side in range(2 if self._paired else 1) for row in rows]
-        batch = collate(sides, pad_id=self._pad_id, with_types=self._with_types)
-        if not self._paired:
-            batch["labels"] = torch.tensor([[row.score] for row in rows])  # (B, 1)
-        return batch
-
-
-def _progress(on_step: OnStep | None, steps: int) -> Any:
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if on_step is not None:
-                on_step(state.global_step, steps)
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any
-        ) -> None:
-            loss = (logs or {}).get("loss")
-            if loss is not None and not abs(float(loss)) < float("inf"):
-                raise TrainingError(
-                    f"The reward model diverged at step {state.global_step}",
-                    why=f"Its loss is {loss}.",
-                    fix="Lower learning_rate.",
-                )
-
-    return Progress()
+class _Losses(Losses):
+    def spoilt(self, step: int, loss: float) -> TrainingError:
+        return TrainingError(
+            f"The reward model diverged at step {step}",
+            why=f"Its loss is {loss}.",
+            fix="Lower learning_rate.",
+        )

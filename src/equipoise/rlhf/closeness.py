@@ -16,7 +16,7 @@ from equipoise.dials.dials import Dials, target
 from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.rollouts import Ask
 from equipoise.seeds import derive_seed
-from equipoise.tune.counterfactual import drop_to_auto
+from equipoise.tune.batch import drop_to_auto
 from equipoise.types import DialSetting, Prompt
 
 

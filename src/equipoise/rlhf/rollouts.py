@@ -43,10 +43,8 @@ class OnlineConfig:
     kl_limit: float
     sampling: Sampling
     checkpoint_every: int
-    dtype: str
     section: str
     """Of the recipe: where ``beta`` and ``learning_rate`` stand, for messages."""
-    max_grad_norm: float = 1.0
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """RLHF with control: an optional warm start by CLM, then TRL's GRPO on closeness to the setting.
 
-The KL to the untouched start model is part of the loss. A policy that is deaf to its dials and
+The KL to the untouched start model is part of the loss. A policy that ignores its dials and
 answers at the median already earns :func:`equipoise.rlhf.closeness.deaf_floor`, .76 at five levels:
 read every reward against it.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from equipoise.config import TuneConfig
@@ -21,47 +21,50 @@ from equipoise.models.limits import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.closeness import AskPlan, control_reward, deaf_floor
-from equipoise.rlhf.online import train_online
-from equipoise.rlhf.reference import StartReference
+from equipoise.rlhf.online import StartReference, train_online
 from equipoise.rlhf.rollouts import OnlineConfig, Rollouts
-from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
-from equipoise.tune.trainer import Tuned, with_dials
-from equipoise.tune.trainer import tune as tune_offline
+from equipoise.training.checkpoints import Curve
+from equipoise.training.loop import Training
+from equipoise.tune.trainer import TunedPolicy, tune, with_dials, with_settled_dtype
 from equipoise.types import ControlledExample, Prompt
 
 Probe = Callable[[TransformersEngine, Encoder], dict[str, float]]
 """Looks at the policy: samples over the grid and measures; never part of the loss."""
 
 
+@dataclass(frozen=True)
+class Material:
+    """What RLHF with control learns from."""
+
+    start: LoadedPolicy
+    """The untouched model again: the KL is measured to it."""
+    prompts: Sequence[Prompt]
+    """Training prompts that settings are asked of."""
+    examples: Sequence[ControlledExample]
+    """The distilled set, for the warm start."""
+    scorer: Scorer
+    """Of the training reward models."""
+
+
 def tune_by_rlhf(
     policy: LoadedPolicy,
-    start: LoadedPolicy,
-    prompts: Sequence[Prompt],
-    examples: Sequence[ControlledExample],
-    scorer: Scorer,
+    material: Material,
     config: TuneConfig,
     *,
-    levels: int,
-    seed: int,
-    checkpoints: Path,
+    dials: Dials,
+    training: Training,
     base_model: str = "",
-    on_step: OnStep | None = None,
     probe: Probe | None = None,
-) -> Tuned:
+) -> TunedPolicy:
     """Tune a policy by RLHF; resumes from the newest complete checkpoint.
 
     Args:
         policy: The untouched model; it is changed in place.
-        start: The untouched model again: the KL is measured to it.
-        prompts: Training prompts that settings are asked of.
-        examples: The distilled set, for the warm start.
-        scorer: Of the training reward models.
+        material: Prompts, examples and rewards.
         config: Budget; see :class:`equipoise.config.RlhfConfig`.
-        levels: L.
-        seed: Everything random derives from it.
-        checkpoints: Folder of the checkpoints; created if missing.
+        dials: Attributes and levels.
+        training: Where, and from which seed; the number type is the config's.
         base_model: Name of the untouched model, for the manifest.
-        on_step: Called with (steps done, steps in all), the warm start's steps included.
         probe: Looks at the policy every ``probe_every`` steps and at both ends; what it returns
             is kept in the curve until the next look.
 
@@ -70,84 +73,62 @@ def tune_by_rlhf(
         TrainingError: See :func:`equipoise.rlhf.online.train_online`.
         RewardError: See :func:`control_reward`.
     """
-    rlhf, started = config.rlhf, time.monotonic()
-    dials = Dials(tuple(scorer.reward_models), levels)
+    started = time.monotonic()
     check_prompts(
-        prompts,
+        material.prompts,
         policy.encoder,
         positions(policy.model.config),
         n_controls=len(dials.attributes),
-        max_tokens=rlhf.sampling.max_tokens,
+        max_tokens=config.rlhf.sampling.max_tokens,
         setting="tune.rlhf.sampling.max_tokens",
     )
-    checkpoints.mkdir(parents=True, exist_ok=True)
-
-    total = rlhf.warm_start + config.steps
-
-    def shifted(offset: int) -> OnStep | None:
-        return None if on_step is None else lambda done, _: on_step(offset + done, total)
-
     model, manifest, warmed = _begun(
-        policy,
-        examples,
-        config,
-        dials=dials,
-        seed=seed,
-        checkpoints=checkpoints / "warm-start",
-        base_model=base_model,
-        on_step=shifted(0),
+        policy, material.examples, config, dials=dials, training=training, base_model=base_model
     )
-    dtype = settled_dtype(checkpoints, config.dtype)
-    online = OnlineConfig(
-        steps=config.steps,
-        batch_size=config.online_batch_size,
-        group=rlhf.group,
-        learning_rate=rlhf.learning_rate,
-        beta=rlhf.beta,
-        kl_limit=rlhf.kl_limit,
-        sampling=rlhf.sampling,
-        checkpoint_every=rlhf.checkpoint_every,
-        dtype=dtype,
-        section="tune.rlhf",
-    )
+    training = with_settled_dtype(training, config.dtype)
+    online = _online(config)
     encoder = policy.encoder.with_dials(manifest)
     engine = TransformersEngine(
         model, encoder, model_hash="", batch_size=max(online.batch_size, 128)
     )
-    plan = AskPlan(
-        prompts,
-        dials=dials,
-        auto_rate=config.auto_rate,
-        seed=seed,
-    )
     rollouts = Rollouts(
         engine=engine,
         encoder=encoder,
-        asks=plan,
-        reward=control_reward(scorer, levels),
+        asks=AskPlan(material.prompts, dials=dials, auto_rate=config.auto_rate, seed=training.seed),
+        reward=control_reward(material.scorer, dials.levels),
         config=online,
-        seed=seed,
+        seed=training.seed,
     )
     curve = train_online(
         model,
         policy.tokenizer,
         rollouts,
-        StartReference(start.model, manifest.all_ids, online.sampling.temperature),
-        online,
-        checkpoints=checkpoints,
-        seed=seed,
-        on_step=shifted(rlhf.warm_start),
-        watch=_looks(probe, engine, encoder, rlhf.probe_every, config.steps),
+        StartReference(material.start.model, manifest.all_ids, online.sampling.temperature),
+        training.part("", before=config.rlhf.warm_start),
+        watch=_looks(probe, engine, encoder, config.rlhf.probe_every, config.steps),
     )
-    model.train(False)
-    return Tuned(
-        model=model,
+    return TunedPolicy(
+        model=model.train(False),
         tokenizer=policy.tokenizer,
         manifest=manifest,
-        curve=_joined(warmed, curve, deaf_floor(levels)),
+        curve=_joined(warmed, curve, deaf_floor(dials.levels)),
         start_curve=[],
-        dtype=dtype,
+        dtype=training.dtype,
         seconds=time.monotonic() - started,
+    )
+
+
+def _online(config: TuneConfig) -> OnlineConfig:
+    return OnlineConfig(
+        steps=config.steps,
+        batch_size=config.online_batch_size,
+        group=config.rlhf.group,
+        learning_rate=config.rlhf.learning_rate,
+        beta=config.rlhf.beta,
+        kl_limit=config.rlhf.kl_limit,
+        sampling=config.rlhf.sampling,
+        checkpoint_every=config.rlhf.checkpoint_every,
+        section="tune.rlhf",
     )
 
 
@@ -157,33 +138,29 @@ def _begun(
     config: TuneConfig,
     *,
     dials: Dials,
-    seed: int,
-    checkpoints: Path,
+    training: Training,
     base_model: str,
-    on_step: OnStep | None,
 ) -> tuple[Any, DialManifest, Curve]:
     """Return the policy with its dials installed, after the warm start if there is one."""
-    if config.rlhf.warm_start:
-        warm = {"objective": "clm", "steps": config.rlhf.warm_start}
-        tuned = tune_offline(
+    steps = config.rlhf.warm_start
+    if not steps:
+        model, manifest = with_dials(
             policy,
-            examples,
-            config.model_copy(update=warm),
             dials=dials,
-            seed=seed,
-            checkpoints=checkpoints,
+            lora_rank=config.lora_rank,
             base_model=base_model,
-            on_step=on_step,
+            seed=training.seed,
         )
-        return tuned.model, tuned.manifest, tuned.curve
-    model, manifest = with_dials(
+        return model, manifest, []
+    tuned = tune(
         policy,
+        examples,
+        config.model_copy(update={"objective": "clm", "steps": steps}),
         dials=dials,
-        lora_rank=config.lora_rank,
+        training=training.part("warm-start", after=config.steps),
         base_model=base_model,
-        seed=seed,
     )
-    return model, manifest, []
+    return tuned.model, tuned.manifest, tuned.curve
 
 
 def _looks(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from equipoise.config import Recipe
 from equipoise.dials.dials import Dials
-from equipoise.engine.seam import Engine
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
 from equipoise.pipeline.job import (
@@ -29,7 +28,6 @@ from equipoise.store.stagedir import Stage
 from equipoise.types import Completion, ScoredCompletion
 
 if TYPE_CHECKING:
-    from equipoise.encoding.encode import Encoder
     from equipoise.pool.generate import Ask
 
 
@@ -161,7 +159,7 @@ def generate(job: Job) -> None:
         seed=recipe.seed,
         done=done,
         cells=job.dials.cells(),
-        ask=_in_words(recipe, engine, policy.encoder) if config.prompted_per_prompt else None,
+        ask=_in_words(recipe) if config.prompted_per_prompt else None,
     )
     with job.progress.task("generate", len(train), done=len(done)) as advance:
         for name in names:
@@ -174,16 +172,11 @@ def generate(job: Job) -> None:
     stage.finish(completions=len(train) * per_prompt)
 
 
-def _in_words(recipe: Recipe, engine: Engine, encoder: Encoder) -> Ask:
-    from equipoise.steer.prompting import Prompting
+def _in_words(recipe: Recipe) -> Ask:
+    from equipoise.steer.prompting import Wording
 
-    return Prompting(
-        engine,
-        encoder,
-        sampling=recipe.generate.sampling,
-        dials=Dials(tuple(recipe.attributes), recipe.levels),
-        phrases=recipe.generate.phrases,
-    ).messages
+    dials = Dials(tuple(recipe.attributes), recipe.levels)
+    return Wording(dials, phrases=recipe.generate.phrases).messages
 
 
 def score(job: Job) -> None:

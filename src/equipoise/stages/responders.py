@@ -26,7 +26,7 @@ def responders(job: Job, scorer: Scorer, untouched: Callable[[], LoadedPolicy]) 
     from equipoise.engine.sample import TransformersEngine
     from equipoise.models.load import load_causal
     from equipoise.stages.tune import MODEL
-    from equipoise.steer.prompting import Prompting
+    from equipoise.steer.prompting import Prompting, Wording
     from equipoise.steer.reranking import Candidates, Reranking
     from equipoise.steer.responders import Tuned, Untouched
 
@@ -48,10 +48,12 @@ def responders(job: Job, scorer: Scorer, untouched: Callable[[], LoadedPolicy]) 
                 engine,
                 encoder,
                 sampling=sampling,
-                dials=job.dials,
-                phrases=config.phrases,
-                in_context=config.in_context,
-                examples=_examples(job) if config.in_context else (),
+                wording=Wording(
+                    job.dials,
+                    phrases=config.phrases,
+                    in_context=config.in_context,
+                    examples=_examples(job) if config.in_context else (),
+                ),
             )
         if counts:
             candidates = Candidates(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.pipeline.job import (
@@ -21,18 +20,18 @@ if TYPE_CHECKING:
     from equipoise.engine.sample import TransformersEngine
     from equipoise.rewards.scorer import Scorer
     from equipoise.rlhf.tune import Probe
-    from equipoise.tune.checkpoints import OnStep
-    from equipoise.tune.trainer import Tuned
+    from equipoise.training.loop import Training
+    from equipoise.tune.trainer import TunedPolicy
 
 JUDGED_FOR_SCALE = 1000
 """Pool rows that give the judges a unit scale while tuning; the evaluation judges the whole."""
 
 
-def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
+def tune_online(job: Job, training: Training) -> TunedPolicy:
     """Tune by RLHF with the run's own reward models and calibration."""
     from equipoise.models.load import load_causal
     from equipoise.rlhf.closeness import deaf_floor
-    from equipoise.rlhf.tune import tune_by_rlhf as train
+    from equipoise.rlhf.tune import Material, tune_by_rlhf
 
     recipe = job.recipe
     train_prompts = [p for p in read_prompts(job.run) if p.split == "train"]
@@ -40,18 +39,19 @@ def tune_by_rlhf(job: Job, checkpoints: Path, on_step: OnStep) -> Tuned:
         f"tune: a policy deaf to its dials earns {deaf_floor(recipe.levels):.3f}; "
         "read the rewards of rlhf against that"
     )
-    return train(
-        load_causal(recipe.model, rendering=job.rendering),
+    material = Material(
         load_causal(recipe.model, rendering=job.rendering),
         train_prompts,
         read_examples(job) if recipe.tune.rlhf.warm_start else (),
         load_scorer(job),
+    )
+    return tune_by_rlhf(
+        load_causal(recipe.model, rendering=job.rendering),
+        material,
         recipe.tune,
-        levels=recipe.levels,
-        seed=recipe.seed,
-        checkpoints=checkpoints,
+        dials=job.dials,
+        training=training,
         base_model=job.run.recipe.model,
-        on_step=on_step,
         probe=_probe(job) if recipe.tune.rlhf.probe_every else None,
     )
 

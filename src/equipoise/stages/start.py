@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from equipoise.config import AlignConfig
     from equipoise.data.sources import Skipped
     from equipoise.models.load import LoadedPolicy
-    from equipoise.tune.checkpoints import Curve, OnStep
+    from equipoise.training.checkpoints import Curve
+    from equipoise.training.loop import Training
 
 MODEL = "model"
 
@@ -34,7 +35,6 @@ def base(job: Job) -> None:
     from equipoise.data.dialogues import load_rows
     from equipoise.data.sources import Skipped
     from equipoise.encoding.encode import Encoder
-    from equipoise.seeds import derive_seed
 
     n_rows, skipped = config.steps * config.batch_size, Skipped()
     rows = load_rows(
@@ -46,18 +46,14 @@ def base(job: Job) -> None:
         rows, Encoder(tokenizer), max_length=config.max_length, answers_only=False
     )
     model = new_model(tokenizer, config, seed=recipe.seed)
-    with job.progress.steps("base") as on_step, job.run.writing():
-        curve = teach(
-            model,
-            tokenizer,
-            encoded,
-            config,
-            seed=derive_seed(recipe.seed, "base"),
-            checkpoints=stage.work / "checkpoints",
-            dtype="float32",
-            on_step=on_step,
-        )
-    _publish(stage, model, tokenizer, curve, rows=len(encoded), left_out=len(rows) - len(encoded))
+    _train_and_publish(
+        job,
+        stage,
+        (model, tokenizer),
+        partial(teach, model, tokenizer, encoded, config),
+        rows=len(encoded),
+        left_out=len(rows) - len(encoded),
+    )
 
 
 def sft(job: Job) -> None:
@@ -88,20 +84,14 @@ def sft(job: Job) -> None:
     note_skipped(stage, skipped)
     encoded = encode_rows(rows, policy.encoder, max_length=config.max_length, answers_only=True)
 
-    def train(on_step: OnStep, checkpoints: Path) -> Curve:
-        return teach(
-            policy.model,
-            policy.tokenizer,
-            encoded,
-            config,
-            seed=derive_seed(recipe.seed, "sft"),
-            checkpoints=checkpoints,
-            dtype="float32",
-            on_step=on_step,
-        )
-
-    left_out = len(rows) - len(encoded)
-    _train_and_publish(job, stage, policy, train, rows=len(encoded), left_out=left_out)
+    _train_and_publish(
+        job,
+        stage,
+        (policy.model, policy.tokenizer),
+        partial(teach, policy.model, policy.tokenizer, encoded, config),
+        rows=len(encoded),
+        left_out=len(rows) - len(encoded),
+    )
 
 
 def align(job: Job) -> None:
@@ -116,7 +106,6 @@ def align(job: Job) -> None:
     from equipoise.data.sources import Skipped
     from equipoise.encoding.thoughts import refuse_thoughts
     from equipoise.models.load import load_causal
-    from equipoise.seeds import derive_seed
 
     policy, before = (
         load_causal(config.model, rendering=job.rendering),
@@ -126,16 +115,8 @@ def align(job: Job) -> None:
     skipped = Skipped()
     learn = (_by_dpo if config.method == "dpo" else _by_rlhf)(job, config, policy, before, skipped)
     note_skipped(stage, skipped)
-
-    def train(on_step: OnStep, checkpoints: Path) -> Curve:
-        return learn(
-            seed=derive_seed(job.recipe.seed, "align"),
-            checkpoints=checkpoints,
-            dtype="float32",
-            on_step=on_step,
-        )
-
-    _train_and_publish(job, stage, policy, train, method=config.method)
+    parts = (policy.model, policy.tokenizer)
+    _train_and_publish(job, stage, parts, learn, method=config.method)
 
 
 def _by_dpo(
@@ -144,7 +125,7 @@ def _by_dpo(
     policy: LoadedPolicy,
     before: LoadedPolicy,
     skipped: Skipped,
-) -> Callable[..., Curve]:
+) -> Callable[[Training], Curve]:
     from equipoise.alignment.align import align_by_dpo
     from equipoise.data.pairs import load_pairs
     from equipoise.data.prompts import load_prompts
@@ -166,7 +147,7 @@ def _by_rlhf(
     policy: LoadedPolicy,
     before: LoadedPolicy,
     skipped: Skipped,
-) -> Callable[..., Curve]:
+) -> Callable[[Training], Curve]:
     from equipoise.alignment.align import align_by_rlhf
     from equipoise.config import PromptsConfig
     from equipoise.data.prompts import load_prompts
@@ -198,20 +179,26 @@ def _begin(job: Job, name: str, model: str, models: dict[str, str] | None = None
 def _train_and_publish(
     job: Job,
     stage: Stage,
-    policy: LoadedPolicy,
-    train: Callable[[OnStep, Path], Curve],
+    parts: tuple[Any, Any],
+    train: Callable[[Training], Curve],
     **facts: Any,
 ) -> None:
-    with job.progress.steps(stage.path.name) as on_step, job.run.writing():
-        curve = train(on_step, stage.work / "checkpoints")
-    _publish(stage, policy.model, policy.tokenizer, curve, **facts)
+    """Train model and tokenizer by the stage's own seed, and publish both with the curve."""
+    from equipoise.seeds import derive_seed
+    from equipoise.training.loop import Training
+
+    name = stage.path.name
+    with job.progress.steps(name) as on_step, job.run.writing():
+        seed = derive_seed(job.recipe.seed, name)
+        curve = train(Training(stage.work / "checkpoints", seed, on_step))
+    _publish(stage, parts, curve, **facts)
 
 
-def _publish(stage: Stage, model: Any, tokenizer: Any, curve: Curve, **facts: Any) -> None:
+def _publish(stage: Stage, parts: tuple[Any, Any], curve: Curve, **facts: Any) -> None:
     def build(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        for part in parts:
+            part.save_pretrained(directory)
 
     stage.publish_directory(MODEL, build)
     stage.publish_json("curve.json", curve)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from equipoise.pipeline.job import Job, policy_hash, read_calibration, reward_hashes
 from equipoise.stages.distil import read_examples
-from equipoise.stages.rlhf import tune_by_rlhf
+from equipoise.stages.rlhf import tune_online
 
 if TYPE_CHECKING:
-    from equipoise.tune.steered_start import ShiftDirections
+    from equipoise.tune.shifts import ShiftDirections
 
 MODEL = "model"
 START_CURVE = "start.json"
-"""Of a steered start, if there was one."""
+"""Of distilled steering, if there was any."""
 
 
 def check_thoughts(job: Job) -> None:
@@ -43,25 +43,25 @@ def tune(job: Job) -> None:
     from equipoise.dials.tokens import save_dial_model
     from equipoise.models.load import load_causal
     from equipoise.rewards.load import reward_hash
+    from equipoise.training.loop import Training
     from equipoise.tune.trainer import tune as train
 
     checkpoints = stage.work / "checkpoints"
     if not checkpoints.is_dir():
         _rehearse(job, stage.work / "rehearsal")
     with job.progress.steps("tune") as on_step, job.run.writing():
+        training = Training(checkpoints, recipe.seed, on_step)
         if recipe.tune.objective == "rlhf":
-            tuned = tune_by_rlhf(job, checkpoints, on_step)
+            tuned = tune_online(job, training)
         else:
             tuned = train(
                 load_causal(recipe.model, rendering=job.rendering),
                 read_examples(job),
                 recipe.tune,
                 dials=job.dials,
-                seed=recipe.seed,
-                checkpoints=checkpoints,
+                training=training,
                 base_model=job.run.recipe.model,
                 steering=steering_of(job),
-                on_step=on_step,
             )
     manifest = tuned.manifest.model_copy(
         update={
@@ -100,11 +100,11 @@ def _rehearse(job: Job, folder: Path) -> None:
 
 
 def steering_of(job: Job) -> ShiftDirections | None:
-    """Return the directions for a steered start; none without."""
+    """Return the directions that `tune.steered_start` distils; none without it."""
     if job.recipe.tune.steered_start is None:
         return None
     from equipoise.stages.steer import read_directions
-    from equipoise.tune.steered_start import ShiftDirections
+    from equipoise.tune.shifts import ShiftDirections
 
     found = read_directions(job.run.done("steer"))
     return ShiftDirections(found.vectors, found.layer)

@@ -10,21 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from equipoise.config import Sampling
-from equipoise.dials.dials import Dials, target
+from equipoise.dials.dials import Dials
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Engine
 from equipoise.errors import ConfigError, DataError
-from equipoise.seeds import derive_seed
-from equipoise.steer.responders import setting_key
-from equipoise.types import (
-    Branch,
-    Completion,
-    ControlledExample,
-    DialSetting,
-    GenerationRequest,
-    Message,
-    Prompt,
-)
+from equipoise.steer.responders import BranchSampler, headed_request
+from equipoise.types import ControlledExample, DialSetting, GenerationRequest, Message, Prompt
 
 _BUILT_IN: dict[str, tuple[str, str, str, str, str]] = {
     "helpfulness": (
@@ -63,22 +54,17 @@ def built_in_phrases(attribute: str, levels: int) -> list[str]:
     return phrases
 
 
-class Prompting:
-    """Says the setting in words; every setting is a request of its own.
+class Wording:
+    """Puts a setting into words: the conversation that asks for it.
 
     Args:
-        engine: Samples from the untouched model.
-        encoder: The untouched model's encoder.
-        sampling: How to sample.
-        attributes: Attribute names, in the settings' order.
-        levels: L.
+        dials: Attributes and levels.
         phrases: Per attribute one sentence per level; built-in English where missing.
         placement: ``user`` appends the sentences to the last user turn (every chat template can
             carry that), ``system`` puts them into a system message.
         in_context: Examples shown before the prompt, as earlier turns.
         examples: Where they are drawn from: scored completions of training prompts. Per setting
             the nearest are taken, one per prompt.
-        name: Row name in the report.
 
     Raises:
         ConfigError: A phrase list has not one sentence per level, or names no attribute.
@@ -87,23 +73,15 @@ class Prompting:
 
     def __init__(
         self,
-        engine: Engine,
-        encoder: Encoder,
-        *,
-        sampling: Sampling,
         dials: Dials,
+        *,
         phrases: Mapping[str, Sequence[str]] | None = None,
         placement: Literal["user", "system"] = "user",
         in_context: int = 0,
         examples: Sequence[ControlledExample] = (),
-        name: str = "prompting",
     ) -> None:
-        self.name = name
-        self.tokens_through_model = 0
-        self._engine, self._encoder, self._sampling = engine, encoder, sampling
-        self._attributes, self._levels = tuple(dials.attributes), dials.levels
+        self._dials, self._placement = dials, placement
         self._phrases = _checked_phrases(phrases or {}, dials)
-        self._placement = placement
         n_prompts = len({example.prompt.id for example in examples})
         if in_context > n_prompts:
             raise DataError(
@@ -114,37 +92,11 @@ class Prompting:
         self._in_context, self._examples = in_context, tuple(examples)
         self._shown: dict[DialSetting, list[ControlledExample]] = {}
 
-    def respond(
-        self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
-    ) -> list[list[Completion]]:
-        """Return completions shaped (P, C); the whole conversation is prefilled per setting."""
-        requests = [
-            GenerationRequest(
-                prompt_ids=tuple(self._encoder.prompt_ids(self.messages(prompt, setting))),
-                branches=(Branch((), derive_seed(seed, prompt.id, setting_key(setting))),),
-            )
-            for prompt in prompts
-            for setting in settings
-        ]
-        sampled = iter(self._engine.generate(requests, self._sampling))
-        completions = [
-            [
-                next(sampled)[0].as_completion(
-                    prompt.id, c, model_hash=self._engine.model_hash, setting=setting
-                )
-                for c, setting in enumerate(settings)
-            ]
-            for prompt in prompts
-        ]
-        self.tokens_through_model += sum(len(request.prompt_ids) for request in requests)
-        self.tokens_through_model += sum(c.n_tokens for row in completions for c in row)
-        return completions
-
     def messages(self, prompt: Prompt, setting: DialSetting) -> tuple[Message, ...]:
         """Return the conversation that asks for ``setting`` in words."""
         said = " ".join(
             self._phrases[attribute][level]
-            for attribute, level in zip(self._attributes, setting.levels, strict=True)
+            for attribute, level in zip(self._dials.attributes, setting.levels, strict=True)
             if level is not None and self._phrases[attribute][level]
         )
         turns: list[Message] = []
@@ -168,8 +120,8 @@ class Prompting:
     def _nearest_examples(self, setting: DialSetting) -> list[ControlledExample]:
         if setting not in self._shown:
             goals = {
-                attribute: target(level, self._levels)
-                for attribute, level in zip(self._attributes, setting.levels, strict=True)
+                attribute: self._dials.target(level)
+                for attribute, level in zip(self._dials.attributes, setting.levels, strict=True)
                 if level is not None
             }
 
@@ -184,6 +136,42 @@ class Prompting:
             # The nearest example stands last, next to the question, where it weighs most.
             self._shown[setting] = list(kept.values())[::-1]
         return self._shown[setting]
+
+
+class Prompting(BranchSampler):
+    """Says the setting in words; every setting is a request of its own.
+
+    Args:
+        engine: Samples from the untouched model.
+        encoder: The untouched model's encoder.
+        sampling: How to sample.
+        wording: The words.
+        name: Row name in the report.
+    """
+
+    name = "prompting"
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoder: Encoder,
+        *,
+        sampling: Sampling,
+        wording: Wording,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(engine, encoder, sampling=sampling, name=name)
+        self._wording = wording
+
+    def requests(
+        self, prompt: Prompt, settings: Sequence[DialSetting], seeds: Sequence[int]
+    ) -> list[GenerationRequest]:
+        """Return a request per setting: the whole conversation is prefilled for each."""
+        asked = [self._wording.messages(prompt, setting) for setting in settings]
+        return [
+            headed_request(self._encoder.prompt_ids(messages), [()], [seed])
+            for messages, seed in zip(asked, seeds, strict=True)
+        ]
 
 
 def _checked_phrases(phrases: Mapping[str, Sequence[str]], dials: Dials) -> dict[str, list[str]]:

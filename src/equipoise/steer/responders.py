@@ -1,13 +1,13 @@
 """From settings to branches of a prompt and back to completions; tokens are counted here.
 
-The untouched model as a responder: deaf to the setting, so it is the zero of the bench.
-
-Control tokens on a tuned policy: the setting goes in at the head of the assistant's turn.
+Two responders: the untouched model, which ignores the setting, and a tuned policy, whose setting
+goes in as control tokens at the head of the assistant's turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from equipoise.config import Sampling
 from equipoise.encoding.encode import Encoder
@@ -28,11 +28,15 @@ class BranchSampler:
         engine: Samples from the policy.
         encoder: The policy's encoder.
         sampling: How to sample.
-        name: Row name in the report.
+        name: Row name in the report; by default the method's.
     """
 
-    def __init__(self, engine: Engine, encoder: Encoder, *, sampling: Sampling, name: str) -> None:
-        self.name = name
+    name: str
+
+    def __init__(
+        self, engine: Engine, encoder: Encoder, *, sampling: Sampling, name: str | None = None
+    ) -> None:
+        self.name = name or self.name
         self.tokens_through_model = 0
         self._engine, self._encoder, self._sampling = engine, encoder, sampling
 
@@ -42,27 +46,34 @@ class BranchSampler:
         """Return the request for one prompt: a branch per (setting, seed)."""
         raise NotImplementedError
 
+    def requests(
+        self, prompt: Prompt, settings: Sequence[DialSetting], seeds: Sequence[int]
+    ) -> list[GenerationRequest]:
+        """Return the requests for one prompt, whose branches are the settings in order."""
+        return [self.request(self._encoder.prompt_ids(prompt.messages), settings, seeds)]
+
     def respond(
         self, prompts: Sequence[Prompt], settings: Sequence[DialSetting], *, seed: int
     ) -> list[list[Completion]]:
         """Return completions shaped (P, C); what the C settings share is prefilled once."""
         requests = [
-            self.request(
-                self._encoder.prompt_ids(prompt.messages),
+            request
+            for prompt in prompts
+            for request in self.requests(
+                prompt,
                 settings,
                 [derive_seed(seed, prompt.id, setting_key(setting)) for setting in settings],
             )
-            for prompt in prompts
         ]
-        sampled = self._engine.generate(requests, self._sampling)
+        sampled = chain.from_iterable(self._engine.generate(requests, self._sampling))
         completions = [
             [
-                item.as_completion(
+                next(sampled).as_completion(
                     prompt.id, c, model_hash=self._engine.model_hash, setting=setting
                 )
-                for c, (setting, item) in enumerate(zip(settings, items, strict=True))
+                for c, setting in enumerate(settings)
             ]
-            for prompt, items in zip(prompts, sampled, strict=True)
+            for prompt in prompts
         ]
         for request in requests:
             self.tokens_through_model += len(request.prompt_ids)
@@ -99,10 +110,7 @@ def steered_request(
 class Untouched(BranchSampler):
     """Samples a fresh completion per prompt and setting and ignores the setting."""
 
-    def __init__(
-        self, engine: Engine, encoder: Encoder, *, sampling: Sampling, name: str = "start"
-    ) -> None:
-        super().__init__(engine, encoder, sampling=sampling, name=name)
+    name = "start"
 
     def request(
         self, prompt_ids: list[int], settings: Sequence[DialSetting], seeds: Sequence[int]
@@ -114,10 +122,7 @@ class Untouched(BranchSampler):
 class Tuned(BranchSampler):
     """A policy whose dials were trained; its encoder holds the dial manifest."""
 
-    def __init__(
-        self, engine: Engine, encoder: Encoder, *, sampling: Sampling, name: str = "tuned"
-    ) -> None:
-        super().__init__(engine, encoder, sampling=sampling, name=name)
+    name = "tuned"
 
     def request(
         self, prompt_ids: list[int], settings: Sequence[DialSetting], seeds: Sequence[int]

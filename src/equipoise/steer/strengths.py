@@ -168,8 +168,10 @@ class Steering(BranchSampler):
         encoder: The untouched model's encoder.
         sampling: How to sample.
         strengths: Level to strength, fitted on dev prompts; auto is strength 0.
-        name: Row name in the report.
+        name: Row name in the report; by default the method's.
     """
+
+    name = "steering"
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class Steering(BranchSampler):
         *,
         sampling: Sampling,
         strengths: Strengths,
-        name: str = "steering",
+        name: str | None = None,
     ) -> None:
         super().__init__(engine, encoder, sampling=sampling, name=name)
         self._strengths = strengths

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equipoise.config import TuneConfig
+from equipoise.dials.dials import cells
 from equipoise.encoding.encode import Encoder
 from equipoise.seeds import derive_seed
-from equipoise.tune.counterfactual import counterfactuals, drop_to_auto
 from equipoise.types import ControlledExample, DialSetting
 
 _BUCKET = 16
@@ -31,7 +31,7 @@ LOOK_EVERY = 10
 class Presentation:
     """One example as it is shown once: a prompt and N branches.
 
-    The asked one first; in a steered start, the settings of a text.
+    The asked one first; where steering is distilled, the settings of a text.
     """
 
     prompt_ids: tuple[int, ...]
@@ -72,6 +72,7 @@ class TuningPlan(Dataset[Presentation]):
         seed: int,
     ) -> None:
         self._encoder, self._config, self._levels, self._seed = encoder, config, levels, seed
+        self.n_examples = len(examples)
         self._settings = [example.setting for example in examples]
         self._weights = [example.weight for example in examples]
         prompts = {e.prompt.id: tuple(encoder.prompt_ids(e.prompt.messages)) for e in examples}
@@ -116,6 +117,57 @@ class TuningPlan(Dataset[Presentation]):
             n_control=len(controls[0]),
             weight=self._weights[example],
         )
+
+
+def drop_to_auto(setting: DialSetting, rate: float, rng: np.random.Generator) -> DialSetting:
+    """Set each attribute to auto with probability ``rate``, on its own."""
+    draws = rng.random(len(setting.levels))
+    return DialSetting(
+        tuple(
+            None if draw < rate else level
+            for draw, level in zip(draws, setting.levels, strict=True)
+        )
+    )
+
+
+def counterfactuals(
+    asked: DialSetting,
+    occupied: Sequence[DialSetting],
+    config: TuneConfig,
+    levels: int,
+    rng: np.random.Generator,
+) -> list[DialSetting]:
+    """Draw a setting ζ' ≠ ζ; auto attributes stay auto.
+
+    Args:
+        asked: ζ, possibly with attributes on auto.
+        occupied: Cells of the other completions of the same prompt (for ``observed``).
+        config: Which settings are drawn from.
+        levels: L.
+        rng: The presentation's own stream.
+
+    Returns:
+        One setting; none if every attribute is on auto, or if nothing was observed.
+    """
+
+    def masked(cell: DialSetting) -> DialSetting:
+        return DialSetting(
+            tuple(None if a is None else b for a, b in zip(asked.levels, cell.levels, strict=True))
+        )
+
+    source = occupied if config.counterfactual == "observed" else cells(len(asked.levels), levels)
+    others = sorted({masked(cell) for cell in source} - {asked}, key=_order)
+    if config.counterfactual == "one_attribute":
+        others = [other for other in others if _n_different(asked, other) == 1]
+    return [others[rng.permutation(len(others))[0]]] if others else []
+
+
+def _order(setting: DialSetting) -> tuple[int, ...]:
+    return tuple(-1 if level is None else level for level in setting.levels)
+
+
+def _n_different(one: DialSetting, other: DialSetting) -> int:
+    return sum(a != b for a, b in zip(one.levels, other.levels, strict=True))
 
 
 def draw_order(

@@ -20,6 +20,7 @@ from equipoise.models.cut import cut_config, empty_model, narrowest_model
 from equipoise.models.hub import folder_of
 from equipoise.models.load import load_causal, load_tokenizer
 from equipoise.models.read import read_config
+from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune
 from equipoise.types import PLAIN, ControlledExample, DialSetting, Message, Prompt, Rendering
 
@@ -88,8 +89,7 @@ def rehearse(
         _examples(len(dials.attributes), dials.levels),
         config,
         dials=dials,
-        seed=0,
-        checkpoints=folder / "checkpoints",
+        training=Training(folder / "checkpoints", seed=0),
     )
     saved = folder / "model"
     save_dial_model(tuned.model, tuned.tokenizer, tuned.manifest, saved)

@@ -1,11 +1,11 @@
-"""The thin driver: our batches and our objective in a trainer that resumes exactly."""
+"""Tuning on distilled examples: our batches and objectives in the loop of all trainings."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,14 +17,16 @@ from equipoise.dials.tokens import install
 from equipoise.encoding.thoughts import refuse_thoughts
 from equipoise.models.adapter import refuse_adapter
 from equipoise.models.limits import check_room, positions
-from equipoise.models.load import LoadedPolicy
+from equipoise.models.load import Dtype, LoadedPolicy, torch_dtype
+from equipoise.store.publish import publish_bytes
+from equipoise.training.checkpoints import Curve
+from equipoise.training.loop import PlanTrainer, Training, drive
 from equipoise.tune.batch import ControlledBatch, TuningPlan, collate
-from equipoise.tune.checkpoints import Curve, OnStep, settled_dtype
 from equipoise.tune.lora import add_lora
 from equipoise.tune.objectives import Loss, clm, exmate, mean_of, preferred
-from equipoise.tune.ordered import OrderedTrainer
 from equipoise.tune.prefix import branch_log_likelihoods
-from equipoise.tune.steered_start import ShiftDirections, steered_start
+from equipoise.tune.shifts import ShiftDirections
+from equipoise.tune.steered_start import steered_start
 from equipoise.types import ControlledExample
 
 if TYPE_CHECKING:
@@ -32,19 +34,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedPolicy:
     """A tuned policy, not yet saved."""
 
     model: PreTrainedModel
     """With LoRA: the peft model."""
     tokenizer: PreTrainedTokenizerBase
     manifest: DialManifest
-    curve: list[dict[str, float]]
+    curve: Curve
     """Per step: loss, m of the asked and the counterfactual setting, pull, share of branches whose
     asked cell is preferred (nan where none was looked at; fresh examples while ``epoch`` <= 1),
     epochs and tokens so far."""
     start_curve: Curve
-    """Of a steered start, see :func:`equipoise.tune.steered_start.steered_start`; else empty."""
+    """Of :func:`equipoise.tune.steered_start.steered_start`; else empty."""
     dtype: str
     seconds: float
     """Of this process; a resumed run counts its last part only."""
@@ -56,12 +58,10 @@ def tune(
     config: TuneConfig,
     *,
     dials: Dials,
-    seed: int,
-    checkpoints: Path,
+    training: Training,
     base_model: str = "",
     steering: ShiftDirections | None = None,
-    on_step: OnStep | None = None,
-) -> Tuned:
+) -> TunedPolicy:
     """Tune a policy on distilled examples; resumes from the newest complete checkpoint.
 
     Args:
@@ -69,65 +69,48 @@ def tune(
         examples: The distilled set.
         config: Objective and budget.
         dials: Attributes and levels.
-        seed: Everything random derives from it.
-        checkpoints: Folder of the checkpoints; created if missing.
+        training: Where, and from which seed; the number type is the config's.
         base_model: Name of the untouched model, for the manifest.
         steering: The directions, for ``config.steered_start``.
-        on_step: Called with (steps done, steps in all), those of a steered start included.
 
     Raises:
         TrainingError: A loss or a gradient is not finite; the last good checkpoint is kept.
     """
+    started = time.monotonic()
     model, manifest = with_dials(
         policy,
         dials=dials,
         lora_rank=config.lora_rank,
         base_model=base_model,
-        seed=seed,
+        seed=training.seed,
     )
     encoder = policy.encoder.with_dials(manifest)
-    plan = TuningPlan(examples, encoder, config, levels=dials.levels, seed=seed)
+    plan = TuningPlan(examples, encoder, config, levels=dials.levels, seed=training.seed)
     check_room(plan.longest + len(dials.attributes), 0, positions(model.config))
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    dtype = settled_dtype(checkpoints, config.dtype)
-    started = time.monotonic()
+    training = with_settled_dtype(training, config.dtype)
     first: Curve = []
     if config.steered_start is not None:
         if steering is None:
-            raise ValueError("a steered start needs the steering directions")
+            raise ValueError("tune.steered_start needs the steering directions")
         first = steered_start(
             model,
             examples,
             encoder,
             steering,
             config.steered_start,
-            levels=dials.levels,
             auto_rate=config.auto_rate,
-            seed=seed,
-            checkpoints=checkpoints / "start",
-            dtype=dtype,
-            on_step=shown(on_step, 0, config.steps),
+            training=training.part("start", after=config.steps),
         )
-        on_step = shown(on_step, config.steered_start.steps, 0)
-    trainer = DialTrainer(
-        n_examples=len(examples),
-        config=config,
-        checkpoints=checkpoints,
-        dtype=dtype,
-        seed=seed,
-        on_step=on_step,
-        model=model,
-        train_dataset=plan,
-        data_collator=lambda rows: vars(collate(rows)),
-    )
-    curve = trainer.run()
-    return Tuned(
+        training = training.part("", before=config.steered_start.steps)
+    trainer = DialTrainer(model, plan, config, training)
+    curve = drive(trainer, training, trainer.curve)
+    return TunedPolicy(
         model=model.eval(),
         tokenizer=policy.tokenizer,
         manifest=manifest,
         curve=curve,
         start_curve=first,
-        dtype=dtype,
+        dtype=training.dtype,
         seconds=time.monotonic() - started,
     )
 
@@ -165,51 +148,45 @@ def with_dials(
     return policy.model, manifest
 
 
-def shown(on_step: OnStep | None, before: int, after: int) -> OnStep | None:
-    """Return a progress callback of one part, which reports the steps of all."""
-    if on_step is None:
-        return None
-    return lambda done, total: on_step(before + done, before + total + after)
+def with_settled_dtype(training: Training, wanted: Dtype) -> Training:
+    """Return the training with its number type; a resumed one keeps what it was begun with."""
+    path = training.checkpoints / "dtype.json"
+    if path.is_file():
+        return replace(training, dtype=str(json.loads(path.read_text())["dtype"]))
+    dtype = str(torch_dtype(wanted)).removeprefix("torch.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    publish_bytes(path, json.dumps({"dtype": dtype}).encode())
+    return replace(training, dtype=dtype)
 
 
-class DialTrainer(OrderedTrainer):
+class DialTrainer(PlanTrainer):
     """One of our objectives on :class:`ControlledBatch`."""
 
-    def __init__(self, *, n_examples: int, config: TuneConfig, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
-        self.tune_config, self.n_examples = config, n_examples
+    overflow = (
+        "the model's log-likelihoods overflowed, most often from a learning rate or a "
+        "counterfactual weight that is too high",
+        "lower tune.learning_rate or tune.weight",
+    )
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Return the objective of one batch, and append it to the curve."""
-        last = self.curve[-1] if self.curve else {}
-        step = self.state.global_step + 1
-        batch, config = ControlledBatch(**inputs), self.tune_config
-        loss, right = objective(model, batch, config)
-        self.stop_unless_finite(
-            loss.loss,
-            why="the model's log-likelihoods overflowed, most often from a learning rate or a "
-            "counterfactual weight that is too high",
-            fix="lower tune.learning_rate or tune.weight",
-        )
-        self.curve.append(
-            {
-                "step": step,
-                "loss": loss.loss.item(),
-                "asked": loss.asked.item(),
-                "counterfactual": loss.counterfactual.item(),
-                "pull": loss.pull.item(),
-                "preferred": right.item(),
-                "epoch": step * config.batch_size / self.n_examples,
-                "tokens": last.get("tokens", 0) + int((inputs["branch_ids"] >= 0).sum()),
-            }
-        )
-        return (loss.loss, None) if return_outputs else loss.loss
+    def __init__(
+        self, model: Any, plan: TuningPlan, config: TuneConfig, training: Training
+    ) -> None:
+        super().__init__(model, plan, lambda rows: vars(collate(rows)), config, training)
+        self.tune_config, self.n_examples = config, plan.n_examples
+
+    def loss_of(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """Return the objective of one batch, and what it was made of."""
+        loss, right = objective(model, ControlledBatch(**inputs), self.tune_config)
+        shown = (self.state.global_step + 1) * self.tune_config.batch_size
+        return loss.loss, {
+            "loss": loss.loss.item(),
+            "asked": loss.asked.item(),
+            "counterfactual": loss.counterfactual.item(),
+            "pull": loss.pull.item(),
+            "preferred": right.item(),
+            "epoch": shown / self.n_examples,
+            "tokens": int((inputs["branch_ids"] >= 0).sum()),
+        }
 
 
 def objective(model: Any, batch: ControlledBatch, config: TuneConfig) -> tuple[Loss, Tensor]:

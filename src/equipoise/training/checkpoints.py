@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from equipoise.encoding.encode import Encoder
 from equipoise.errors import TrainingError
-from equipoise.models.load import Dtype, torch_dtype
-from equipoise.store.publish import publish_bytes
 
 _MARKER = "equipoise.json"
 AGAIN = (
@@ -26,60 +22,6 @@ AGAIN = (
 """What to do once the recipe is corrected: a checkpoint serves the recipe that it was made with."""
 OnStep = Callable[[int, int], None]
 Curve = list[dict[str, float]]
-
-
-class Budget(Protocol):
-    """What every config of a training has."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def checkpoint_every(self) -> int: ...
-
-
-def trainer_settings(folder: Path, budget: Budget, *, dtype: str, seed: int) -> dict[str, Any]:
-    """Return what every trainer of ours is told alike: schedule, checkpoints, silence, seeds."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": budget.steps,
-        "per_device_train_batch_size": budget.batch_size,
-        "learning_rate": budget.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, budget.steps // 20),
-        "adam_beta2": 0.98,
-        "bf16": dtype == "bfloat16",
-        "use_cpu": not torch.cuda.is_available(),
-        "save_strategy": "steps",
-        "save_steps": budget.checkpoint_every,
-        "save_total_limit": 2,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "report_to": [],
-        "seed": seed,
-        "data_seed": seed,
-    }
-
-
-def for_trainer(tokenizer: Any) -> Any:
-    """Return a tokenizer with an end and a padding token, which every trainer of TRL asks for.
-
-    Where the tokenizer names none, a copy of it gets the end that its chat template writes.
-
-    Raises:
-        ModelError: The template writes none either.
-    """
-    if tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None:
-        return tokenizer
-    settled = copy.deepcopy(tokenizer)
-    if settled.eos_token_id is None:
-        settled.eos_token = settled.convert_ids_to_tokens(Encoder(tokenizer).eos_id)
-    if settled.pad_token_id is None:
-        settled.pad_token = settled.eos_token
-    return settled
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -104,6 +46,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
         Raises:
             TrainingError: One is not; the last good checkpoint is kept.
         """
+        if args.save_strategy == "no":
+            return  # there is none to keep: what is logged at the end of the step is judged
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise TrainingError(
@@ -149,13 +93,3 @@ def curve_of(checkpoint: Path) -> Curve:
     """Return the curve up to a checkpoint."""
     curve: Curve = json.loads((checkpoint / _MARKER).read_text())["curve"]
     return curve
-
-
-def settled_dtype(checkpoints: Path, wanted: Dtype) -> str:
-    """Return the number type; a resumed run keeps the one that it was begun with."""
-    path = checkpoints / "dtype.json"
-    if path.is_file():
-        return str(json.loads(path.read_text())["dtype"])
-    dtype = str(torch_dtype(wanted)).removeprefix("torch.")
-    publish_bytes(path, json.dumps({"dtype": dtype}).encode())
-    return dtype
