@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.config import PretrainConfig
@@ -24,6 +24,17 @@ _POSITIONS = 2
 
 def train_tokenizer(rows: Sequence[str | Dialogue], vocabulary: int) -> Any:
     """Train a byte-level BPE tokenizer with role markers and a chat template on the rows."""
+    return byte_bpe(_texts(rows), vocabulary)
+
+
+def byte_bpe(texts: Iterable[str], vocabulary: int, **settings: Any) -> Any:
+    """Train a byte-level BPE tokenizer with role markers and a chat template.
+
+    Args:
+        texts: What it is trained on.
+        vocabulary: Tokens in all.
+        settings: Of the tokenizer besides, such as ``model_max_length``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +47,7 @@ def train_tokenizer(rows: Sequence[str | Dialogue], vocabulary: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_texts(rows), trainer)
+    backend.train_from_iterator(texts, trainer)
     tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token="<|pad|>",
@@ -44,25 +55,40 @@ def train_tokenizer(rows: Sequence[str | Dialogue], vocabulary: int) -> Any:
         additional_special_tokens=list(_SPECIAL[2:]),
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+        **settings,
     )
     return tokenizer
 
 
 def new_model(tokenizer: Any, config: PretrainConfig, *, seed: int) -> LlamaForCausalLM:
     """Return an untrained Llama."""
+    return small_llama(
+        tokenizer,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        positions=_POSITIONS * config.max_length,
+        seed=derive_seed(seed, "base weights"),
+    )
+
+
+def small_llama(
+    tokenizer: Any, *, width: int, layers: int, heads: int, positions: int, seed: int
+) -> LlamaForCausalLM:
+    """Return an untrained Llama with tied embeddings; ``seed`` is that of its weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(derive_seed(seed, "base weights"))
+    torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=config.width,
-            intermediate_size=config.width * 11 // 4,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=_POSITIONS * config.max_length,
+            hidden_size=width,
+            intermediate_size=width * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=positions,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=int(tokenizer.eos_token_id),

@@ -28,11 +28,6 @@ from equipoise.worlds.workshop.tables import CARE_WORDS, HELP_WORDS
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
 
 class BakeConfig(BaseModel):
     """Sizes and budgets of the bake."""
@@ -54,55 +49,30 @@ class BakeConfig(BaseModel):
 
 def train_tokenizer(config: BakeConfig) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with four role markers on base text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from equipoise.alignment.pretrain import byte_bpe
 
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
     texts = (
         " ".join([*(m.content for m in prompt.messages), completion])
         for prompt, completion in itertools.islice(dialogues("base", seed=config.seed), 4000)
     )
     words = [w for w in (*CARE_WORDS, *HELP_WORDS) if w]
-    backend.train_from_iterator(itertools.chain(texts, words * 20), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=special[2:],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
+    tokenizer: PreTrainedTokenizerFast = byte_bpe(
+        itertools.chain(texts, words * 20), config.vocabulary, model_max_length=512
     )
+    return tokenizer
 
 
 def build_model(config: BakeConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return an untrained Llama of about a million parameters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from equipoise.alignment.pretrain import small_llama
 
-    torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.width,
-            intermediate_size=config.width * 11 // 4,
-            num_hidden_layers=config.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=int(tokenizer.eos_token_id),
-            pad_token_id=int(tokenizer.pad_token_id),
-        )
+    return small_llama(
+        tokenizer,
+        width=config.width,
+        layers=config.layers,
+        heads=4,
+        positions=512,
+        seed=config.seed,
     )
 
 
