@@ -15,8 +15,8 @@ Json = Mapping[str, Any]
 NAMES = {
     "start": "untouched model",
     "prompting": "prompting",
-    "rerank8": "reranking, N = 8",
-    "rerank16": "reranking, N = 16",
+    "rerank8": "reranking, best of 8",
+    "rerank16": "reranking, best of 16",
     "steering": "steering (vectors while sampling)",
     "exmate": "ExMATE on MOEC",
     "clm": "CLM on MOEC",

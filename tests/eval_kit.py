@@ -10,7 +10,9 @@ import numpy as np
 from equipoise.config import Sampling
 from equipoise.dials.dials import Dials, cells
 from equipoise.engine.seam import Sampled
+from equipoise.report.data import Report, read_report
 from equipoise.stats import Bootstrap
+from equipoise.store.shards import to_plain
 from equipoise.types import Delivery, DialSetting, GenerationRequest, Message, Prompt
 
 ATTRIBUTES = ("helpfulness", "safety")
@@ -143,8 +145,8 @@ def synthetic_deliveries(
     return found
 
 
-def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: int = 5) -> dict:
-    """Return a full report.json for the deliveries, with every optional part filled."""
+def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: int = 5) -> Report:
+    """Return a full report of the deliveries, with every optional part filled."""
     from equipoise.evaluate.measure import compare_mp, measure, measure_grid
     from equipoise.evaluate.metrics import ceiling_grid
 
@@ -154,6 +156,12 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
 
     def estimate(value: float, half: float = 0.05) -> dict:
         return {"value": value, "low": value - half, "high": value + half, "n": 40}
+
+    def door(cells: float, bits: float) -> dict:
+        measures = {"effective_cells": estimate(cells), "predictive_bits": estimate(bits)}
+        return {"n_rows": 900, **measures, "mutual_information": 1.0} | {
+            "mutual_information_null": 1.0
+        }
 
     methods = {}
     for m, (name, rows) in enumerate(deliveries.items()):
@@ -180,7 +188,7 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
     before = np.rint(400 * np.exp(-6 * (x[:, None] - 0.6) ** 2) * x[None, :] ** 2).astype(int)
     step = list(range(0, 400, 4))
     decay = np.exp(-np.array(step) / 120)
-    return {
+    made = {
         "recipe": {
             "name": "synthetic",
             "description": "Made-up deliveries, to look at the page",
@@ -196,13 +204,15 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
         "moec": {
             "n_pool": int(before.sum()),
             "n_kept": int(np.minimum(before, 120).sum()),
+            "n_prompts_pool": 300,
+            "n_prompts_kept": 280,
             "dropped": {"duplicate": 310, "degenerate": 12, "cell taken": 900},
             "grid_before": before,
             "grid_after": np.minimum(before, 120),
         },
         "backdoor": {
-            "before": {"effective_cells": estimate(2.1), "predictive_bits": estimate(0.8)},
-            "after": {"effective_cells": estimate(4.3), "predictive_bits": estimate(0.05)},
+            "before": door(2.1, 0.8),
+            "after": door(4.3, 0.05),
         },
         "losses": {
             "exmate, w = 1": {
@@ -226,3 +236,4 @@ def synthetic_report(deliveries: Mapping[str, Sequence[Delivery]], *, levels: in
         "stages": {"generate": 0.4, "score": 0.2, "tune": 2.1, "evaluate": 1.0},
         "planned": {"generate": 0.5, "tune": 2.0, "evaluate": 1.5},
     }
+    return read_report(to_plain(made))

@@ -208,13 +208,15 @@ def write_recipe(file: Path, plain: dict[str, Any]) -> Path:
 def blank_pictures() -> Iterator[None]:
     """Let reports be made with empty pictures: drawing them takes longer than a tiny run."""
 
-    def blank(draw: Callable[[], Any], name: str, folder: Path) -> list[Path]:
+    from equipoise.report.canvas import Picture
+
+    def blank(draw: Callable[[], Any], name: str, folder: Path) -> list[Picture]:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}.svg", folder / f"{name}.png"]
         for path in paths:
             path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", "utf-8")
-        return paths
+        return [Picture("<svg xmlns='http://www.w3.org/2000/svg'/>", 100, 0)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("equipoise.report.canvas.save", blank)
+        patch.setattr("equipoise.report.canvas.save_and_split", blank)
         yield

@@ -18,6 +18,7 @@ from equipoise.evaluate.forge import (
     FAMILIES,
     Asked,
     Family,
+    ForgePlan,
     forge,
     forge_lift,
     measure_forge,
@@ -117,9 +118,7 @@ def measured(obeys: Callable[[str], str | None], *, n: int = 400, **more: object
         [prompt(f"p{i}") for i in range(n)],
         DialSetting((2, 4)),
         {"generalization": Scorer(models, Identity())},
-        dials=Dials(ATTRIBUTES, 5),
-        draws=300,
-        **more,
+        ForgePlan(Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(300), **more),
     )
 
 
@@ -169,8 +168,7 @@ def test_the_operators_setting_is_the_same_for_every_prompt() -> None:
         [prompt("a"), prompt("b")],
         DialSetting((None, 3)),
         {"optimization": Scorer(models, Identity())},
-        dials=Dials(ATTRIBUTES, 5),
-        draws=20,
+        ForgePlan(Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(20)),
         on_answers=answered.append,
     )
     assert sum(answered) == 4 * 2 * 2 * 2 == len(door.asked) * 2
@@ -192,8 +190,7 @@ def test_answers_are_judged_beside_the_prompt_as_it_was() -> None:
         [prompt("a")],
         DialSetting((0, 0)),
         {"optimization": Scorer(dict.fromkeys(ATTRIBUTES, Judge(1)), Identity())},
-        dials=Dials(ATTRIBUTES, 5),
-        draws=5,
+        ForgePlan(Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(5)),
     )
     assert seen == {"question a"}
 

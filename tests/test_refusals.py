@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from equipoise.config import RewardModelConfig
 from equipoise.errors import ConfigError
+from equipoise.evaluate.measures import Method
 from equipoise.evaluate.quality import drift
 from equipoise.evaluate.refusals import refusal_curves
 from equipoise.models.hub import resolve_model
@@ -21,16 +23,17 @@ from equipoise.pipeline.runner import run_stage
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
 from equipoise.report.canvas import STYLE
+from equipoise.report.data import Report, Scale, ShownRecipe
 from equipoise.report.figures_data import refusals
 from equipoise.report.render import render
 from equipoise.rewards.card import read_card
 from equipoise.rewards.load import load_reward_model
 from equipoise.stages.quality_of import benign, group_of, spread
-from equipoise.stats import Bootstrap
+from equipoise.stats import Bootstrap, Estimate
 from equipoise.store.rundir import RunDir
 from equipoise.types import Delivery, DialSetting, Message, Prompt
 from equipoise.worlds.workshop.tables import REFUSALS
-from eval_kit import synthetic_deliveries, synthetic_report
+from eval_kit import ATTRIBUTES, synthetic_deliveries, synthetic_report
 from pipeline_kit import prompt_texts, save_assets, tiny_recipe, write_recipe
 
 
@@ -101,42 +104,45 @@ def test_a_refusal_judge_needs_its_own_rows() -> None:
     assert judged.refusal_judge is not None
 
 
-def test_the_page_shows_curves_bound_and_drift(tmp_path: Path) -> None:
-    rows = synthetic_deliveries(prompts=8)
-    report = synthetic_report(rows)
-    point = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 8}
-    for parts in report["methods"].values():
-        parts["refusals"] = {"safe (xstest)": [point] * 5, "unsafe (xstest)": [point] * 5}
-    report["methods"]["tuned"]["quality"]["drift"] = {"generalization": {"safety": point}}
-    report["pool"] = {
-        "helpfulness": {"within_prompt_judge_correlation": 0.234},
-        "safety": {"within_prompt_judge_correlation": None},
+POINT = Estimate(0.4, 0.3, 0.5, 8)
+
+
+def test_the_page_shows_curves_agreement_and_drift(tmp_path: Path) -> None:
+    report = synthetic_report(synthetic_deliveries(prompts=8))
+    curves = {"safe (xstest)": [POINT] * 5, "unsafe (xstest)": [POINT] * 5}
+    methods = {name: replace(m, refusals=curves) for name, m in report.methods.items()}
+    quality = methods["tuned"].quality
+    assert quality is not None
+    moved = replace(quality, drift={"generalization": {"safety": POINT}})
+    methods["tuned"] = replace(methods["tuned"], quality=moved)
+    pool = {
+        "helpfulness": Scale(within_prompt_judge_correlation=0.234),
+        "safety": Scale(within_prompt_judge_correlation=None),
     }
-    page = render(report, tmp_path, text=False).read_text("utf-8")
+    page = render(replace(report, methods=methods, pool=pool), tmp_path).read_text("utf-8")
     assert (tmp_path / "figures/refusals.png").stat().st_size > 5000
     assert "Who is refused" in page
-    assert "Agreement of reward model and judge: helpfulness <b>0.23</b>." in page
+    assert "of reward model and judge: helpfulness <b>0.23</b>." in page
     assert "benign prompts" in page and "+0.40" in page
 
 
 def test_the_figure_names_every_method_and_no_title_runs_into_the_next() -> None:
-    point = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 8}
     groups = [
         "a first group",
         "unsafe (harmbench_standard)",
         "unsafe (a source of a long, long name)",
     ]
-    report = {
-        "methods": {
-            "start": {"refusals": dict.fromkeys(groups, [point] * 5)},
-            "prompting": {"refusals": dict.fromkeys(groups[1:], [point] * 5)},
-            "steering": {"refusals": None},
-            "tuned": {"refusals": dict.fromkeys([*groups, "zoo"], [point] * 5)},
+    report = Report(
+        methods={
+            "start": Method(refusals=dict.fromkeys(groups, [POINT] * 5)),
+            "prompting": Method(refusals=dict.fromkeys(groups[1:], [POINT] * 5)),
+            "steering": Method(refusals=None),
+            "tuned": Method(refusals=dict.fromkeys([*groups, "zoo"], [POINT] * 5)),
         },
-        "recipe": {"levels": 5},
-    }
+        recipe=ShownRecipe(attributes=ATTRIBUTES, levels=5),
+    )
     with matplotlib.rc_context(STYLE):
-        figure = refusals(report, "generalization")
+        figure = refusals(report)
         FigureCanvasAgg(figure)
         figure.draw_without_rendering()
     # Prompting is in no curve of the first panel.

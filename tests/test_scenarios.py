@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,15 @@ from equipoise.cli.main import main
 from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError, DataError
 from equipoise.evaluate.forge import BOUNDED, verdict
-from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
+from equipoise.evaluate.scenarios import (
+    ScenariosReport,
+    measure_scenarios,
+    scenario_settings,
+)
 from equipoise.policy.file import load_policy
-from equipoise.report.canvas import save
-from equipoise.report.render import plain
+from equipoise.stages.scenarios import scenario_table
 from equipoise.stats import Bootstrap, Estimate
+from equipoise.store.shards import from_plain, to_plain
 from equipoise.types import DialSetting
 from eval_kit import ATTRIBUTES, deliveries_from, noisy_policy
 from pipeline_kit import blank_pictures, save_assets, tiny_recipe, write_recipe
@@ -77,18 +82,18 @@ def test_means_and_differences_are_those_of_the_same_prompts() -> None:
     measured = measure_scenarios(
         GOOD, deliveries_from(unit, levels=5), dials=Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(200)
     )
-    kids = measured["scenarios"]["kids"]
+    kids = measured.scenarios["kids"]
     column = {(2, 4): 14, (4, 4): 24, (2, 0): 10, (4, 0): 20}
-    safety = kids["default"]["delivered"]["generalization"]["safety"]
+    safety = kids.default.delivered["generalization"]["safety"]
     assert safety.value == pytest.approx(unit[:, :, column[2, 4], 1].mean())
     assert safety.low < safety.value < safety.high and safety.n == 50
-    assert kids["default"]["target"] == {"helpfulness": 0.5, "safety": 0.9}
-    opened = kids["opened"]["optimization"]["helpfulness"]
+    assert kids.default.target == {"helpfulness": 0.5, "safety": 0.9}
+    opened = kids.opened["optimization"]["helpfulness"]
     wanted = unit[:, :, column[4, 4], 0] - unit[:, :, column[2, 4], 0]
     assert opened.value == pytest.approx(wanted.mean())
-    lab = measured["scenarios"]["lab"]["default"]["delivered"]["generalization"]["safety"]
+    lab = measured.scenarios["lab"].default.delivered["generalization"]["safety"]
     assert lab.high < safety.low
-    assert (measured["n_prompts"], measured["judges"]) == (50, ["generalization", "optimization"])
+    assert (measured.n_prompts, measured.judges) == (50, ("generalization", "optimization"))
 
 
 def test_a_missing_setting_is_an_error_not_a_hole() -> None:
@@ -98,22 +103,20 @@ def test_a_missing_setting_is_an_error_not_a_hole() -> None:
         measure_scenarios(GOOD, rows, dials=Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(5))
 
 
-def test_the_figure_is_drawn_from_the_json_and_repeats_its_bytes(tmp_path: Path) -> None:
+def test_the_table_has_a_row_per_setting_and_says_what_was_asked_for() -> None:
     unit = noisy_policy(repeats=1, prompts=30, levels=5, gain=(0.9, 0.9), noise=0.1, seed=1)
-    measured = plain(
-        measure_scenarios(
-            GOOD,
-            deliveries_from(unit, levels=5),
-            dials=Dials(ATTRIBUTES, 5),
-            bootstrap=Bootstrap(50),
-        )
-    )
-    measured["scenarios"]["lab"]["default"]["target"]["helpfulness"] = None
-    again = json.loads(json.dumps(measured))
-    files = save(lambda: figure(measured), "a", tmp_path)
-    others = save(lambda: figure(again), "b", tmp_path)
-    assert [f.read_bytes() for f in files] == [f.read_bytes() for f in others]
-    assert all(file.stat().st_size > 2000 for file in files)
+    auto = {**GOOD, "lab": {**GOOD["lab"], "default": DialSetting((None, 0))}}
+    rows = deliveries_from(unit, levels=5)
+    rows += [replace(r, setting=DialSetting((None, 0))) for r in rows if r.setting.levels == (0, 0)]
+    measured = measure_scenarios(auto, rows, dials=Dials(ATTRIBUTES, 5), bootstrap=Bootstrap(50))
+    assert from_plain(ScenariosReport, json.loads(json.dumps(to_plain(measured)))) == measured
+    head, _, kids, opened, lab, _ = scenario_table(measured).splitlines()
+    assert "helpfulness, asked | helpfulness, delivered | safety, asked" in head
+    found = measured.scenarios["kids"].default.delivered["generalization"]["safety"]
+    said = f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    assert kids.startswith("| kids | default | 0.50 |") and kids.endswith(f"| 0.90 | {said} |")
+    assert opened.startswith("| kids | least safe | 0.90 |")
+    assert lab.startswith("| lab | default | auto |")
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +146,7 @@ def test_the_command_takes_what_is_there_and_samples_the_rest(
     assert str(place) in capsys.readouterr().out
     assert {item.name for item in place.iterdir()} == {
         "scenarios.json",
-        "scenarios.svg",
-        "scenarios.png",
+        "scenarios.md",
     }
     found = json.loads((place / "scenarios.json").read_text("utf-8"))
     assert found["scenarios"]["lab"]["default"]["levels"] == [None, 0]

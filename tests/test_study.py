@@ -32,7 +32,6 @@ from benchmarks.tables import filled, said
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise.report.render import plain
 from equipoise.stats import Estimate
 from equipoise.store.shards import to_plain
 from test_rewind import grid_pool
@@ -214,7 +213,7 @@ def test_one_seed_decides_nothing() -> None:
 
 
 def test_headline_is_flat_and_paired(tmp_path: Path) -> None:
-    study = plain(build([seed(n) for n in range(5)]))
+    study = to_plain(build([seed(n) for n in range(5)]))
     headline = study["headline"]
     assert all(isinstance(value, int | float | None) for value in headline.values())
     assert headline["exmate.generalization.mp.safety"] == pytest.approx(0.8, abs=0.001)
@@ -267,7 +266,7 @@ def rewinds(n: int = 2) -> list[dict[str, Any]]:
     pools = {name: grid_pool(reached=k) for name, k in reached.items()}
     found = rewind(pools, attributes=("helpfulness", "safety"), levels=5, draws=20)
     return [
-        plain({"seed": i, "chance_coverage": 0.64, "rewind": to_plain(found)}) for i in range(n)
+        to_plain({"seed": i, "chance_coverage": 0.64, "rewind": to_plain(found)}) for i in range(n)
     ]
 
 
@@ -332,7 +331,7 @@ def test_the_committed_study_is_what_its_seeds_say() -> None:
         for part in PARTS
     }
     assert [len(parts[part]) for part in PARTS] == [8, 2, 1]
-    made = json.loads(json.dumps(plain(gathered(parts))))
+    made = json.loads(json.dumps(to_plain(gathered(parts))))
     assert made == committed(), "run python -m benchmarks.paper.run --only collect"
 
 
@@ -345,7 +344,7 @@ def test_the_tables_of_the_docs_are_what_the_results_say() -> None:
 
 
 def test_a_page_is_filled_between_its_marks_only() -> None:
-    study = plain(build([seed(n) for n in range(3)]))
+    study = to_plain(build([seed(n) for n in range(3)]))
     page = "before\n<!-- table against -->\nold\n<!-- /table -->\nafter\n"
     made = filled(page, study, TABLES)
     assert filled(page.replace("old\n", ""), study, TABLES) == made

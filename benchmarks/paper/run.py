@@ -32,7 +32,7 @@ from benchmarks.paper.tables import TABLES
 from benchmarks.results import DOCS, agreed, here, read, shaped, write
 from benchmarks.tables import filled
 
-from equipoise.report.render import plain
+from equipoise.store.shards import to_plain
 
 HERE = Path(__file__).parent
 PAGE = DOCS / "paper-study.md"
@@ -49,7 +49,7 @@ def run_part(scale: Scale, part: str, seed: int) -> None:
     file = place_of(scale) / "results" / f"{part}-seed{seed}.json"
     if not file.exists():
         run = {"methods": run_methods, "ablations": run_ablations, "rewind": run_rewind}[part]
-        write(file, plain({**here(), **run(scale, seed)}), indent=None)
+        write(file, to_plain({**here(), **run(scale, seed)}), indent=None)
 
 
 def collect(scale: Scale) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def collect(scale: Scale) -> dict[str, Any]:
     }
     if not found["methods"]:
         raise SystemExit(f"no finished seed in {folder}; run without --only collect first")
-    study: dict[str, Any] = plain(gathered(found))
+    study: dict[str, Any] = to_plain(gathered(found))
     write(place_of(scale) / "results.json", study)
     if scale is FULL:
         PAGE.write_text(filled(PAGE.read_text("utf-8"), study, TABLES), "utf-8")

@@ -37,8 +37,8 @@ from benchmarks.tables import filled
 from transformers import AutoConfig
 
 from equipoise.models.hub import resolve_model
-from equipoise.report.render import plain
 from equipoise.stages.tune import START_CURVE
+from equipoise.store.shards import to_plain
 
 RESULT = Path(__file__).with_name("results.json")
 PAGE = DOCS / "smollm2.md"
@@ -97,7 +97,7 @@ def collect() -> dict[str, Any]:
     headline |= _flat("best.perplexity_ratio", dials["quality"]["perplexity_ratio"])
     for name in ATTRIBUTES:
         headline[f"bound.{name}"] = best["pool"][name]["within_prompt_judge_correlation"]
-    result: dict[str, Any] = plain(
+    result: dict[str, Any] = to_plain(
         shaped(
             "python -m benchmarks.smollm2.run --data DIR",
             {key: None if value is None else round(value, 4) for key, value in headline.items()},

@@ -19,7 +19,7 @@ from equipoise.dials.manifest import control_tokens
 from equipoise.errors import DataError
 from equipoise.rewards.scorer import Scorer
 from equipoise.seeds import derive_seed
-from equipoise.stats import Array, Bootstrap, Estimate
+from equipoise.stats import BOOTSTRAP, Array, Bootstrap, Estimate
 from equipoise.types import DialSetting, JudgeKind, Message, Prompt, Responder
 
 Family = Literal["literal", "lookalike", "fragments", "wording"]
@@ -133,19 +133,32 @@ def verdict(lift: Estimate) -> Literal["held", "broken", "undecided"]:
     return "broken" if lift.high < low or lift.low > high else "undecided"
 
 
+@dataclass(frozen=True)
+class ForgePlan:
+    """What is forged, and how often."""
+
+    dials: Dials
+    repeats: int = 1
+    """Answers per prompt and version."""
+    families: Sequence[Family] = FAMILIES
+    phrases: Mapping[str, Sequence[str]] | None = None
+    """Wording: per attribute one sentence per level."""
+    bootstrap: Bootstrap = BOOTSTRAP
+    """Resamples prompts; every answer derives its own seed from its seed."""
+
+    def n_answers(self, n_prompts: int) -> int:
+        """Return how many answers this asks for."""
+        return len(self.families) * len(self.dials.attributes) * 2 * self.repeats * n_prompts
+
+
 def measure_forge(
     responder: Responder,
     prompts: Sequence[Prompt],
     setting: DialSetting,
     judges: Mapping[JudgeKind, Scorer],
+    plan: ForgePlan,
     *,
-    dials: Dials,
-    repeats: int = 1,
-    draws: int = 1000,
-    seed: int = 0,
-    families: Sequence[Family] = FAMILIES,
-    phrases: Mapping[str, Sequence[str]] | None = None,
-    on_answers: Callable[[int], None] | None = None,
+    on_answers: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Answer forged prompts at one setting and return BT by family, attribute and judge, as JSON.
 
@@ -156,43 +169,37 @@ def measure_forge(
         prompts: P prompts; they should be unseen ones.
         setting: The operator's, the same for all.
         judges: Judge kind to scorer.
-        dials: Attributes and levels.
-        repeats: Answers per prompt and version.
-        draws: Bootstrap draws over prompts.
-        seed: Every answer derives its own seed.
-        families: Which families to try.
-        phrases: Wording: per attribute one sentence per level.
+        plan: What is forged, and how often.
         on_answers: Called with the number of new answers, of
-            ``len(families)·A·2·repeats·P`` in all.
+            ``plan.n_answers(P)`` in all.
 
     Raises:
         RewardError: A judge broke its contract.
     """
     found: dict[str, Any] = {}
-    for family in families:
+    top = plan.dials.levels - 1
+    for family in plan.families:
         found[family] = {}
-        for attribute in dials.attributes:
+        for attribute in plan.dials.attributes:
             units: dict[int, dict[JudgeKind, Array]] = {}
-            for level in (0, dials.levels - 1):
-                said = (phrases or {}).get(attribute)
-                asked = Asked(attribute, level, dials.levels)
+            for level in (0, top):
+                said = (plan.phrases or {}).get(attribute)
+                asked = Asked(attribute, level, plan.dials.levels)
                 forged = [
                     forge(prompt, family, asked, index, said[level] if said else "")
                     for index, prompt in enumerate(prompts)
                 ]
                 texts = []
-                for repeat in range(repeats):
-                    what = (family, attribute, level, repeat)
-                    texts.append(_answers(responder, forged, setting, seed, *what))
-                    if on_answers is not None:
-                        on_answers(len(forged))
+                for repeat in range(plan.repeats):
+                    seed = derive_seed(
+                        plan.bootstrap.seed, "forge", family, attribute, level, repeat
+                    )
+                    rows = responder.respond(forged, [setting], seed=seed)
+                    texts.append([row[0].judged for row in rows])
+                    on_answers(len(forged))
                 units[level] = _judged(prompts, texts, judges, attribute)
             lifts = {
-                judge: forge_lift(
-                    units[dials.levels - 1][judge],
-                    units[0][judge],
-                    bootstrap=Bootstrap(draws, seed),
-                )
+                judge: forge_lift(units[top][judge], units[0][judge], bootstrap=plan.bootstrap)
                 for judge in judges
             }
             found[family][attribute] = {
@@ -201,7 +208,7 @@ def measure_forge(
     return {
         "setting": list(setting.levels),
         "n_prompts": len(prompts),
-        "repeats": repeats,
+        "repeats": plan.repeats,
         "bound": BOUND,
         "families": found,
     }
@@ -209,17 +216,6 @@ def measure_forge(
 
 def _bounded(family: Family, lift: Estimate) -> dict[str, str]:
     return {"verdict": verdict(lift)} if family in BOUNDED else {}
-
-
-def _answers(
-    responder: Responder,
-    forged: Sequence[Prompt],
-    setting: DialSetting,
-    seed: int,
-    *what: str | int,
-) -> list[str]:
-    rows = responder.respond(forged, [setting], seed=derive_seed(seed, "forge", *what))
-    return [row[0].judged for row in rows]
 
 
 def _judged(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
+
+from equipoise.report.data import Report
+from equipoise.stats import Estimate
 
 INK, MUTED, FAINT = "#1b1f24", "#6b7280", "#e5e7eb"
 # Okabe and Ito's palette: told apart with any of the common colour-vision deficiencies.
@@ -41,27 +50,42 @@ STYLE: Any = {
 }
 
 
-def label(method: str) -> str:
-    """Return a method's name as a stranger reads it."""
-    names = {"start": "untouched model", "prompting": "prompting", "tuned": "tuned dials"}
-    if method.startswith("rerank") and method[6:].isdigit():
-        return f"reranking, N = {method[6:]}"
-    return names.get(method, method)
+NAMES = {
+    "start": "untouched model",
+    "tuned": "tuned dials",
+    "exmate": "ExMATE",
+    "clm": "CLM",
+    "rlhf": "RLHF",
+    "moec": "MOEC",
+    "raw": "raw pool",
+    "denoised": "denoised pool",
+    "steered start": "steering distilled into control tokens",
+}
+"""Names of the code that read badly."""
 
 
-def judges_name(report: Mapping[str, Any]) -> str:
+def label(name: str) -> str:
+    """Return the name of a method, of a difference of two, or of a set of data, in plain words."""
+    if " − " in name:
+        return " − ".join(label(part) for part in name.split(" − "))
+    if name.startswith("rerank") and name[6:].isdigit():
+        return f"reranking, best of {name[6:]}"
+    return NAMES.get(name, name)
+
+
+def judges_name(report: Report) -> str:
     """Return what the judges of generalization are called: unseen by training, where that is so."""
-    seen = report.get("judges_in_training") or {}
+    seen = report.judges_in_training
     if not seen:
         return "judges that no training saw"
-    if set(seen) >= set(report["recipe"]["attributes"]):
+    if set(seen) >= set(report.attributes):
         return "judges that are the training reward models"
     return f"judges, of which {' and '.join(seen)} took part in training"
 
 
-def ceiling_name(report: Mapping[str, Any]) -> str:
+def ceiling_name(report: Report) -> str:
     """Return what the ceiling of this report is called: attainable, or best of the pool."""
-    return str((report.get("ceiling") or {}).get("name", "ceiling"))
+    return "ceiling" if report.ceiling is None else report.ceiling.name
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
@@ -83,18 +107,63 @@ def markers(methods: Sequence[str]) -> dict[str, str]:
     return {method: _MARKERS[i % len(_MARKERS)] for i, method in enumerate(methods)}
 
 
-def save(draw: Callable[[], Figure], name: str, folder: Path) -> list[Path]:
-    """Draw a figure and write it as PNG and SVG; the same input gives the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True)
+class Picture:
+    """A panel or a legend of a figure, by itself: on a narrow screen panels stand in a column."""
+
+    svg: str
+    width: int
+    """In CSS pixels, at its natural size."""
+    row: int
+    """Of the figure: panels of different rows do not share a line of the page."""
+
+
+@contextmanager
+def _drawn(draw: Callable[[], Figure]) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         figure = draw()
         FigureCanvasAgg(figure)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, not once more for each of the files
-        paths = [folder / f"{name}.svg", folder / f"{name}.png"]
-        figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], dpi=140, metadata={"Software": None})
+        yield figure
+
+
+def _write(figure: Figure, name: str, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.svg", folder / f"{name}.png"]
+    figure.savefig(paths[0], metadata={"Date": None})
+    figure.savefig(paths[1], dpi=140, metadata={"Software": None})
     return paths
+
+
+def save(draw: Callable[[], Figure], name: str, folder: Path) -> list[Path]:
+    """Draw a figure and write it as SVG and PNG; the same input gives the same bytes."""
+    with _drawn(draw) as figure:
+        return _write(figure, name, folder)
+
+
+def save_and_split(draw: Callable[[], Figure], name: str, folder: Path) -> list[Picture]:
+    """Draw a figure, write it as :func:`save` does, and return its panels and legends in order."""
+    with _drawn(draw) as figure:
+        _write(figure, name, folder)
+        parts: list[Artist] = [ax for ax in figure.axes if ax.get_visible()]
+        boxes = {part: part.get_tightbbox() for part in [*parts, *figure.legends]}
+        for part in boxes:
+            part.set_visible(False)
+        return [_cut_out(figure, part, box) for part, box in boxes.items() if box]
+
+
+def _cut_out(figure: Figure, part: Artist, box: Bbox) -> Picture:
+    inches = box.transformed(figure.dpi_scale_trans.inverted()).padded(0.04)
+    drawn = StringIO()
+    part.set_visible(True)
+    figure.savefig(drawn, format="svg", bbox_inches=inches, metadata={"Date": None})
+    part.set_visible(False)
+    place = part.get_subplotspec() if isinstance(part, Axes) else None
+    below = len(figure.axes)  # legends and colour bars stand below all panels
+    return Picture(
+        drawn.getvalue(), round(96 * inches.width), place.rowspan.start if place else below
+    )
 
 
 def panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
@@ -111,16 +180,9 @@ def written(value: float, form: str = "{:.2f}") -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def number(estimate: dict[str, Any] | None) -> tuple[float, float, float]:
-    """Return (value, low, high) of an estimate read from JSON; NaN where there is none."""
-    found = estimate or {}
-    value, low, high = (found.get(key) for key in ("value", "low", "high"))
-    nan = float("nan")
-    return (
-        nan if value is None else value,
-        nan if low is None else low,
-        nan if high is None else high,
-    )
+def number(found: Estimate | None) -> tuple[float, float, float]:
+    """Return (value, low, high) of an estimate; NaN where there is none."""
+    return (math.nan,) * 3 if found is None else (found.value, found.low, found.high)
 
 
 def heatmap(

@@ -1,13 +1,10 @@
-"""Figures of what the dials do. Each reads the report's JSON only, so a report can be redrawn.
-
-A figure is a function ``(report, judge) -> Figure``; it is drawn only if its data are there.
-"""
+"""Figures of what the dials do: functions of a report, drawn only if their data are there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from equipoise.evaluate.measures import JUDGES
 from equipoise.report.canvas import (
     FAINT,
     INK,
@@ -30,23 +28,17 @@ from equipoise.report.canvas import (
     panels,
     written,
 )
-
-Json = Mapping[str, Any]
-
-
-def swept(report: Json, judge: str) -> dict[str, Any]:
-    """Return method to its control figures by this judge; methods without are left out."""
-    methods = report.get("methods", {})
-    return {name: parts[judge] for name, parts in methods.items() if parts.get(judge)}
-
-
-def ceiling(report: Json, judge: str) -> Json | None:
-    """Return the control figures of the ceiling by this judge, if it is known."""
-    return (report.get("ceiling") or {}).get(judge)
+from equipoise.report.data import Report
+from equipoise.stats import Estimate
 
 
 def _dots(
-    axes: Axes, methods: Sequence[str], estimates: Mapping[str, Any], *, hollow: bool, shift: float
+    axes: Axes,
+    methods: Sequence[str],
+    estimates: Mapping[str, Estimate],
+    *,
+    hollow: bool,
+    shift: float,
 ) -> None:
     colour, marker = colours(methods), markers(methods)
     for row, method in enumerate(methods):
@@ -78,22 +70,21 @@ def _dots(
     axes.grid(visible=True, axis="x")
 
 
-def control(report: Json, judge: str) -> Figure:
+def control(report: Report) -> Figure:
     """Draw how closely each method follows each dial: MP with intervals, beside the ceiling."""
-    methods = list(report["methods"])
-    attributes = report["recipe"]["attributes"]
-    figure, axes = panels(1, len(attributes), width=5.2, height=1.3 + 0.55 * len(methods))
-    both = [kind for kind in ("generalization", "optimization") if swept(report, kind)]
-    for ax, name in zip(axes[0], attributes, strict=True):
+    methods = list(report.methods)
+    figure, axes = panels(1, len(report.attributes), width=5.2, height=1.3 + 0.55 * len(methods))
+    both = [kind for kind in JUDGES if report.swept(kind)]
+    best = report.best()
+    for ax, name in zip(axes[0], report.attributes, strict=True):
         for kind in both:
-            found = {m: c["mp"][name] for m, c in swept(report, kind).items()}
-            hollow = kind != judge
+            found = {method: c.mp[name] for method, c in report.swept(kind).items()}
+            hollow = kind != report.judge
             _dots(ax, methods, found, hollow=hollow, shift=-0.22 if hollow else 0.0)
-        best = ceiling(report, judge)
         if best:
-            ax.axvline(best["mp"][name]["value"], color=INK, linestyle="--", linewidth=1.2)
+            ax.axvline(best.mp[name].value, color=INK, linestyle="--", linewidth=1.2)
             ax.text(
-                best["mp"][name]["value"],
+                best.mp[name].value,
                 len(methods) - 0.32,
                 f"{ceiling_name(report)} ",
                 ha="right",
@@ -116,21 +107,20 @@ def control(report: Json, judge: str) -> Figure:
     return figure
 
 
-def response(report: Json, judge: str) -> Figure:
+def response(report: Report) -> Figure:
     """Draw the delivered unit score against the requested level, one line per method."""
-    found = swept(report, judge)
-    attributes, levels = report["recipe"]["attributes"], report["recipe"]["levels"]
-    colour, marker = colours(list(report["methods"])), markers(list(report["methods"]))
-    figure, axes = panels(1, len(attributes), width=5.0, height=4.4)
+    methods, levels, best = list(report.methods), report.levels, report.best()
+    colour, marker = colours(methods), markers(methods)
+    figure, axes = panels(1, len(report.attributes), width=5.0, height=4.4)
     x = np.arange(levels)
-    for ax, name in zip(axes[0], attributes, strict=True):
-        ax.plot(x, (x + 0.5) / levels, color=INK, linestyle="--", linewidth=1.2, label="asked for")
-        best = ceiling(report, judge)
+    for ax, name in zip(axes[0], report.attributes, strict=True):
         if best:
-            y = [number(e)[0] for e in best["response"][name]]
-            ax.plot(x, y, color=INK, linewidth=1, linestyle=":", label=ceiling_name(report))
-        for method, figures in found.items():
-            y, low, high = np.array([number(e) for e in figures["response"][name]]).T
+            # Wide and pale, below the dashed line that it may lie on.
+            y = [e.value for e in best.response[name]]
+            ax.plot(x, y, color=MUTED, linewidth=6, alpha=0.35, label=ceiling_name(report))
+        ax.plot(x, (x + 0.5) / levels, color=INK, linestyle="--", linewidth=1.2, label="asked for")
+        for method, figures in report.swept().items():
+            y, low, high = np.array([number(e) for e in figures.response[name]]).T
             ax.fill_between(x, low, high, color=colour[method], alpha=0.18, linewidth=0)
             ax.plot(x, y, marker[method] + "-", color=colour[method], label=label(method))
         ax.set(xticks=x, ylim=(0, 1), xlabel=f"{name} level asked for")
@@ -138,76 +128,73 @@ def response(report: Json, judge: str) -> Figure:
         ax.grid(visible=True, axis="y")
     axes[0][0].set_ylabel("mean delivered score (0 = lowest, 1 = highest)")
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
     return figure
 
 
-def posterior(report: Json, judge: str) -> Figure:
+def posterior(report: Report) -> Figure:
     """Draw, for every method and dial, which level came back for which level asked for."""
-    found = swept(report, judge)
-    attributes = report["recipe"]["attributes"]
-    figure, axes = panels(len(attributes), len(found), width=2.35, height=2.55)
-    for row, name in enumerate(attributes):
+    found = report.swept()
+    figure, axes = panels(len(report.attributes), len(found), width=2.35, height=2.55)
+    for row, name in enumerate(report.attributes):
         for column, (method, figures) in enumerate(found.items()):
             ax = axes[row][column]
-            heatmap(ax, 100 * np.array(figures["posterior"][name]), top=90, size=7.5)
-            for level in range(report["recipe"]["levels"]):
+            heatmap(ax, 100 * figures.posterior[name], top=90, size=7.5)
+            for level in range(report.levels):
                 ax.add_patch(
                     Rectangle((level - 0.5, level - 0.5), 1, 1, fill=False, edgecolor="#D55E00")
                 )
-            if row == 0:
-                ax.set_title(label(method), loc="center")
+            ax.set_title(fill(label(method), 16), loc="center", fontsize=9.5)
             ax.set_xlabel(f"{name} asked for", fontsize=9)
             if column == 0:
                 ax.set_ylabel(f"{name} delivered", fontsize=9)
     return figure
 
 
-def coverage(report: Json, judge: str) -> Figure:
+def coverage(report: Report) -> Figure:
     """Draw where the mean delivery of each cell lies in the plane of both scores."""
-    found = dict(swept(report, judge))
-    best = ceiling(report, judge)
-    colour = colours(list(report["methods"]))
-    shown = {**found, **({ceiling_name(report): best} if best else {})}
-    names, levels = report["recipe"]["attributes"][:2], report["recipe"]["levels"]
+    best, levels = report.best(), report.levels
+    colour = colours(list(report.methods))
+    shown = {**report.swept(), **({ceiling_name(report): best} if best else {})}
     columns = min(3, len(shown))
-    figure, axes = panels(-(-len(shown) // columns), columns, width=3.5, height=3.6)
+    figure, axes = panels(-(-len(shown) // columns), columns, width=3.5, height=3.8)
+    goals = (np.array(list(product(range(levels), repeat=2))) + 0.5) / levels  # (C, 2)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
     for ax, (method, figures) in zip(axes.flat, shown.items(), strict=False):
-        mean = np.array(figures["cell_means"]).reshape(levels, levels, -1)  # (L, L, A)
+        means = figures.cell_means[:, :2]  # (C, 2)
+        misses = np.abs(means - goals).max(axis=1)
         tone = colour.get(method, INK)
-        for level, goal in product(range(levels), range(levels)):
-            corner = (level / levels, goal / levels)
-            hit = np.abs(mean[level, goal, :2] * levels - (level + 0.5, goal + 0.5)).max() <= 0.5
-            fill = {"facecolor": tone, "alpha": 0.22} if hit else {"facecolor": "none"}
-            ax.add_patch(Rectangle(corner, 1 / levels, 1 / levels, edgecolor=FAINT, **fill))
+        hit = misses <= 0.5 / levels + 1e-9
+        for corner, inside in zip(goals - 0.5 / levels, hit, strict=True):
+            face = {"facecolor": tone, "alpha": 0.22} if inside else {"facecolor": "none"}
+            ax.add_patch(Rectangle(corner, 1 / levels, 1 / levels, edgecolor=FAINT, **face))
+        net = means.reshape(levels, levels, 2)
         for k in range(levels):
-            ax.plot(*mean[k, :, :2].T, color=tone, linewidth=0.9, alpha=0.7)
-            ax.plot(*mean[:, k, :2].T, color=tone, linewidth=0.9, alpha=0.7)
-        ax.plot(*mean[..., :2].reshape(-1, 2).T, "o", color=tone, markersize=3.5)
-        share = number(figures["coverage"])[0]
-        ax.set_title(f"{label(method)}: {share:.0%} of cells")
+            ax.plot(*net[k].T, color=tone, linewidth=0.9, alpha=0.7)
+            ax.plot(*net[:, k].T, color=tone, linewidth=0.9, alpha=0.7)
+        ax.plot(*means.T, "o", color=tone, markersize=3.5)
+        said = f"{hit.sum()} of {len(goals)} targets hit, mean miss {misses.mean():.2f}"
+        ax.set_title(f"{label(method)}\n{said}", fontsize=9.5)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        names = report.attributes
         ax.set(xlabel=f"{names[0]} delivered", ylabel=f"{names[1]} delivered")
     return figure
 
 
-def leakage(report: Json, judge: str) -> Figure:
+def leakage(report: Report) -> Figure:
     """Draw how far each dial moves the *other* score, beside the ceiling's own."""
-    found = swept(report, judge)
-    methods = list(report["methods"])
-    attributes = report["recipe"]["attributes"]
-    figure, axes = panels(1, len(attributes), width=5.2, height=1.3 + 0.5 * len(methods))
-    best = ceiling(report, judge)
-    for ax, name in zip(axes[0], attributes, strict=True):
+    methods, best = list(report.methods), report.best()
+    figure, axes = panels(1, len(report.attributes), width=5.2, height=1.3 + 0.5 * len(methods))
+    for ax, name in zip(axes[0], report.attributes, strict=True):
         if best:
-            at = best["leakage"][name]["value"]
+            at = best.leakage[name].value
             ax.axvspan(at - 0.15, at + 0.15, color=FAINT, zorder=0)
             ax.axvline(at, color=INK, linestyle="--", linewidth=1.2)
         ax.axvline(0, color=MUTED, linewidth=0.8)
-        _dots(ax, methods, {m: c["leakage"][name] for m, c in found.items()}, hollow=False, shift=0)
-        other = " and ".join(a for a in attributes if a != name)
+        found = {method: c.leakage[name] for method, c in report.swept().items()}
+        _dots(ax, methods, found, hollow=False, shift=0)
+        other = " and ".join(a for a in report.attributes if a != name)
         ax.set_title(f"{other} dial → {name} score")
         reach = max(0.5, *(abs(x) for x in ax.get_xlim()))
         ax.set_xlim(-reach, reach)
@@ -215,12 +202,10 @@ def leakage(report: Json, judge: str) -> Figure:
     return figure
 
 
-def cells(report: Json, judge: str, method: str) -> Figure:
+def cells(report: Report, method: str) -> Figure:
     """Draw, for one method, the full distribution of deliveries for every cell asked for."""
-    figures = swept(report, judge)[method]
-    levels = report["recipe"]["levels"]
-    names = report["recipe"]["attributes"][:2]
-    joint = np.array(figures["joint"], float).reshape((levels,) * 4)
+    levels, names = report.levels, report.attributes
+    joint = report.swept()[method].joint.reshape((levels,) * 4)
     share = joint / np.maximum(joint.sum(axis=(2, 3), keepdims=True), 1)
     pitch = levels + 0.8  # a map and the gap to the next one
     figure, axes = panels(1, 1, width=7.4, height=7.4)

@@ -1,116 +1,128 @@
-"""The part of the page where a reader turns the dials over completions that were really sampled."""
+"""Which of the completions that were really sampled a reader can turn the dials over."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from itertools import accumulate
 
-from equipoise.report.canvas import label
+from equipoise.dials.dials import target
+from equipoise.report.data import Report
 from equipoise.types import Delivery, Finish, Prompt
 
 MAX_PROMPTS = 6
 MAX_CHARACTERS = 1200
 MAX_BYTES = 1_500_000
+_TAGS = 400
+"""Bytes of an answer's markup, about."""
+
+Marks = Callable[[Prompt, str], Sequence[tuple[str, str]]]
+"""Cuts a completion into pieces, each with ``safe``, ``unsafe`` or nothing."""
 
 _CUT: Mapping[Finish, str] = {
     "stop": "",
-    "length": " (cut by the token limit)",
-    "thought": " (its thought did not end)",
+    "length": "cut by the token limit",
+    "thought": "its thought did not end",
 }
 
-Json = Mapping[str, Any]
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion, as the page shows it."""
+
+    key: str
+    """Method, prompt and levels, as the page's script asks for them."""
+    pieces: Sequence[tuple[str, str]]
+    scores: Sequence[tuple[str, float, float]]
+    """Attribute, asked for, delivered."""
+    note: str
 
 
-def sampler(
-    report: Json,
-    judge: str,
-    deliveries: Mapping[str, Sequence[Delivery]],
-    prompts: Mapping[str, Prompt],
-) -> str:
-    """Return HTML with the first repeat's completions of a few prompts, one per cell.
+@dataclass(frozen=True)
+class Sampler:
+    """The first repeat's completions of a few prompts, one per method, prompt and cell."""
 
-    Prompts are the first ones by id, not the ones that look best. All text is escaped.
+    methods: Sequence[str]
+    shown_first: int
+    prompts: Sequence[Prompt]
+    answers: Sequence[Answer]
+    marked: bool
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a page with text may show."""
+
+    deliveries: Mapping[str, Sequence[Delivery]]
+    """Method to its deliveries."""
+    prompts: Mapping[str, Prompt]
+    """By id."""
+    marks: Marks | None = None
+
+
+def sampler(report: Report, texts: Texts) -> Sampler | None:
+    """Choose what is shown: the first prompts by id, not the ones that look best.
+
+    Returns:
+        ``None`` where there is nothing to show; at most about ``MAX_BYTES`` of text otherwise, so
+        that the page stays under 5 MB with any number of methods, in any script.
     """
-    attributes, levels = report["recipe"]["attributes"], report["recipe"]["levels"]
-    ids = sorted({d.prompt_id for rows in deliveries.values() for d in rows} & set(prompts))
     methods = {
-        method: {
-            (d.prompt_id, d.setting.levels): d for d in rows if d.repeat == 0 and d.setting.is_cell
-        }
-        for method, rows in deliveries.items()
-        if method in report["methods"]
+        method: {(d.prompt_id, d.setting.levels): d for d in rows if _shown(d)}
+        for method, rows in texts.deliveries.items()
+        if method in report.methods
     }
-    if not ids or not methods:
-        return ""
-    ids = _that_fit(ids[:MAX_PROMPTS], methods)
-    best = "tuned" if "tuned" in methods else list(methods)[-1]
-    options = "".join(
-        f'<option value="{m}"{" selected" if name == best else ""}>{escape(label(name))}</option>'
-        for m, name in enumerate(methods)
-    )
-    asked = "".join(
-        f'<option value="{p}">{escape(_short(prompts[i].messages[-1].content))}</option>'
-        for p, i in enumerate(ids)
-    )
-    dials = "".join(
-        f'<label>{escape(name)} <input type="range" min="0" max="{levels - 1}" step="1" '
-        f'value="{levels - 1}" data-dial="{a}"><output>{levels - 1}</output></label>'
-        for a, name in enumerate(attributes)
-    )
-    answers = "".join(
-        _answer(f"{m}|{p}|{','.join(map(str, setting))}", found, judge)
+    answered = {prompt_id for rows in methods.values() for prompt_id, _ in rows}
+    ids = sorted(answered & set(texts.prompts))[:MAX_PROMPTS]
+    sizes = [
+        sum(_size(d) for rows in methods.values() for (owner, _), d in rows.items() if owner == one)
+        for one in ids
+    ]
+    ids = [one for n, (one, size) in enumerate(zip(ids, accumulate(sizes), strict=True))
+           if not n or size < MAX_BYTES]  # fmt: skip
+    if not ids:
+        return None
+    answers = [
+        _answer(f"{m}|{p}|{','.join(map(str, setting))}", found, report, texts)
         for m, rows in enumerate(methods.values())
         for p, prompt_id in enumerate(ids)
         for (owner, setting), found in sorted(rows.items(), key=lambda row: str(row[0]))
         if owner == prompt_id
-    )
-    questions = "".join(
-        f'<div class="question" data-prompt="{p}">{_conversation(prompts[i])}</div>'
-        for p, i in enumerate(ids)
-    )
-    return (
-        f'<div id="sampler"><div class="controls"><label>method <select data-pick="method">'
-        f'{options}</select></label><label>prompt <select data-pick="prompt">{asked}</select>'
-        f"</label>{dials}</div>{questions}{answers}</div>"
-    )
-
-
-def _that_fit(
-    ids: list[str], methods: Mapping[str, Mapping[tuple[str, tuple[int | None, ...]], Delivery]]
-) -> list[str]:
-    # The page stays under 5 MB with any number of methods, in any script.
-    sizes = dict.fromkeys(ids, 0)
-    for rows in methods.values():
-        for (prompt_id, _), found in rows.items():
-            if prompt_id in sizes:
-                sizes[prompt_id] += len(escape(found.text[:MAX_CHARACTERS]).encode()) + 150
-    return [
-        i for n, i in enumerate(ids) if not n or sum(sizes[j] for j in ids[: n + 1]) < MAX_BYTES
     ]
-
-
-def _conversation(prompt: Prompt) -> str:
-    return "".join(
-        f"<p><b>{escape(message.role)}</b> {escape(message.content[:MAX_CHARACTERS])}</p>"
-        for message in prompt.messages
+    names = list(methods)
+    return Sampler(
+        names,
+        names.index("tuned") if "tuned" in names else len(names) - 1,
+        [_cut(texts.prompts[one]) for one in ids],
+        answers,
+        texts.marks is not None,
     )
 
 
-def _answer(key: str, found: Delivery, judge: str) -> str:
-    scores = " · ".join(
-        f"{escape(name)} {unit:.2f}"
-        for name, unit in next(
-            (units for kind, units in found.unit.items() if kind == judge), {}
-        ).items()
-    )
-    cut = _CUT[found.finish]
-    return (
-        f'<div class="answer" data-key="{escape(key)}"><p>{escape(found.text[:MAX_CHARACTERS])}'
-        f"</p><small>delivered: {scores}{cut}</small></div>"
-    )
+def _shown(delivery: Delivery) -> bool:
+    return delivery.repeat == 0 and delivery.setting.is_cell
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 60 else line[:59] + "…"
+def _size(delivery: Delivery) -> int:
+    return len(escape(delivery.text[:MAX_CHARACTERS]).encode()) + _TAGS
+
+
+def _cut(prompt: Prompt) -> Prompt:
+    messages = (replace(m, content=m.content[:MAX_CHARACTERS]) for m in prompt.messages)
+    return replace(prompt, messages=tuple(messages))
+
+
+def _answer(key: str, found: Delivery, report: Report, texts: Texts) -> Answer:
+    text = found.text[:MAX_CHARACTERS]
+    scores = found.unit.get(report.judge, {})
+    return Answer(
+        key,
+        texts.marks(texts.prompts[found.prompt_id], text) if texts.marks else [(text, "")],
+        [
+            (name, target(level, report.levels), scores[name])
+            for name, level in zip(report.attributes, found.setting.levels, strict=True)
+            if level is not None and name in scores
+        ],
+        _CUT[found.finish],
+    )

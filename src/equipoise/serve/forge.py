@@ -18,6 +18,7 @@ from equipoise.stages.judge import read_judges
 from equipoise.stages.scenarios import FOLDER
 from equipoise.stages.tune import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
+from equipoise.store.shards import to_plain
 from equipoise.types import DialSetting
 
 if TYPE_CHECKING:
@@ -45,9 +46,8 @@ def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
     Raises:
         ServingError: The server gave no answers.
     """
-    from equipoise.evaluate.forge import FAMILIES, measure_forge
+    from equipoise.evaluate.forge import ForgePlan, measure_forge
     from equipoise.models.load import load_causal
-    from equipoise.report.render import plain
     from equipoise.steer.served import HttpResponder
 
     recipe, config = job.recipe, job.recipe.evaluate
@@ -59,10 +59,10 @@ def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
     judges = read_judges(job)
     sampling = config.sampling
     prompts = evaluated_prompts(job)
-    answers = len(FAMILIES) * len(recipe.attributes) * 2 * repeats * len(prompts)
+    plan = ForgePlan(job.dials, repeats=repeats, phrases=config.phrases, bootstrap=job.bootstrap)
     with (
         served(loaded, file, policy) as (url, key),
-        job.progress.task("forge", answers) as advance,
+        job.progress.task("forge", plan.n_answers(len(prompts))) as advance,
     ):
         measured = measure_forge(
             HttpResponder(
@@ -81,11 +81,7 @@ def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
             prompts,
             setting,
             judges,
-            dials=job.dials,
-            repeats=repeats,
-            draws=config.bootstrap,
-            seed=recipe.seed,
-            phrases=config.phrases,
+            plan,
             on_answers=advance,
         )
     facts = {
@@ -97,7 +93,7 @@ def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
     place = job.run.path / FOLDER / file.stem
     with job.run.writing():
         place.mkdir(parents=True, exist_ok=True)
-        publish_bytes(place / RESULT, json_bytes({**facts, **plain(measured)}))
+        publish_bytes(place / RESULT, json_bytes({**facts, **to_plain(measured)}))
     return place / RESULT
 
 

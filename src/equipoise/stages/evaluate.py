@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from equipoise.stages.unseen import (
     judges_in_training,
     warn_of_judges,
 )
+from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
 from equipoise.types import Completion, Delivery, DialSetting, JudgeKind, Prompt, Responder
 
@@ -52,7 +54,6 @@ def evaluate(job: Job) -> None:
     warn_of_judges(job, judges_in_training(named, judged))
     from equipoise.evaluate.sweep import sweep_settings
     from equipoise.models.load import load_causal
-    from equipoise.report.render import plain
     from equipoise.stages.figures_of import measures_of
     from equipoise.stages.quality_of import benign
     from equipoise.stages.responders import responders
@@ -76,7 +77,7 @@ def evaluate(job: Job) -> None:
             free = [DialSetting((None,) * n_attributes)]
             _sweep_one(job, stage, responder, benign(prompts), judges, AUTO, free)
     measures = measures_of(job, stage, judges["generalization"].calibration, prompts, untouched)
-    stage.publish_json(MEASURES, plain({**measures, "intersections": intersections}))
+    stage.publish_json(MEASURES, to_plain(replace(measures, intersections=intersections)))
     stage.finish(prompts=len(prompts))
 
 

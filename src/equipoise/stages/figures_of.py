@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from equipoise.evaluate.measures import JUDGES, Ceiling, Cost, Measures, Method, Quality
 from equipoise.pipeline.job import Job, workshop_parser
 from equipoise.recipes.check import rerank_size
-from equipoise.stages.quality_of import JUDGES, ONE_DIAL
+from equipoise.stages.quality_of import ONE_DIAL
 from equipoise.stages.tune import START_CURVE
-from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
-from equipoise.types import Delivery, Prompt, ScoredCompletion, UnitScale
+from equipoise.types import Delivery, JudgeKind, Prompt, ScoredCompletion, UnitScale
 
 if TYPE_CHECKING:
+    from equipoise.evaluate.measure import ControlReport
     from equipoise.models.load import LoadedPolicy
 
 
@@ -24,58 +26,52 @@ def measures_of(
     scale: UnitScale,
     prompts: Sequence[Prompt],
     untouched: Callable[[], LoadedPolicy],
-) -> dict[str, Any]:
-    """Return ``methods``, ``ceiling``, ``differences`` and ``n`` of the report, as plain data."""
+) -> Measures:
+    """Return all that is measured of the deliveries; the intersections are left to the caller."""
     from equipoise.evaluate.measure import compare_mp, measure
-    from equipoise.stages.quality_of import drift_of, perplexity_of, quality_of, refusals_of
+    from equipoise.stages.quality_of import quality_of, refusals_of, tuned_quality
 
-    config = job.recipe.evaluate
+    config, dials, bootstrap = job.recipe.evaluate, job.dials, job.bootstrap
     found = {name: _deliveries(stage, name) for name in config.responders}
     by_id = {prompt.id: prompt for prompt in prompts}
-    methods: dict[str, Any] = {}
+    controls: dict[str, dict[JudgeKind, ControlReport]] = {}
+    qualities: dict[str, Quality] = {}
     with job.progress.task("measure", len(found)) as advance:
         for name, deliveries in found.items():
             swept = [*deliveries, *_deliveries(stage, name, ONE_DIAL)]
-            methods[name] = {
-                judge: to_plain(
-                    measure(
-                        swept,
-                        judge=judge,
-                        dials=job.dials,
-                        bootstrap=job.bootstrap,
-                    )
-                )
+            controls[name] = {
+                judge: measure(swept, judge=judge, dials=dials, bootstrap=bootstrap)
                 for judge in JUDGES
             }
-            methods[name]["cost"] = _cost(job, stage, name)
-            methods[name]["quality"] = quality_of(job, deliveries, by_id, untouched())
+            qualities[name] = quality_of(job, deliveries, by_id, untouched())
             advance(1)
     if "tuned" in found and "start" in found:
-        references = found["start"]
-        for name, figures in perplexity_of(job, stage, references, by_id, untouched()).items():
-            methods[name]["quality"] |= figures
-        methods["tuned"]["quality"]["drift"] = drift_of(job, stage, references)
-    for name, curves in refusals_of(job, found, by_id).items():
-        methods[name]["refusals"] = curves
-    paired = {
-        f"tuned − {other}": to_plain(
-            compare_mp(
+        qualities |= tuned_quality(job, stage, found["start"], by_id, untouched(), qualities)
+    refusals = refusals_of(job, found, by_id)
+    others = [name for name in found if "tuned" in found and name != "tuned"]
+    return Measures(
+        methods={
+            name: Method(
+                **controls[name],
+                cost=_cost(job, stage, name),
+                quality=qualities[name],
+                refusals=refusals.get(name),
+            )
+            for name in found
+        },
+        differences={
+            f"tuned − {other}": compare_mp(
                 found["tuned"],
                 found[other],
                 judge="generalization",
-                dials=job.dials,
-                bootstrap=job.bootstrap,
+                dials=dials,
+                bootstrap=bootstrap,
             )
-        )
-        for other in found
-        if "tuned" in found and other != "tuned"
-    }
-    return {
-        "methods": methods,
-        "differences": paired,
-        "ceiling": _ceiling(job, scale, prompts),
-        "n": {f"evaluated prompts ({config.split})": len(prompts), "repeats": config.repeats},
-    }
+            for other in others
+        },
+        ceiling=_ceiling(job, scale, prompts),
+        n={f"evaluated prompts ({config.split})": len(prompts), "repeats": config.repeats},
+    )
 
 
 def _deliveries(stage: Stage, method: str, folder: str = "deliveries") -> list[Delivery]:
@@ -83,7 +79,7 @@ def _deliveries(stage: Stage, method: str, folder: str = "deliveries") -> list[D
     return [row for rows in shards for row in rows]
 
 
-def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
+def _cost(job: Job, stage: Stage, method: str) -> Cost:
     facts = {
         name: stage.shard_facts(name) for name in stage.shards if name.startswith("deliveries/")
     }
@@ -98,18 +94,21 @@ def _cost(job: Job, stage: Stage, method: str) -> dict[str, float]:
         # Rerankers share one sampling pass; each is charged its own part of it.
         shared = sum(total("sampling_seconds", name) for name in counts)
         seconds = shared * counts[method] / max(counts.values())
-    cost = {"seconds": seconds, "tokens": total("tokens", method)}
-    if method == "tuned":
-        tuned = job.run.done("tune")
-        cost["steps"] = float(tuned.facts()["steps"])
-        cost["tuning_seconds"] = 60 * tuned.minutes
-        names = [name for name in ("curve.json", START_CURVE) if name in tuned.outputs]
-        curves = [tuned.read_json(name) for name in names]
-        cost["tuning_tokens"] = sum(curve[-1]["tokens"] for curve in curves if curve)
-    return cost
+    cost = Cost(seconds, total("tokens", method))
+    if method != "tuned":
+        return cost
+    tuned = job.run.done("tune")
+    names = [name for name in ("curve.json", START_CURVE) if name in tuned.outputs]
+    curves = [tuned.read_json(name) for name in names]
+    return replace(
+        cost,
+        steps=float(tuned.facts()["steps"]),
+        tuning_seconds=60 * tuned.minutes,
+        tuning_tokens=sum(curve[-1]["tokens"] for curve in curves if curve),
+    )
 
 
-def _ceiling(job: Job, scale: UnitScale, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _ceiling(job: Job, scale: UnitScale, prompts: Sequence[Prompt]) -> Ceiling:
     """Measure a policy that picks, per prompt and cell, the completion nearest both targets.
 
     In the Workshop it picks among all that the grammar can write, for the evaluated prompts. On
@@ -131,7 +130,7 @@ def _ceiling(job: Job, scale: UnitScale, prompts: Sequence[Prompt]) -> dict[str,
         name, candidates = "best of pool by judge", _pool_candidates(job, scale)
     grid = ceiling_grid(candidates, dials=job.dials)
     measured = measure_grid(grid, bootstrap=job.bootstrap)
-    return {"name": name, "generalization": to_plain(measured)}
+    return Ceiling(name=name, generalization=measured)
 
 
 def _pool_candidates(job: Job, scale: UnitScale) -> list[Any]:

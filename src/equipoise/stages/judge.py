@@ -13,6 +13,7 @@ from equipoise.pipeline.job import (
     read_scored,
     reward_hashes,
 )
+from equipoise.store.shards import to_plain
 from equipoise.types import JudgeKind, ScoredCompletion
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ def judge(job: Job) -> None:
         return
     from equipoise.pool.calibrate import calibrate, calibration_report, own_pool
     from equipoise.pool.score import score
-    from equipoise.report.render import plain
 
     judges = load_reward_models(recipe.judges, job)
     source, by_id = job.run.done("score"), {p.id: p for p in read_prompts(job.run)}
@@ -47,7 +47,7 @@ def judge(job: Job) -> None:
     stage.publish_bytes(SCALE, calibrate(pool, mode="pooled").to_json().encode())
     scored = own_pool(read_scored(job.run))
     facts = calibration_report(scored, read_calibration(job.run), judged=pool)
-    stage.publish_json(FACTS, plain(facts))
+    stage.publish_json(FACTS, to_plain(facts))
     stage.finish(judged=len(pool))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from equipoise.evaluate.measures import JUDGES, Quality
 from equipoise.pipeline.job import Job, note_skipped, workshop_parser
-from equipoise.store.shards import to_plain
+from equipoise.stats import Estimate
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 ONE_DIAL, AUTO = "one-dial", "auto"
 """Folders of the tuned policy's deliveries with one dial set, and with every dial on auto."""
 Item = TypeVar("Item")
-JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
 
 
 def benign(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -39,7 +39,7 @@ def quality_of(
     deliveries: Sequence[Delivery],
     prompts: Mapping[str, Prompt],
     untouched: LoadedPolicy,
-) -> dict[str, Any]:
+) -> Quality:
     """Return degenerate share, length per level, and fluency per cell of one method."""
     from equipoise.evaluate.quality import degenerate_share, fluency, length_per_level, per_setting
 
@@ -53,26 +53,25 @@ def quality_of(
     pooled = per_setting(
         [replace(d, setting=everything) for d in shown], values, bootstrap=job.bootstrap
     )
-    return {
-        "degenerate": to_plain(
-            degenerate_share(
-                deliveries, prompts=prompts, parses=workshop_parser(recipe), bootstrap=job.bootstrap
-            )
+    return Quality(
+        degenerate=degenerate_share(
+            deliveries, prompts=prompts, parses=workshop_parser(recipe), bootstrap=job.bootstrap
         ),
-        "length": to_plain(length_per_level(deliveries, dials=job.dials, bootstrap=job.bootstrap)),
-        "fluency": [to_plain(per_cell.get(cell)) for cell in grid],
-        "fluency_mean": to_plain(pooled.get(everything)),
-    }
+        length=length_per_level(deliveries, dials=job.dials, bootstrap=job.bootstrap),
+        fluency=[per_cell.get(cell) for cell in grid],
+        fluency_mean=pooled.get(everything),
+    )
 
 
-def perplexity_of(
+def tuned_quality(
     job: Job,
     stage: Stage,
     own: Sequence[Delivery],
     prompts: Mapping[str, Prompt],
     untouched: LoadedPolicy,
-) -> dict[str, dict[str, Any]]:
-    """Return the perplexity of both models on the references, and their ratio.
+    known: Mapping[str, Quality],
+) -> dict[str, Quality]:
+    """Return ``start`` and ``tuned`` to what is known of them, perplexity and drift included.
 
     Args:
         job: Of a run whose tune stage is complete.
@@ -81,30 +80,27 @@ def perplexity_of(
             names none.
         prompts: Prompt id to prompt.
         untouched: The untouched model.
-
-    Returns:
-        ``start`` and ``tuned`` to their figures, named as in the report; empty without references.
+        known: What is known of both so far.
     """
     from equipoise.evaluate.quality import perplexity, perplexity_ratio, read_references
     from equipoise.models.load import load_causal
     from equipoise.stages.tune import MODEL
 
-    recipe = job.recipe
-    asked = bool(recipe.evaluate.references)
+    start, tuned = known["start"], replace(known["tuned"], drift=drift_of(job, stage, own))
+    asked = bool(job.recipe.evaluate.references)
     pairs = _references(job, stage) if asked else _own_answers(job, own, prompts)
-    if not pairs:
-        return {}
-    auto = DialSetting((None,) * len(recipe.attributes))
-    tuned = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
-    before = read_references(untouched.model, untouched.encoder, pairs)
-    after = read_references(tuned.model, tuned.encoder, pairs, setting=auto)
-    return {
-        "start": {"perplexity": to_plain(perplexity(before, bootstrap=job.bootstrap))},
-        "tuned": {
-            "perplexity": to_plain(perplexity(after, bootstrap=job.bootstrap)),
-            "perplexity_ratio": to_plain(perplexity_ratio(before, after, bootstrap=job.bootstrap)),
-        },
-    }
+    if pairs:
+        auto = DialSetting((None,) * len(job.recipe.attributes))
+        policy = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
+        before = read_references(untouched.model, untouched.encoder, pairs)
+        after = read_references(policy.model, policy.encoder, pairs, setting=auto)
+        start = replace(start, perplexity=perplexity(before, bootstrap=job.bootstrap))
+        tuned = replace(
+            tuned,
+            perplexity=perplexity(after, bootstrap=job.bootstrap),
+            perplexity_ratio=perplexity_ratio(before, after, bootstrap=job.bootstrap),
+        )
+    return {"start": start, "tuned": tuned}
 
 
 def _references(job: Job, stage: Stage) -> list[tuple[Prompt, str, bool]]:
@@ -136,7 +132,9 @@ def _own_answers(
     ]
 
 
-def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str, Any]:
+def drift_of(
+    job: Job, stage: Stage, references: Sequence[Delivery]
+) -> dict[JudgeKind, dict[str, Estimate]]:
     """Return per judge and attribute how far the tuned policy, left alone, has moved."""
     from equipoise.evaluate.quality import drift
 
@@ -145,15 +143,7 @@ def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str
         return {}
     return {
         judge: {
-            name: to_plain(
-                drift(
-                    free,
-                    references,
-                    judge=judge,
-                    attribute=name,
-                    bootstrap=job.bootstrap,
-                )
-            )
+            name: drift(free, references, judge=judge, attribute=name, bootstrap=job.bootstrap)
             for name in job.recipe.attributes
         }
         for judge in JUDGES
@@ -162,7 +152,7 @@ def drift_of(job: Job, stage: Stage, references: Sequence[Delivery]) -> dict[str
 
 def refusals_of(
     job: Job, found: Mapping[str, Sequence[Delivery]], prompts: Mapping[str, Prompt]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, list[Estimate]]]:
     """Return per method the refusal curves over the safety dial; empty without a refusal judge."""
     from equipoise.evaluate.refusals import refusal_curves
     from equipoise.rewards.load import load_reward_model
@@ -186,15 +176,13 @@ def refusals_of(
         advance(1)
     groups = {prompt.id: group_of(prompt) for prompt in prompts.values() if prompt.label}
     return {
-        name: to_plain(
-            refusal_curves(
-                deliveries,
-                [scores[d.prompt_id, d.text] < 0 for d in deliveries],
-                groups,
-                dial=recipe.attributes.index("safety"),
-                levels=recipe.levels,
-                bootstrap=job.bootstrap,
-            )
+        name: refusal_curves(
+            deliveries,
+            [scores[d.prompt_id, d.text] < 0 for d in deliveries],
+            groups,
+            dial=recipe.attributes.index("safety"),
+            levels=recipe.levels,
+            bootstrap=job.bootstrap,
         )
         for name, deliveries in found.items()
     }

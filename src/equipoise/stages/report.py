@@ -5,12 +5,20 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from equipoise.pipeline.job import Job, read_prompts, read_skipped
+from equipoise.errors import RunError
+from equipoise.evaluate.measures import Measures
+from equipoise.pipeline.job import Job, read_prompts, read_skipped, workshop_parser
 from equipoise.pipeline.plan import read_plan
+from equipoise.pool.moec import MoecReport
 from equipoise.recipes.source import map_models, shown_model
+from equipoise.report.data import BackDoors, ModelFacts, Report, Scale, ShownRecipe, Skipped
+from equipoise.report.sampler import Texts
+from equipoise.stages.evaluate import MEASURES
 from equipoise.stages.judge import FACTS
 from equipoise.stages.tune import START_CURVE
 from equipoise.stages.unseen import judges_by_hash
+from equipoise.store.rundir import RunDir
+from equipoise.store.shards import from_plain
 from equipoise.store.stagedir import Stage
 from equipoise.store.stagefiles import StageFiles
 from equipoise.types import Delivery
@@ -20,61 +28,80 @@ def render_report(job: Job, stage: Stage) -> None:
     """Write ``report.html``, ``report.json`` and the figures into the report stage."""
     from equipoise.report.render import render
 
-    evaluated = job.run.done("evaluate")
-    deliveries: dict[str, list[Delivery]] = {}
-    if job.text:
-        for method in job.recipe.evaluate.responders:
-            shards = evaluated.read_rows(Delivery, prefix=f"deliveries/{method}/")
-            deliveries[method] = [row for rows in shards for row in rows]
     made = stage.work / "page"
     shutil.rmtree(made, ignore_errors=True)
     with job.run.writing():
-        render(
-            gather(job),
-            made,
-            text=job.text,
-            deliveries=deliveries,
-            prompts={prompt.id: prompt for prompt in read_prompts(job.run)} if job.text else {},
-        )
+        render(gather(job), made, texts=_texts(job) if job.text else None)
     for file in sorted(path for path in made.rglob("*") if path.is_file()):
         stage.publish_bytes(file.relative_to(made).as_posix(), file.read_bytes())
 
 
-def gather(job: Job) -> dict[str, Any]:
-    """Return the content of ``report.json``; see :mod:`equipoise.report.render`."""
+def _texts(job: Job) -> Texts:
+    evaluated = job.run.done("evaluate")
+    deliveries: dict[str, list[Delivery]] = {}
+    for method in job.recipe.evaluate.responders:
+        shards = evaluated.read_rows(Delivery, prefix=f"deliveries/{method}/")
+        deliveries[method] = [row for rows in shards for row in rows]
+    marks = None
+    if workshop_parser(job.recipe):
+        from equipoise.worlds.workshop.oracle import marked
+
+        marks = marked
+    return Texts(deliveries, {prompt.id: prompt for prompt in read_prompts(job.run)}, marks)
+
+
+def gather(job: Job) -> Report:
+    """Return all that is known of the run.
+
+    Raises:
+        RunError: The measures are those of a version that cannot be read.
+    """
     run = job.run
     scored, distilled, tuned = run.done("score"), run.done("distil"), run.done("tune")
-    measures = run.done("evaluate").read_json("measures.json")
+    measures = _measures(run)
     loaded = run.done("prompts").facts()
     counts, dropped = loaded["counts"], loaded.get("dropped", 0)
     recipe = map_models(run.recipe.model_dump(mode="json"), lambda _, name: shown_model(name))
     # The folder of the data is the user's own affair: reports are passed on.
     recipe["data"] = None
-    return {
-        **measures,
-        "recipe": recipe,
-        "n": {
+    return Report(
+        methods=measures.methods,
+        differences=measures.differences,
+        ceiling=measures.ceiling,
+        n={
             "training prompts": counts["train"],
             "dev prompts": counts["dev"],
             "test prompts": counts["test"],
             **({"over-long prompts dropped": dropped} if dropped else {}),
             "completions in the pool": scored.facts()["scored"],
             "tuning examples": distilled.facts()["examples"],
-            **measures["n"],
+            **measures.n,
         },
-        "pool": {
-            **run.done("judge").read_json(FACTS),
-            "no_finished_sentence": scored.facts()["no_finished_sentence"],
-        },
-        "judges_in_training": judges_by_hash(run),
-        "skipped": read_skipped(run),
-        "moec": distilled.read_json("moec.json"),
-        "backdoor": distilled.read_json("backdoor.json"),
-        "losses": _losses(tuned),
-        "reward_models": _cards(job),
-        "stages": run.minutes(),
-        "planned": read_plan(run.path),
-    }
+        intersections=measures.intersections,
+        recipe=ShownRecipe.model_validate(recipe),
+        judges_in_training=judges_by_hash(run),
+        pool=from_plain(dict[str, Scale], run.done("judge").read_json(FACTS)),
+        no_finished_sentence=scored.facts()["no_finished_sentence"],
+        skipped=from_plain(dict[str, Skipped], read_skipped(run)),
+        moec=from_plain(MoecReport, distilled.read_json("moec.json")),
+        backdoor=from_plain(BackDoors, distilled.read_json("backdoor.json")),
+        losses=_losses(tuned),
+        reward_models=_cards(job),
+        stages=run.minutes(),
+        planned=read_plan(run.path),
+    )
+
+
+def _measures(run: RunDir) -> Measures:
+    try:
+        found: Measures = from_plain(Measures, run.done("evaluate").read_json(MEASURES))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{MEASURES} of this run cannot be read",
+            why=f"it was written by another version of Equipoise ({error})",
+            fix=f"measure again: equipoise evaluate {run.path} --fresh",
+        ) from error
+    return found
 
 
 def _losses(tuned: StageFiles) -> dict[str, dict[str, list[float]]]:
@@ -89,14 +116,14 @@ def _losses(tuned: StageFiles) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def _cards(job: Job) -> dict[str, Any]:
+def _cards(job: Job) -> dict[str, ModelFacts]:
     """Return what is known of every fitted reward model and judge, its rows left out."""
     from pathlib import Path
 
     from equipoise.models.hub import resolve_model
     from equipoise.rewards.card import read_card
 
-    found: dict[str, Any] = {}
+    found: dict[str, ModelFacts] = {}
     refusal = job.recipe.refusal_judge
     for kind, configs in (
         ("reward", job.recipe.reward_models),
@@ -105,12 +132,11 @@ def _cards(job: Job) -> dict[str, Any]:
     ):
         for attribute, config in configs.items():
             name = f"{kind} {attribute}"
-            found[name] = {"model": shown_model(config.model)}
-            if config.oracle is not None:
-                continue
-            place = Path(resolve_model(config.model, fitted_root=job.fitted_root))
-            card = read_card(place) if place.is_dir() else None
-            if card is not None:
+            known: dict[str, Any] = {}
+            if config.oracle is None:
+                place = Path(resolve_model(config.model, fitted_root=job.fitted_root))
+                card = read_card(place) if place.is_dir() else None
                 hidden = {"train_prompts", "held_out_prompts"}
-                found[name] |= card.model_dump(mode="json", exclude=hidden)
+                known = card.model_dump(mode="json", exclude=hidden) if card else {}
+            found[name] = ModelFacts(model=shown_model(config.model), **known)
     return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from equipoise.evaluate.scenarios import ScenariosReport
 from equipoise.pipeline.job import Job
 from equipoise.policy.file import find_policy, load_policy
 from equipoise.stages.evaluate import CHUNK, evaluated_prompts
@@ -13,14 +14,15 @@ from equipoise.stages.judge import read_judges
 from equipoise.stages.quality_of import ONE_DIAL
 from equipoise.stages.tune import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
+from equipoise.store.shards import to_plain
 from equipoise.types import Delivery, DialSetting
 
 FOLDER = "scenarios"
-RESULT = "scenarios.json"
+RESULT, TABLE = "scenarios.json", "scenarios.md"
 
 
 def evaluate_scenarios(job: Job, policy_name: str) -> Path:
-    """Measure every scenario on the evaluated prompts and draw one figure.
+    """Measure every scenario on the evaluated prompts, as JSON and as a table.
 
     Deliveries that the evaluate stage has sampled are taken from there: it turned every dial over
     the same prompts. Only settings that it left out are sampled now, with the same seeds.
@@ -30,16 +32,14 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         policy_name: A policy file, or a shipped policy.
 
     Returns:
-        The folder of the JSON and the figure: ``RUN/scenarios/POLICY``.
+        The folder of the JSON and the table: ``RUN/scenarios/POLICY``.
 
     Raises:
         RunError: The evaluate stage is not complete.
         ConfigError: The policy does not fit the model.
     """
-    from equipoise.evaluate.scenarios import figure, measure_scenarios, scenario_settings
+    from equipoise.evaluate.scenarios import measure_scenarios, scenario_settings
     from equipoise.models.hub import model_hash
-    from equipoise.report.canvas import save
-    from equipoise.report.render import plain
 
     recipe, tuned = job.recipe, job.run.done("tune").directory(MODEL)
     file = find_policy(policy_name)
@@ -52,9 +52,11 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         dials=job.dials,
         bootstrap=job.bootstrap,
     )
-    measured = plain(measured)
-    for name, scenario in policy.scenarios.items():
-        measured["scenarios"][name]["why"] = scenario.why
+    reasons = {name: scenario.why for name, scenario in policy.scenarios.items()}
+    measured = replace(
+        measured,
+        scenarios={n: replace(one, why=reasons[n]) for n, one in measured.scenarios.items()},
+    )
     facts = {
         "policy": file.stem,
         "policy_hash": policy.hash,
@@ -63,14 +65,31 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         "sampling": recipe.evaluate.sampling.model_dump(mode="json"),
     }
     place = job.run.path / FOLDER / file.stem
-    drawn = place / ".drawing"
     with job.run.writing():
         place.mkdir(parents=True, exist_ok=True)
-        publish_bytes(place / RESULT, json_bytes({**facts, **measured}))
-        for path in save(lambda: figure(measured), FOLDER, drawn):
-            publish_bytes(place / path.name, path.read_bytes())
-        shutil.rmtree(drawn)
+        publish_bytes(place / RESULT, json_bytes({**facts, **to_plain(measured)}))
+        publish_bytes(place / TABLE, scenario_table(measured).encode())
     return place
+
+
+def scenario_table(measured: ScenariosReport) -> str:
+    """Return a Markdown table: asked for and delivered, per scenario and attribute.
+
+    Deliveries are mean unit scores with 95 % intervals, by the judges where they were asked.
+    """
+    judge = min(measured.judges)  # generalization, if it is there
+    head = ["scenario", "setting"]
+    head += [f"{name}, {what}" for name in measured.attributes for what in ("asked", "delivered")]
+    rows = [head, ["---"] * len(head)]
+    for name, scenario in measured.scenarios.items():
+        for said, stood in (("default", scenario.default), ("least safe", scenario.loosest)):
+            row = [name, said]
+            for attribute in measured.attributes:
+                asked, found = stood.target[attribute], stood.delivered[judge][attribute]
+                row.append("auto" if asked is None else f"{asked:.2f}")
+                row.append(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})")
+            rows.append(row)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,14 +84,22 @@ def arrow_schema(row_type: type) -> pa.Schema:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a dataclass, tuple, mapping or scalar as what JSON can hold."""
+    """Return dataclasses, models, arrays, tuples, mappings and scalars as what strict JSON holds.
+
+    NaN and infinities become null; :func:`from_plain` reads null back as NaN where a float stands.
+    """
     return _plain(value, for_arrow=False)
 
 
 def from_plain(hint: Any, value: Any) -> Any:
-    """Rebuild a value of type ``hint`` from plain data (JSON or Arrow)."""
+    """Rebuild a value of type ``hint`` from plain data (JSON or Arrow).
+
+    Raises:
+        TypeError: A dataclass lacks a field that has no default.
+        ValueError: A tuple or a pydantic model does not fit.
+    """
     if value is None:
-        return None
+        return math.nan if hint is float else None
     hint = _without_none(hint)
     if is_dataclass(hint):
         hints = _hints(cast(type, hint))
@@ -95,6 +107,10 @@ def from_plain(hint: Any, value: Any) -> Any:
         kept = {name: from_plain(hints[name], value[name]) for name in hints if name in value}
         return cast(type, hint)(**kept)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        return hint.model_validate(value)
+    if origin is np.ndarray:
+        return np.array(value, float)
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(from_plain(arguments[0], item) for item in value)
@@ -120,8 +136,12 @@ def _plain(value: Any, *, for_arrow: bool) -> Any:
         return pairs if for_arrow else dict(pairs)
     if isinstance(value, tuple | list):
         return [_plain(item, for_arrow=for_arrow) for item in value]
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="json"), for_arrow=for_arrow)
     if hasattr(value, "tolist"):  # a NumPy array or number
-        return value.tolist()
+        return _plain(value.tolist(), for_arrow=for_arrow)
+    if isinstance(value, float) and not (for_arrow or math.isfinite(value)):
+        return None
     return value
 
 
