@@ -14,10 +14,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from equipoise.encoding import copies
-from equipoise.errors import ModelError
+from equipoise.errors import DataError, EncodingError, ModelError
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LETTERS = "abcdefghijklmnop"
@@ -63,11 +63,52 @@ class SealedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text; seals in it become their markers."""
-        return self.own_ids(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self.own_ids(self.encoding(text).ids)
+
+    def encoding(self, text: str) -> Encoding:
+        """Return what the sealed copy makes of text, markers as their seals."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def own_ids(self, ids: Sequence[int]) -> list[int]:
         """Return ids of the sealed copy as the original's."""
         return [self.own.get(token_id, token_id) for token_id in ids] if self.own else list(ids)
+
+    def untrusted(self, text: str) -> str:
+        """Return a text that shall produce no marker.
+
+        Raises:
+            DataError: It holds a lone surrogate.
+            EncodingError: It holds what all seals begin with.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "a text cannot be encoded as UTF-8",
+                why=f"it holds a lone surrogate at character {error.start}",
+                fix="repair the source, e.g. text.encode('utf-8', 'replace').decode()",
+            ) from error
+        if self.nonce in text:
+            raise _forged()
+        return text
+
+    def checked(self, ids: Sequence[int], expected: tuple[int, ...] = ()) -> list[int]:
+        """Return ids whose markers are the expected ones, in order.
+
+        Raises:
+            EncodingError: They are others.
+        """
+        if tuple(token_id for token_id in ids if token_id in self.seals) != expected:
+            raise _forged()
+        return list(ids)
+
+
+def _forged() -> EncodingError:
+    return EncodingError(
+        "a text would have produced a marker of the model",
+        why="only the encoder may write control tokens and chat markers",
+        fix="leave this prompt or completion out; please report it, as it should be impossible",
+    )
 
 
 def random_letters() -> str:

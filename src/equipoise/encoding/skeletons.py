@@ -38,8 +38,7 @@ class Skeletons:
         template: Of the model.
         backend: Its fast tokenizer.
         sealed: Its sealed copy.
-        forbidden: The ids that only the template may write.
-        controls: Those of them that not even the template may write.
+        controls: The ids that not even the template may write.
         thought_end: The closing mark of the model's thoughts, if it has any.
     """
 
@@ -48,12 +47,11 @@ class Skeletons:
         template: ChatTemplate,
         backend: Tokenizer,
         sealed: SealedTokenizer,
-        forbidden: frozenset[int],
         controls: frozenset[int],
         thought_end: str | None = None,
     ) -> None:
         self._template, self._backend = template, backend
-        self._sealed, self._forbidden, self._controls = sealed, forbidden, controls
+        self._sealed, self._controls = sealed, controls
         self._thought_end = thought_end or _USUAL_END
         self._cache: dict[tuple[Turn, ...], Prepared] = {}
         self._cached_turns = 0
@@ -65,14 +63,7 @@ class Skeletons:
 
     def of_template(self, template: ChatTemplate) -> Skeletons:
         """Return those of the same template, rendered otherwise."""
-        return Skeletons(
-            template,
-            self._backend,
-            self._sealed,
-            self._forbidden,
-            self._controls,
-            self._thought_end,
-        )
+        return Skeletons(template, self._backend, self._sealed, self._controls, self._thought_end)
 
     @cached_property
     def contents(self) -> ContentRules:
@@ -138,7 +129,7 @@ class Skeletons:
         # The model's own tokenizer must see the same markers, or the template writes one in a
         # form (other case, say) that only its normaliser knows.
         own = self._backend.encode("x".join(rendered.pieces), add_special_tokens=False).ids
-        if [token_id for token_id in own if token_id in self._forbidden] != written:
+        if [token_id for token_id in own if token_id in self._sealed.seals] != written:
             raise ModelError(
                 "the chat template writes a marker that cannot be told from text",
                 why="the model's own tokenizer finds other markers in it than are spelt out",

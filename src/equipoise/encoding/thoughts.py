@@ -34,6 +34,8 @@ class Thought:
 
     open_id: int
     close_id: int
+    end: str
+    """The text of the closing mark."""
 
     @property
     def ids(self) -> frozenset[int]:
@@ -107,7 +109,10 @@ class AnswerDecoder:
         self._after_guard = self._loses_leading_blank()
 
     def decode(self, ids: Sequence[int], *, within: bool = False) -> str:
-        """Return the answer; see :meth:`equipoise.encoding.encode.Encoder.decode`."""
+        """Return the answer among sampled ids; thoughts, markers and end tokens are left out.
+
+        ``within`` says that the prompt ends within a thought.
+        """
         begun = self._thought is not None and self._thought.begun_before(ids)
         follower = Follower(self._thought, within or begun)
         answer = [token_id for token_id in ids if follower.take(token_id)]
@@ -162,7 +167,7 @@ def find_thought(backend: Tokenizer, template: ChatTemplate) -> Thought | None:
     for opening, closing in pairs:
         # The letters within a template's markers are spelt out somewhere in it.
         if (opening in source or closing in source) and _is_thought(opening, closing, template):
-            return Thought(added[opening], added[closing])
+            return Thought(added[opening], added[closing], closing)
     return None
 
 
