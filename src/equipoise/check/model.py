@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from equipoise.check.facts import Facts, facts
 from equipoise.check.trial import Trial, try_model
 from equipoise.dials.manifest import read_manifest
 from equipoise.dials.tokens import verify_files
+from equipoise.encoding.encode import Encoder
+from equipoise.encoding.markers import given_ends
 from equipoise.errors import EquipoiseError
 from equipoise.models.adapter import check_adapter, is_adapter
 from equipoise.models.cut import empty_model
-from equipoise.models.files import Headers, check_shapes, clear_errors, disagree, headers
+from equipoise.models.files import (
+    Headers,
+    check_shapes,
+    clear_errors,
+    disagree,
+    headers,
+    hub_headers,
+)
 from equipoise.models.hub import folder_of, resolve_model
+from equipoise.models.limits import positions
 from equipoise.models.load import load_tokenizer
 from equipoise.models.read import read_config
+from equipoise.tune.rehearsal import trained_numbers
+from equipoise.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = "weights"
+ROWS, TOKENS = 16, 1024
+"""Of the rows whose keys and values the memory of sampling and serving counts."""
+_LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One line of the table each, in this order; a value is for people to read."""
+
+    architecture: str
+    head: str
+    context: str
+    template: str
+    thoughts: str
+    ends: str
+    lora_targets: str
+    memory: str
 
 
 @dataclass(frozen=True)
@@ -86,21 +118,17 @@ def _described(folder: Path, config: Any) -> Any:
     """Return the model without numbers, with the generation config that it would be loaded with."""
     from transformers import GenerationConfig
 
-    model = empty_model(config)
-    try:
-        with clear_errors(str(folder)):
-            read: Any = GenerationConfig.from_pretrained
-            model.generation_config = read(folder)
-    except EquipoiseError:  # there is none: the model has made one of its config
-        pass
+    model, read = empty_model(config), cast(Any, GenerationConfig.from_pretrained)
+    # Where there is none, the model has made one of its config.
+    with suppress(EquipoiseError), clear_errors(str(folder)):
+        model.generation_config = read(folder)
     return model
 
 
 def _weights(folder: Path, place: str, config: Any) -> tuple[str, EquipoiseError | None]:
     try:
-        there = any(folder.glob("*.safetensors"))
-        local = there or Path(place).is_dir()
-        stored = headers(folder) if local else _hub_headers(place, folder.name)
+        local = Path(place).is_dir() or any(folder.glob("*.safetensors"))
+        stored = headers(folder) if local else hub_headers(place, folder.name)
         check_shapes(place, config, stored, empty_model)
         if lacking := _lacking(empty_model(config), stored):
             why = f"it asks for {', '.join(lacking[:3])}, which the weights files do not hold"
@@ -126,13 +154,97 @@ def _lacking(model: Any, stored: Headers) -> list[str]:
     return lacking if 2 * len(lacking) < len(names) else []
 
 
-def _hub_headers(hub_id: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    from huggingface_hub import get_safetensors_metadata
+def facts(model: Any, tokenizer: PreTrainedTokenizerBase) -> Facts:
+    """Describe a model.
 
-    with clear_errors(hub_id):
-        read = get_safetensors_metadata(hub_id, revision=revision)
-    return {
-        name: (str(tensor.dtype), tuple(tensor.shape))
-        for file in read.files_metadata.values()
-        for name, tensor in file.tensors.items()
+    Args:
+        model: See :func:`equipoise.models.architecture.empty_model`.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        EquipoiseError: The tokenizer or its template cannot be used.
+    """
+    encoder = Encoder(tokenizer, eos_ids=given_ends(model, tokenizer))
+    config, text = model.config, model.config.get_text_config()
+    numbers = sum(weight.numel() for weight in model.parameters())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied |= bool(getattr(text, "tie_word_embeddings", False))
+    rows = model.get_input_embeddings().weight.shape[0]
+    room, window = positions(config), getattr(text, "sliding_window", None)
+    context = "not said by its config" if room is None else f"{room:,} positions"
+    ends = [f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in sorted(encoder.eos_ids)]
+    return Facts(
+        architecture=f"{config.model_type}, {text.num_hidden_layers} layers, {_short(numbers)} "
+        "numbers",
+        head=f"{'tied to' if tied else 'apart from'} the embedding; {rows:,} rows for "
+        f"{len(tokenizer):,} tokens",
+        context=context + (f"; windows of {window:,}" if window else ""),
+        template=_template(encoder),
+        thoughts=_thoughts(encoder),
+        ends=", ".join(ends) or "none",
+        lora_targets=", ".join(_linear(model)) or "none",
+        memory=_memory(model, text, numbers),
+    )
+
+
+def _template(encoder: Encoder) -> str:
+    taken = []
+    for names in ("user", "system, user", "user, assistant, user"):
+        turns = [Message(role, "x") for role in names.split(", ")]  # type: ignore[arg-type]
+        try:
+            encoder.prompt_ids(turns)
+            taken.append(names)
+        except EquipoiseError:
+            if names == "user":
+                raise
+    return "takes " + "; ".join(taken)
+
+
+def _thoughts(encoder: Encoder) -> str:
+    if encoder.thought is None:
+        return "none"
+    if encoder.thinks:
+        return "every answer begins with one: it can be sampled and served, not tuned"
+    return "the model may begin one; off where the template can switch them"
+
+
+def _linear(model: Any) -> list[str]:
+    """Return the names of the layers that LoRA adapts, each once."""
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if module not in heads
+        and type(module).__name__ in ("Linear", "Conv1D")
+        and module.weight.ndim == 2
     }
+    return sorted(found)
+
+
+def _memory(model: Any, text: Any, numbers: int) -> str:
+    """Return memory in GiB.
+
+    Sampling: 2 bytes per number (bfloat16) and the keys and values of 16 rows of 1,024 tokens; full
+    tuning: 16 per number (float32 weight, gradient, two means); LoRA: 4 per number and 16 per
+    trained one. What a forward pass holds for its gradient comes on top.
+    """
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    held = 2 * text.num_hidden_layers * heads * width * 2 * ROWS * TOKENS
+    lora = 4 * numbers + 16 * trained_numbers(model, _LORA_RANK)
+    parts = {
+        "sampling and serving": 2 * numbers + held,
+        f"LoRA (rank {_LORA_RANK})": lora,
+        "full tuning": 16 * numbers,
+    }
+    return ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _short(count: int) -> str:
+    if count >= 10**9:
+        return f"{count / 10**9:.1f} billion"
+    return f"{count / 10**6:.1f} million" if count >= 10**6 else f"{count:,}"

@@ -98,6 +98,23 @@ def headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name: held for file in files for name, held in file_headers(file).items()}
 
 
+def hub_headers(hub_id: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the same of a model of the hub, of which no weight is brought here.
+
+    Raises:
+        ModelError: The hub does not give them.
+    """
+    from huggingface_hub import get_safetensors_metadata
+
+    with clear_errors(hub_id):
+        read = get_safetensors_metadata(hub_id, revision=revision)
+    return {
+        name: (str(tensor.dtype), tuple(tensor.shape))
+        for file in read.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+
+
 def file_headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return name, number type and shape of every weight of one safetensors file.
 
