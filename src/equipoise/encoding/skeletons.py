@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from equipoise.encoding import slots
-from equipoise.encoding.contents import ContentRules, content_rules
+from equipoise.encoding.contents import ContentRules, Skeleton, content_rules, skeleton
 from equipoise.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ _MAX_CACHED_TURNS = 16_384
 class Prepared:
     """A skeleton whose markers are written as seals."""
 
-    skeleton: slots.Skeleton
+    skeleton: Skeleton
     markers: tuple[int, ...]
 
 
@@ -104,7 +103,7 @@ class Skeletons:
             return None
         try:
             turns = (("user", False), ("assistant", False))
-            rendered = slots.skeleton(self._template.now(), turns, generation_prompt=False)
+            rendered = skeleton(self._template.now(), turns, generation_prompt=False)
         except (DataError, ModelError):
             return None
         if rendered.slots[-1].message != 1:
@@ -113,7 +112,7 @@ class Skeletons:
 
     def _trusted(self, template: ChatTemplate, turns: tuple[Turn, ...]) -> Prepared:
         asked = turns[-1][0] != "assistant"
-        rendered = slots.skeleton(template, turns, generation_prompt=asked)
+        rendered = skeleton(template, turns, generation_prompt=asked)
         pieces: list[str] = []
         written: list[int] = []
         for piece in rendered.pieces:
@@ -135,4 +134,4 @@ class Skeletons:
                 why="the model's own tokenizer finds other markers in it than are spelt out",
                 fix="spell the markers in the chat template as they are in the tokenizer",
             )
-        return Prepared(slots.Skeleton(tuple(pieces), rendered.slots), tuple(written))
+        return Prepared(Skeleton(tuple(pieces), rendered.slots), tuple(written))
