@@ -116,31 +116,6 @@ def base_of(directory: Path, manifest: DialManifest | None) -> tuple[str, str | 
     return name, revision
 
 
-def check_base(
-    directory: Path, base: str, manifest: DialManifest | None, *, revision: str | None = None
-) -> str:
-    """Return the hash of the base.
-
-    Args:
-        directory: Of the adapter.
-        base: Directory or hub id, see :func:`base_of`.
-        manifest: Of the adapter.
-        revision: Of a hub id.
-
-    Raises:
-        ModelError: It is not the base that the adapter was tuned on.
-    """
-    found = model_hash(base, revision=revision)
-    wanted = manifest.base_model_hash if manifest is not None else ""
-    if wanted and found != wanted:
-        raise ModelError(
-            f"{directory} was tuned on another base",
-            why=f"The model at {base} has hash {found[:12]}, the base had {wanted[:12]}.",
-            fix="Put the base back as it was when the adapter was tuned.",
-        )
-    return found
-
-
 def read_adapter(directory: Path, manifest: DialManifest | None, dtype: torch.dtype) -> Any:
     """Read base and adapter; the control rows of embedding and head are those that were tuned.
 
@@ -188,7 +163,14 @@ def check_adapter(directory: Path, manifest: DialManifest | None) -> tuple[str, 
         _check_room(directory)
     base, revision = base_of(directory, manifest)
     refuse_adapter(str(folder_of(base, revision=revision, weights=False)))
-    check_base(directory, base, manifest, revision=revision)
+    found = model_hash(base, revision=revision)
+    wanted = manifest.base_model_hash if manifest is not None else ""
+    if wanted and found != wanted:
+        raise ModelError(
+            f"{directory} was tuned on another base",
+            why=f"The model at {base} has hash {found[:12]}, the base had {wanted[:12]}.",
+            fix="Put the base back as it was when the adapter was tuned.",
+        )
     return base, revision
 
 
