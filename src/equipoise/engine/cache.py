@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -89,8 +90,10 @@ class Batch:
     def select(self, source: torch.Tensor, shift: torch.Tensor) -> Batch:
         """Return rows (N,) of these, as often as they are named; these stay as they are."""
         assert self.logits is not None, "what a step has computed is selected before it is drawn"
-        layers = ((k[source], v[source]) for k, v in keys_values(self.cache))  # (N, H, T, D)
-        return Batch(cache_of(layers), self.mask[source], self.logits[source], shift)
+        cache: Any = copy(self.cache)
+        cache.layers = [copy(layer) for layer in _layers(self.cache)]
+        cache.batch_select_indices(source)  # keys and values (N, H, T, D), copied once
+        return Batch(cache, self.mask[source], self.logits[source], shift)
 
     def stack(self, below: Batch) -> None:
         """Lay other rows below these, all padded on the left to one width."""
