@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from equipoise.dials.dials import Dials
+from equipoise.errors import RunError
 from equipoise.evaluate.measure import measure
 from equipoise.evaluate.measures import Method
 from equipoise.evaluate.metrics import chance_leakage
@@ -24,6 +26,7 @@ from equipoise.report.figures_data import losses
 from equipoise.report.page import page
 from equipoise.report.render import drawings, render
 from equipoise.report.sampler import MAX_BYTES, Texts, sampler
+from equipoise.stages.report import gather
 from equipoise.stats import Bootstrap
 from equipoise.store.shards import to_plain
 from equipoise.types import Message, Prompt
@@ -381,3 +384,14 @@ def test_a_report_of_an_earlier_version_is_read() -> None:
     found = read_report({"recipe": recipe, "methods": {}, "pool": pool, "moec": None})
     assert found.no_finished_sentence == 7 and list(found.pool) == ["safety"]
     assert to_plain(found)["recipe"]["no longer a field"] == 1
+
+
+def test_measures_that_cannot_be_read_name_the_command(tmp_path: Path) -> None:
+    class Files:
+        def read_json(self, name: str) -> dict:
+            return {"methods": {"tuned": {"optimization": {"mp": {}}}}}
+
+    run = SimpleNamespace(done=lambda stage: Files(), path=tmp_path / "run")
+    with pytest.raises(RunError, match=r"measures\.json") as refused:
+        gather(SimpleNamespace(run=run))  # type: ignore[arg-type]
+    assert f"equipoise stage evaluate {tmp_path / 'run'} --fresh" in refused.value.fix

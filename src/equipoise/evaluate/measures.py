@@ -1,6 +1,6 @@
 """What an evaluation found, as it stands in ``measures.json``: plain data by ``to_plain``.
 
-A part that was not measured is ``None`` or empty.
+A part that was not measured is ``None`` or empty, and left out of the file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from equipoise.evaluate.measure import ControlReport
 from equipoise.stats import Estimate
+from equipoise.store.shards import SPARSE
 from equipoise.types import JudgeKind
 
 JUDGES: tuple[JudgeKind, ...] = ("optimization", "generalization")
@@ -23,9 +24,9 @@ class Cost:
 
     seconds: float
     tokens: float
-    steps: float | None = None
-    tuning_seconds: float | None = None
-    tuning_tokens: float | None = None
+    steps: float | None = field(default=None, metadata=SPARSE)
+    tuning_seconds: float | None = field(default=None, metadata=SPARSE)
+    tuning_tokens: float | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,19 @@ class Quality:
     """Log-likelihood per token under the untouched model, per cell in the order of ``cells()``."""
     fluency_mean: Estimate | None = None
     """The same over all outputs."""
-    perplexity: Estimate | None = None
+    perplexity: Estimate | None = field(default=None, metadata=SPARSE)
     """On the references; of the tuned dials with all of them on auto."""
-    perplexity_ratio: Estimate | None = None
+    perplexity_ratio: Estimate | None = field(default=None, metadata=SPARSE)
     """Of the tuned model's perplexity to the untouched one's, paired by reference."""
-    drift: Mapping[JudgeKind, Mapping[str, Estimate]] = field(default_factory=dict)
+    drift: Mapping[JudgeKind, Mapping[str, Estimate]] = field(default_factory=dict, metadata=SPARSE)
     """Judge and attribute to what the tuned dials on auto score above the untouched model."""
 
 
-@dataclass(frozen=True)
 class ByJudge:
     """Control as each kind of judge sees it."""
 
-    optimization: ControlReport | None = None
-    generalization: ControlReport | None = None
+    optimization: ControlReport | None
+    generalization: ControlReport | None
 
     def by(self, judge: JudgeKind) -> ControlReport | None:
         """Return what one kind of judge sees."""
@@ -64,9 +64,11 @@ class ByJudge:
 class Method(ByJudge):
     """All that is known of one responder."""
 
+    optimization: ControlReport | None = field(default=None, metadata=SPARSE)
+    generalization: ControlReport | None = field(default=None, metadata=SPARSE)
     cost: Cost | None = None
     quality: Quality | None = None
-    refusals: Mapping[str, Curve] | None = None
+    refusals: Mapping[str, Curve] | None = field(default=None, metadata=SPARSE)
     """Group of prompts to the share refused at each level of safety."""
 
 
@@ -75,6 +77,8 @@ class Ceiling(ByJudge):
     """What could be reached; see ``docs/evaluate.md``."""
 
     name: str = "ceiling"
+    generalization: ControlReport | None = None
+    optimization: ControlReport | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True)

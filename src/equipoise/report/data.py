@@ -84,11 +84,11 @@ class Report(Measures):
     """One run."""
 
     recipe: ShownRecipe
-    judges_in_training: Mapping[str, str] = field(default_factory=dict)
-    """Attribute to what training used its judge as: such judges are no judges."""
     pool: Mapping[str, Scale] = field(default_factory=dict)
     no_finished_sentence: int | None = None
     """Completions that the pool lacks, as they had no finished sentence."""
+    judges_in_training: Mapping[str, str] = field(default_factory=dict)
+    """Attribute to what training used its judge as: such judges are no judges."""
     skipped: Mapping[str, Skipped] = field(default_factory=dict)
     """By stage, with ``on_bad_row: skip``."""
     moec: MoecReport | None = None

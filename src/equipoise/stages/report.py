@@ -99,7 +99,7 @@ def _measures(run: RunDir) -> Measures:
         raise RunError(
             f"{MEASURES} of this run cannot be read",
             why=f"it was written by another version of Equipoise ({error})",
-            fix=f"measure again: equipoise evaluate {run.path} --fresh",
+            fix=f"measure again: equipoise stage evaluate {run.path} --fresh",
         ) from error
     return found
 

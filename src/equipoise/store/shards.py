@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 
+SPARSE = {"sparse": True}
+"""Metadata of a field that JSON leaves out where it is empty; it needs a default."""
 _SCALARS: dict[type, str] = {str: "string", int: "int64", float: "float64", bool: "bool_"}
 
 
@@ -130,6 +132,7 @@ def _plain(value: Any, *, for_arrow: bool) -> Any:
         return {
             item.name: _plain(getattr(value, item.name), for_arrow=for_arrow)
             for item in _stored(type(value))
+            if not item.metadata.get("sparse") or getattr(value, item.name) not in (None, {})
         }
     if isinstance(value, Mapping):
         pairs = [(str(key), _plain(item, for_arrow=for_arrow)) for key, item in value.items()]
