@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from equipoise.errors import RunError
 
 Place = tuple[str | int, ...]
 
@@ -57,13 +60,27 @@ def in_todays_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def refused(stored: Mapping[str, Any]) -> list[str]:
-    """Return one line for every field of a stored recipe that asks for what is no longer done."""
+def readable(stored: Any, path: Path) -> Any:
+    """Return what a run directory's recipe holds, in today's fields.
+
+    Raises:
+        RunError: It asks for what is no longer done.
+    """
+    if not isinstance(stored, dict):
+        return stored
+    plain = in_todays_fields(stored)
     held: dict[Place, Any] = {
         (section, name): value
-        for section, part in in_todays_fields(stored).items()
+        for section, part in plain.items()
         if isinstance(part, dict)
         for name, value in part.items()
     }
     asked = [place for place, value in held.items() if advice(place, value)]
-    return [f"{'.'.join(map(str, place))}: {held[place]!r} is no longer offered" for place in asked]
+    if asked:
+        lines = [f"{'.'.join(map(str, place))}: {held[place]!r}" for place in asked]
+        raise RunError(
+            f"{path} was made with an option that went",
+            why="\n".join(f"{line} is no longer offered" for line in lines),
+            fix=f"make it anew, by a recipe without it: equipoise run RECIPE --dir {path} --fresh",
+        )
+    return plain

@@ -27,7 +27,7 @@ from typing import Any
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
-from equipoise.recipes.gone import in_todays_fields, refused
+from equipoise.recipes.gone import readable
 from equipoise.recipes.source import settled_paths
 from equipoise.store.fingerprint import (
     ORDER,
@@ -250,15 +250,7 @@ def stored_recipe(path: Path) -> Recipe:
         RunError: There is none, or it cannot be read, or asks for what is no longer done.
     """
     try:
-        stored = read_json(path / "recipe.json")
-        if isinstance(stored, dict) and (lines := refused(stored)):
-            raise RunError(
-                f"{path} was made with an option that went",
-                why="\n".join(lines),
-                fix="make it anew, by a recipe without it: equipoise run RECIPE --dir "
-                f"{path} --fresh",
-            )
-        return Recipe.model_validate(in_todays_fields(stored))
+        return Recipe.model_validate(readable(read_json(path / "recipe.json"), path))
     except (OSError, ValueError) as error:
         raise RunError(
             f"cannot read the recipe of {path}",
