@@ -12,9 +12,8 @@ import hashlib
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from equipoise.config import FitRewardConfig, RewardModelConfig
 from equipoise.data.pairs import LabelledAnswer
@@ -25,16 +24,13 @@ from equipoise.overlap import prompt_key
 from equipoise.rewards import baselines
 from equipoise.rewards.card import HeldOut, Pooling, RewardCard
 from equipoise.rewards.classifier import longest_input, read_classifier, settle_padding
-from equipoise.rewards.input import InputEncoder
+from equipoise.rewards.input import EncodedRow, InputEncoder
 from equipoise.rewards.load import load_reward_model
 from equipoise.seeds import derive_seed
 from equipoise.types import PreferencePair, RewardModel
 
-if TYPE_CHECKING:
-    from equipoise.rewards.training import EncodedRow
-    from equipoise.training.checkpoints import OnStep
-
 Row = PreferencePair | LabelledAnswer
+OnStep = Callable[[int, int], None]
 
 
 def fit_reward(
@@ -168,8 +164,6 @@ def split_by_prompt(
 
 def encode_row(encode: InputEncoder, row: Row) -> EncodedRow:
     """Encode a labelled answer, or both sides of a pair."""
-    from equipoise.rewards.training import EncodedRow
-
     messages = row.prompt.messages
     with named(row.prompt.place):
         if isinstance(row, PreferencePair):

@@ -30,6 +30,15 @@ class RewardInput:
 
 
 @dataclass(frozen=True)
+class EncodedRow:
+    """A labelled answer (one side), or a pair (chosen, rejected)."""
+
+    sides: tuple[RewardInput, ...]
+    score: float
+    """In [0, 1]; 1 for a pair."""
+
+
+@dataclass(frozen=True)
 class InputEncoder:
     """Encodes rows for one reward model, through :class:`~equipoise.encoding.encode.Encoder`."""
 

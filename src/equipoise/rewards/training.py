@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,13 @@ from transformers import Trainer, TrainingArguments
 from equipoise.config import FitRewardConfig
 from equipoise.errors import TrainingError
 from equipoise.rewards.head import answer_mean, head_of, model_inputs
-from equipoise.rewards.input import RewardInput, length_batches
+from equipoise.rewards.input import EncodedRow, RewardInput, length_batches
 from equipoise.training.checkpoints import Curve, OnStep
 from equipoise.training.loop import Training, drive
 from equipoise.training.trl import Losses
 
 _LOGS = 50
 _WARMUP = 0.1
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """A labelled answer (one side), or a pair (chosen, rejected)."""
-
-    sides: tuple[RewardInput, ...]
-    score: float
-    """In [0, 1]; 1 for a pair."""
 
 
 def fit_whole(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
@@ -29,6 +30,9 @@ PATIENCE = 3
 """Steps that a guard waits; no checkpoint is written meanwhile."""
 _STILL = 1e-6
 """A spread of rewards under this is none."""
+Watch = Callable[[int, Curve], None]
+"""Called with (steps done, curve) before the first step and after every step; may add to the last
+row of the curve."""
 
 
 def train_online(
@@ -38,7 +42,7 @@ def train_online(
     reference: StartReference,
     training: Training,
     *,
-    watch: Callable[[int, Curve], None] | None = None,
+    watch: Watch | None = None,
 ) -> Curve:
     """Train a policy online, in place; resumes from the newest complete checkpoint.
 
@@ -48,8 +52,7 @@ def train_online(
         rollouts: Samples and rewards, and their budget.
         reference: The model that the KL is measured to.
         training: Where, and from which seed.
-        watch: Called with (steps done, curve) before the first step and after every step; it may
-            add to the last row.
+        watch: Looks on; see :data:`Watch`.
 
     Returns:
         One row per step.
@@ -58,8 +61,6 @@ def train_online(
         TrainingError: Not finite, no signal, or too far from the start; the last good checkpoint
             is kept.
     """
-    from datasets import Dataset
-
     config = rollouts.config
     n_rows = config.steps * config.batch_size // config.group
     trainer = OnlineTrainer(
@@ -92,8 +93,7 @@ class OnlineTrainer(GRPOTrainer):  # type: ignore[misc, unused-ignore]
     def __init__(self, *, rollouts: Rollouts, reference: StartReference, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*rollout_func.*")
-            hand_over: Any = earned
-            super().__init__(reward_funcs=[hand_over], rollout_func=rollouts, **kwargs)
+            super().__init__(reward_funcs=[earned], rollout_func=rollouts, **kwargs)
         # Set afterwards: given a beta, TRL would load a reference by the model's name.
         self.beta = rollouts.config.beta
         self.ref_model: Any = reference
@@ -203,17 +203,9 @@ def log_probs(
 
 
 class Guards(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Ends a run that has nothing to learn from, or that runs away from the start model.
+    """Ends a run that has nothing to learn from, or that runs away from the start model."""
 
-    Args:
-        curve: What has happened so far.
-        config: The bounds.
-        watch: See :func:`train_online`.
-    """
-
-    def __init__(
-        self, curve: Curve, config: OnlineConfig, watch: Callable[[int, Curve], None] | None = None
-    ) -> None:
+    def __init__(self, curve: Curve, config: OnlineConfig, watch: Watch | None = None) -> None:
         self._curve, self._config, self._watch = curve, config, watch
         self._still = self._away = 0
 

@@ -117,6 +117,6 @@ class Rollouts:
         }
 
 
-def earned(earned: list[float], **_: Any) -> list[float]:
+def earned(earned: list[float | None], **_: Any) -> list[float | None]:
     """Hand the rewards that :class:`Rollouts` has computed to TRL."""
     return earned

@@ -21,7 +21,7 @@ from equipoise.models.limits import check_prompts, positions
 from equipoise.models.load import LoadedPolicy
 from equipoise.rewards.scorer import Scorer
 from equipoise.rlhf.closeness import AskPlan, control_reward, deaf_floor
-from equipoise.rlhf.online import StartReference, train_online
+from equipoise.rlhf.online import StartReference, Watch, train_online
 from equipoise.rlhf.rollouts import OnlineConfig, Rollouts
 from equipoise.training.checkpoints import Curve
 from equipoise.training.loop import Training
@@ -165,7 +165,7 @@ def _begun(
 
 def _looks(
     probe: Probe | None, engine: TransformersEngine, encoder: Encoder, every: int, steps: int
-) -> Callable[[int, Curve], None] | None:
+) -> Watch | None:
     """Return a watcher that probes at both ends and every so many steps."""
     if probe is None or not every:
         return None
