@@ -9,12 +9,48 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.data.pairs import LabelledAnswer
+from equipoise.overlap import prompt_key
+from equipoise.rewards.card import HeldOut
 from equipoise.rewards.input import flatten
 from equipoise.stats import Estimate, resampled
-from equipoise.types import PreferencePair
+from equipoise.types import PreferencePair, RewardModel
 
 Floats = npt.NDArray[np.float64]
 Row = PreferencePair | LabelledAnswer
+
+
+def measure(
+    model: RewardModel, train: Sequence[Row], held_out: Sequence[Row], *, seed: int
+) -> tuple[HeldOut, int]:
+    """Accuracy or AUC of a reward model on held-out rows, beside its
+
+    Returns:
+        The numbers, and how many held-out inputs were truncated.
+    """
+    prompts = [prompt_key(row.prompt.messages) for row in held_out]
+    if isinstance(held_out[0], PreferencePair):
+        pairs = [row for row in held_out if isinstance(row, PreferencePair)]
+        both = [(row.prompt, text) for row in pairs for text in (row.chosen, row.rejected)]
+        raw = np.array(model.score(both))
+        scores = raw[0::2] - raw[1::2]  # (R,)
+    else:
+        answers = [row for row in held_out if isinstance(row, LabelledAnswer)]
+        scores = np.array(model.score([(row.prompt, row.completion) for row in answers]))  # (R,)
+    compared = [
+        held_out_estimate(values, held_out, prompts, seed=seed)
+        for values in (
+            scores,
+            length_scores(train, held_out),
+            bag_of_words_scores(train, held_out),
+        )
+    ]
+    held = HeldOut(
+        metric="accuracy" if isinstance(held_out[0], PreferencePair) else "auc",
+        model=compared[0],
+        length_only=compared[1],
+        bag_of_words=compared[2],
+    )
+    return held, int(getattr(model, "n_truncated", 0))
 
 
 def auc(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:

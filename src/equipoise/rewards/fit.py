@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,8 @@ from equipoise.rewards.classifier import longest_input, read_classifier, settle_
 from equipoise.rewards.input import EncodedRow, InputEncoder
 from equipoise.rewards.load import load_reward_model
 from equipoise.seeds import derive_seed
-from equipoise.types import PreferencePair, RewardModel
+from equipoise.store.publish import publish_directory
+from equipoise.types import PreferencePair
 
 Row = PreferencePair | LabelledAnswer
 OnStep = Callable[[int, int], None]
@@ -61,6 +61,35 @@ def fit_reward(
         DataError: Wrong kind of rows, too few, or held-out answers that all have one label.
         ModelError: The backbone cannot be loaded or used so.
     """
+    made: list[RewardCard] = []
+
+    def build(directory: Path) -> None:
+        card = build_reward(
+            rows,
+            config,
+            directory,
+            attribute=attribute,
+            seed=seed,
+            fitted_root=fitted_root,
+            on_step=on_step,
+        )
+        made.append(card)
+
+    publish_directory(out_dir, build)
+    return made[0]
+
+
+def build_reward(
+    rows: Sequence[PreferencePair] | Sequence[LabelledAnswer],
+    config: FitRewardConfig,
+    directory: Path,
+    *,
+    attribute: str,
+    seed: int,
+    fitted_root: Path | None = None,
+    on_step: OnStep | None = None,
+) -> RewardCard:
+    """Train one reward model into a folder that is there already; see :func:`fit_reward`."""
     from transformers import set_seed
 
     from equipoise.encoding.encode import Encoder
@@ -88,51 +117,45 @@ def fit_reward(
     else:
         losses = training.fit_whole(model, tokenizer, encoded, config, on_step=on_step, seed=seed)
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as work:
-        made = Path(work) / "model"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
-        def card(held: HeldOut | None, n_truncated: int) -> RewardCard:
-            return RewardCard(
-                attribute=attribute,
-                kind=config.kind,
-                backbone=config.backbone,
-                backbone_hash=model_hash(place),
-                head_only=config.head_only,
-                pooling=pooling,
-                format=encode.format,
-                max_length=encode.max_length,
-                seed=seed,
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                n_train=len(train),
-                n_held_out=len(held_out),
-                n_truncated=n_truncated,
-                data_hash=data_hash(train, held_out),
-                train_prompts=_keys(train),
-                held_out_prompts=_keys(held_out),
-                held_out=held,
-                losses=losses,
-                seconds=round(time.perf_counter() - start, 2),
-            )
-
-        n_truncated = sum(side.truncated for row in encoded for side in row.sides)
-        card(None, n_truncated).write(made)
-        # Measured as it will be used: read back from its files, through the scoring code.
-        loaded = load_reward_model(
-            RewardModelConfig(model=str(made), max_length=encode.max_length),
+    def card(held: HeldOut | None, n_truncated: int) -> RewardCard:
+        return RewardCard(
             attribute=attribute,
-            batch_size=max(config.batch_size, 32),
+            kind=config.kind,
+            backbone=config.backbone,
+            backbone_hash=model_hash(place),
+            head_only=config.head_only,
+            pooling=pooling,
+            format=encode.format,
+            max_length=encode.max_length,
+            seed=seed,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            n_train=len(train),
+            n_held_out=len(held_out),
+            n_truncated=n_truncated,
+            data_hash=data_hash(train, held_out),
+            train_prompts=_keys(train),
+            held_out_prompts=_keys(held_out),
+            held_out=held,
+            losses=losses,
+            seconds=round(time.perf_counter() - start, 2),
         )
-        held, more = measure(loaded, train, held_out, seed=seed)
-        final = card(held, n_truncated + more)
-        final.write(made)
-        if out_dir.exists():
-            out_dir.rename(Path(work) / "old")
-        made.rename(out_dir)
+
+    n_truncated = sum(side.truncated for row in encoded for side in row.sides)
+    card(None, n_truncated).write(directory)
+    # Measured as it will be used: read back from its files, through the scoring code.
+    loaded = load_reward_model(
+        RewardModelConfig(model=str(directory), max_length=encode.max_length),
+        attribute=attribute,
+        batch_size=max(config.batch_size, 32),
+    )
+    held, more = baselines.measure(loaded, train, held_out, seed=seed)
+    final = card(held, n_truncated + more)
+    final.write(directory)
     return final
 
 
@@ -169,42 +192,6 @@ def encode_row(encode: InputEncoder, row: Row) -> EncodedRow:
         if isinstance(row, PreferencePair):
             return EncodedRow((encode(messages, row.chosen), encode(messages, row.rejected)), 1.0)
         return EncodedRow((encode(messages, row.completion),), row.score)
-
-
-def measure(
-    model: RewardModel, train: Sequence[Row], held_out: Sequence[Row], *, seed: int
-) -> tuple[HeldOut, int]:
-    """Accuracy or AUC of a reward model on held-out rows, beside its baselines.
-
-    Returns:
-        The numbers, and how many held-out inputs were truncated.
-    """
-    import numpy as np
-
-    prompts = [prompt_key(row.prompt.messages) for row in held_out]
-    if isinstance(held_out[0], PreferencePair):
-        pairs = [row for row in held_out if isinstance(row, PreferencePair)]
-        both = [(row.prompt, text) for row in pairs for text in (row.chosen, row.rejected)]
-        raw = np.array(model.score(both))
-        scores = raw[0::2] - raw[1::2]  # (R,)
-    else:
-        answers = [row for row in held_out if isinstance(row, LabelledAnswer)]
-        scores = np.array(model.score([(row.prompt, row.completion) for row in answers]))  # (R,)
-    compared = [
-        baselines.held_out_estimate(values, held_out, prompts, seed=seed)
-        for values in (
-            scores,
-            baselines.length_scores(train, held_out),
-            baselines.bag_of_words_scores(train, held_out),
-        )
-    ]
-    held = HeldOut(
-        metric="accuracy" if isinstance(held_out[0], PreferencePair) else "auc",
-        model=compared[0],
-        length_only=compared[1],
-        bag_of_words=compared[2],
-    )
-    return held, int(getattr(model, "n_truncated", 0))
 
 
 def data_hash(train: Sequence[Row], held_out: Sequence[Row]) -> str:

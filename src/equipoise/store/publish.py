@@ -62,7 +62,7 @@ def publish_bytes(path: Path, data: bytes) -> str:
     return sha256_bytes(data)
 
 
-def publish_directory(path: Path, build: Callable[[Path], None]) -> dict[str, str]:
+def publish_directory(path: Path, build: Callable[[Path], object]) -> dict[str, str]:
     """Publish a folder that ``build`` fills, replacing an older one.
 
     Args:
