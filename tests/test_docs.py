@@ -60,7 +60,7 @@ def test_every_command_is_shown_in_the_docs() -> None:
 
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
     commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert {"run", "tune", "workshop"} <= commands
+    assert {"run", "tune", "report"} <= commands
     assert [name for name in sorted(commands) if f"equipoise {name}" not in text] == []
 
 

@@ -19,7 +19,7 @@ from equipoise.worlds.workshop.shipped import ASSETS, asset
 EXAMPLES = Path(__file__).parent.parent / "examples"
 needs_models = pytest.mark.skipif(
     not all((asset(name) / "model.safetensors").is_file() for name in ASSETS),
-    reason="the packaged Workshop models are not here: run `equipoise workshop bake`",
+    reason="the packaged Workshop models are not here: run `python -m benchmarks.workshop.bake`",
 )
 
 

@@ -7,10 +7,10 @@ import random
 from pathlib import Path
 
 import pytest
+from benchmarks.workshop.bake import bake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.cli.workshop_bake import bake
 from equipoise.errors import ConfigError, DataError, ModelError
 from equipoise.types import Message, Prompt
 from equipoise.worlds.workshop import asset, oracle_model, pairs, parses, prompts

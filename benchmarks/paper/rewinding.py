@@ -14,11 +14,11 @@ from equipoise.config import Recipe
 from equipoise.dials.dials import Dials
 from equipoise.engine.sample import TransformersEngine
 from equipoise.models.load import load_causal
-from equipoise.pipeline.job import read_prompts
+from equipoise.pipeline.readers import read_prompts
+from equipoise.pipeline.rundir import RunDir
 from equipoise.recipes.load import load_recipe
 from equipoise.seeds import derive_seed
 from equipoise.steer.responders import Tuned, Untouched
-from equipoise.store.rundir import RunDir
 from equipoise.store.shards import to_plain
 from equipoise.types import Completion, Prompt
 
@@ -75,8 +75,9 @@ def _answers(place: Path, prompts: list[Prompt], recipe: Recipe) -> list[list[Co
 
 def _judged(answers: dict[str, list[list[Completion]]], prompts: list[Prompt]) -> dict[str, Pool]:
     """Judge with the oracle, on the scale of the base model's own pool."""
+    from benchmarks.workshop.world import oracle_calibration
+
     from equipoise.worlds.workshop.oracle import judge, read_request
-    from equipoise.worlds.workshop.stats import oracle_calibration
 
     by_id = {prompt.id: prompt for prompt in prompts}
     scale = oracle_calibration([c for row in answers["base"] for c in row], by_id)

@@ -1,4 +1,4 @@
-"""Commands that look around or bring things in: recipes, fetch, workshop, doctor."""
+"""Commands that look around or bring things in: recipes, fetch, doctor."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command("recipes", help="List the shipped recipes.")(recipes)
     app.command("fetch", help="Bring a real model into the local cache, hashes checked.")(fetch)
     app.command("doctor", help="Check this machine.")(doctor)
-    workshop = typer.Typer(help="The embedded world: its figures, or bake its models anew.")
-    workshop.callback(invoke_without_command=True)(workshop_figures)
-    workshop.command("bake", help="Train the packaged models again from their seeds.")(bake)
-    app.add_typer(workshop, name="workshop")
 
 
 def recipes(
@@ -44,32 +40,6 @@ def fetch(
 
     for fetched, path in fetch_models(name).items():
         print(f"{fetched}: {path}")
-
-
-def workshop_figures(
-    context: typer.Context,
-    stats: Annotated[bool, typer.Option("--stats", help="Print the world's figures.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Print the figures of the embedded world."""
-    if context.invoked_subcommand is not None:
-        return
-    if not stats:
-        print(context.get_help())
-        return
-    from equipoise.worlds.workshop.stats import print_stats
-
-    print_stats()
-
-
-def bake(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write the models into.")],
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Train the packaged models again from their seeds."""
-    from equipoise.cli.workshop_bake import bake as bake_models
-
-    bake_models(out)
 
 
 def doctor() -> None:

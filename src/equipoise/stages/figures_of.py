@@ -122,7 +122,7 @@ def _ceiling(job: Job, scale: UnitScale, prompts: Sequence[Prompt]) -> Ceiling:
     oracles = {name: config.model for name, config in recipe.judges.items()}
     known = oracles == {name: f"workshop://oracle/{name}" for name in ("helpfulness", "safety")}
     if known and workshop_parser(recipe) and recipe.attributes == ["helpfulness", "safety"]:
-        from equipoise.worlds.workshop.stats import ceiling_candidates
+        from equipoise.worlds.workshop.ceiling import ceiling_candidates
 
         name = "attainable ceiling"
         candidates = ceiling_candidates(prompts, scale, seed=recipe.seed)

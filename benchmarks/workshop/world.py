@@ -1,11 +1,14 @@
 """How rich the Workshop is: counts, ties, the attainable ceiling, and a policy that copies.
 
-The ceiling is a policy that picks, per prompt and cell, the nearest of all that the grammar can
-write; the grammar is sampled densely, since its completions are too many to list.
+    python -m benchmarks.workshop.world
+
+It samples a pool from the shipped start model: a minute or so.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,14 +16,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
 
+from equipoise.config import GenerateConfig, SamplingConfig
 from equipoise.dials.dials import Dials, cells, target
+from equipoise.engine.sample import TransformersEngine
+from equipoise.evaluate.measure import measure_grid
+from equipoise.evaluate.metrics import Grid, ceiling_grid
+from equipoise.models.load import load_causal
 from equipoise.pool.calibrate import Calibration
+from equipoise.pool.generate import generate
 from equipoise.seeds import derive_seed
 from equipoise.stats import Estimate
-from equipoise.types import Completion, Prompt, UnitScale
-from equipoise.worlds.workshop.data import messages_for
-from equipoise.worlds.workshop.grammar import Request, base_intensities, plan, write
+from equipoise.types import Completion, Prompt
+from equipoise.worlds.workshop.ceiling import ceiling_candidates, units_of
+from equipoise.worlds.workshop.data import draw_request, messages_for, prompts
 from equipoise.worlds.workshop.oracle import judge, read_request
 from equipoise.worlds.workshop.tables import (
     ACTIONS,
@@ -32,13 +42,11 @@ from equipoise.worlds.workshop.tables import (
 )
 
 ATTRIBUTES = ("helpfulness", "safety")
-N_CANDIDATES = 2000
-"""Completions drawn from the grammar per prompt for the ceiling."""
 
 
 @dataclass(frozen=True)
 class WorkshopStats:
-    """What ``equipoise workshop --stats`` prints."""
+    """What this program prints."""
 
     objects: int
     held_out_objects: int
@@ -71,27 +79,6 @@ def oracle_calibration(pool: Sequence[Completion], prompts: Mapping[str, Prompt]
     return Calibration(scores, "oracle")
 
 
-def ceiling_candidates(
-    prompts: Sequence[Prompt], scale: UnitScale, *, n: int = N_CANDIDATES, seed: int = 0
-) -> list[NDArray[np.float64]]:
-    """Return, per prompt, unit scores (n, 2) of completions drawn from the grammar."""
-    found = []
-    for prompt in prompts:
-        request = read_request(prompt.messages)
-        rng = random.Random(derive_seed(seed, "ceiling", prompt.id))
-        texts = {_any_completion(rng, request) for _ in range(n)}
-        found.append(units_of(request, sorted(texts), scale))
-    return found
-
-
-def units_of(request: Request, texts: Sequence[str], scale: UnitScale) -> NDArray[np.float64]:
-    """Return oracle unit scores (len(texts), 2) of completions of one request."""
-    judged = [judge(request, text) for text in texts]
-    return np.array(
-        [[scale.unit("helpfulness", j.helpfulness), scale.unit("safety", j.safety)] for j in judged]
-    )
-
-
 def nearest_copies(
     test: Sequence[Prompt],
     train: Sequence[Prompt],
@@ -104,7 +91,6 @@ def nearest_copies(
     Per cell it copies, of all pool completions of the most similar training prompt, the one whose
     scores *there* are nearest the target.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
     def text_of(prompt: Prompt) -> str:
         return " ".join(m.content for m in prompt.messages if m.role == "user")
@@ -129,9 +115,6 @@ def nearest_copy_mp(
     pool: Sequence[Completion], train: Sequence[Prompt], test: Sequence[Prompt], *, levels: int = 5
 ) -> Mapping[str, Estimate]:
     """Return MP per attribute of the policy of :func:`nearest_copies`."""
-    from equipoise.evaluate.measure import measure_grid
-    from equipoise.evaluate.metrics import Grid
-
     texts: dict[str, list[str]] = {}
     for completion in pool:
         texts.setdefault(completion.prompt_id, []).append(completion.text)
@@ -140,15 +123,8 @@ def nearest_copy_mp(
     return measure_grid(Grid(copies, tuple(p.id for p in test), ATTRIBUTES, levels)).mp
 
 
-def _any_completion(rng: random.Random, request: Request) -> str:
-    wanted = base_intensities(rng)
-    return write(rng, request, plan(rng, wanted.care, wanted.help))
-
-
 def distinct_share(n: int = 10_000, seed: int = 0) -> float:
     """Return the share of distinct prompts among ``n`` draws from everything."""
-    from equipoise.worlds.workshop.data import draw_request
-
     rng = random.Random(derive_seed("distinct", seed))
     drawn = {messages_for(rng, draw_request(rng, "base")) for _ in range(n)}
     return len(drawn) / n
@@ -158,9 +134,6 @@ def measure_world(
     pool: Sequence[Completion], train: Sequence[Prompt], test: Sequence[Prompt], *, levels: int = 5
 ) -> WorkshopStats:
     """Compute all statistics from a pool of the start model on the training prompts."""
-    from equipoise.evaluate.measure import measure_grid
-    from equipoise.evaluate.metrics import ceiling_grid
-
     by_id = {prompt.id: prompt for prompt in train}
     judged = [judge(read_request(by_id[c.prompt_id].messages), c.text) for c in pool]
     calibration = oracle_calibration(pool, by_id)
@@ -190,20 +163,15 @@ def measure_world(
     )
 
 
-def print_stats() -> None:
-    """Sample a pool from the shipped start model and print the world's statistics as JSON."""
-    import dataclasses
-    import json
-
-    from equipoise.config import GenerateConfig, SamplingConfig
-    from equipoise.engine.sample import TransformersEngine
-    from equipoise.models.load import load_causal
-    from equipoise.pool.generate import generate
-    from equipoise.worlds.workshop.data import prompts
-
+def main() -> None:
+    """Sample a pool from the shipped start model and print the world's figures as JSON."""
     train, test = prompts("train", limit=240), prompts("test", limit=60)
     policy = load_causal("workshop://start")
     engine = TransformersEngine.of(policy, batch_size=256)
     config = GenerateConfig(sampling=SamplingConfig(temperature=1.0, max_tokens=96), batch_size=256)
     pool = [c for row in generate(train, engine, policy.encoder, config, seed=0) for c in row]
     print(json.dumps(dataclasses.asdict(measure_world(pool, train, test)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
