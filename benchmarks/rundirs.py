@@ -14,9 +14,9 @@ from equipoise.config import Recipe
 from equipoise.encoding.encode import Encoder
 from equipoise.models.hub import resolve_model
 from equipoise.models.load import load_tokenizer
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_all
-from equipoise.store.fingerprint import with_new_defaults
-from equipoise.store.rundir import RunDir, stored_recipe
+from equipoise.pipeline.stored import stored_recipe, with_new_defaults
 from equipoise.store.stagefiles import StageFiles
 from equipoise.types import ControlledExample
 

@@ -11,6 +11,7 @@ stage to what was found. One process for all stages: importing torch takes longe
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -41,6 +42,10 @@ def import_everything() -> None:
     import equipoise.pool.score
     import equipoise.report.render
     import equipoise.tune.trainer  # noqa: F401
+    from equipoise.pipeline.table import STAGES
+
+    for row in STAGES.values():
+        importlib.import_module(row.where.partition(":")[0])
 
     torch.set_num_threads(1)
 
@@ -77,9 +82,10 @@ def kill_at(point: int) -> None:
 
 def run_stage(run_dir: Path, stage: str) -> None:
     """Run one stage as the command line would."""
+    from equipoise.pipeline.rundir import RunDir
     from equipoise.pipeline.runner import run_stage as run
+    from equipoise.pipeline.stored import stored_recipe
     from equipoise.progress import Progress
-    from equipoise.store.rundir import RunDir, stored_recipe
 
     with RunDir.open(run_dir, stored_recipe(run_dir)) as opened:
         run(stage, opened, progress=Progress(quiet=True))
@@ -105,10 +111,10 @@ def outputs(run_dir: Path, stage: str) -> Any:
 
 def up_to(stage: str, source: Path, target: Path) -> Path:
     """Copy a run directory without a stage and all that come after it."""
-    from equipoise.store.fingerprint import STAGES
+    from equipoise.pipeline.table import ORDER
 
     shutil.copytree(source, target)
-    for later in STAGES[STAGES.index(stage) :]:
+    for later in ORDER[ORDER.index(stage) :]:
         shutil.rmtree(target / later, ignore_errors=True)
     return target
 

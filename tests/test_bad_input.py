@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from equipoise.cli.main import main
+from equipoise.pipeline.rundir import RunDir
 from equipoise.recipes.load import load_recipe
-from equipoise.store.rundir import RunDir
 from equipoise.types import Prompt, RewardModel
 from pipeline_kit import (
     prompt_texts,
@@ -39,7 +39,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generated(assets: Path) -> Path:
     """A run directory with its pool generated."""
     recipe = write_recipe(assets / "good.yaml", tiny_recipe(assets))
-    assert run(["generate", str(recipe), "--dir", str(assets / "run")]) == 0
+    assert run(["stage", "generate", str(recipe), "--dir", str(assets / "run")]) == 0
     return assets / "run"
 
 
@@ -56,7 +56,7 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Fail:
     def check(stage: str, recipe: Path | str, run_dir: Path | None = None) -> str:
         run_dir = run_dir or tmp_path / "run"
         capsys.readouterr()
-        code = run([stage, str(recipe), "--dir", str(run_dir)])
+        code = run(["stage", stage, str(recipe), "--dir", str(run_dir)])
         out, err = capsys.readouterr()
         assert code == 1, err
         assert out == ""
@@ -105,7 +105,16 @@ def test_a_corrected_recipe_goes_on_in_the_same_directory(
     empty = write_prompts(tmp_path / "empty.jsonl", [])
     fails("generate", recipe_file(tmp_path, assets, prompts=prompts_from(empty, assets)))
     assert (
-        run(["generate", str(recipe_file(tmp_path, assets)), "--dir", str(tmp_path / "run")]) == 0
+        run(
+            [
+                "stage",
+                "generate",
+                str(recipe_file(tmp_path, assets)),
+                "--dir",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
     )
 
 
@@ -124,7 +133,7 @@ def test_over_long_prompt(assets: Path, tmp_path: Path, fails: Fail) -> None:
     message = fails("generate", recipe_file(tmp_path, assets, prompts=prompts))
     assert "longer than 64 tokens" in message
     dropped = recipe_file(tmp_path, assets, prompts={**prompts, "on_long_prompt": "drop"})
-    assert run(["generate", str(dropped), "--dir", str(tmp_path / "other")]) == 0
+    assert run(["stage", "generate", str(dropped), "--dir", str(tmp_path / "other")]) == 0
     kept = (tmp_path / "other/prompts/prompts.jsonl").read_text().splitlines()
     assert sum('"split": "train"' in line for line in kept) == 3
 
@@ -137,7 +146,7 @@ def test_skipped_rows_are_counted_in_the_run(
     prompts = prompts_from(file, assets)
     prompts["train"][0]["on_bad_row"] = "skip"
     recipe = recipe_file(tmp_path, assets, prompts=prompts)
-    assert run(["generate", str(recipe), "--dir", str(tmp_path / "run")]) == 0
+    assert run(["stage", "generate", str(recipe), "--dir", str(tmp_path / "run")]) == 0
     assert "3 train, 0 dev" in (said := capsys.readouterr().err)
     assert "1 bad rows skipped" in said
     kept = json.loads((tmp_path / "run/prompts/skipped/rows.json").read_text())
@@ -159,7 +168,7 @@ def test_reward_model_with_useless_scores(
     recipe = recipe_file(
         tmp_path, assets, reward_models={**rewards, "safety": {"model": str(model)}}
     )
-    main_arguments = ["generate", str(recipe), "--dir", str(tmp_path / "run"), "--fresh"]
+    main_arguments = ["stage", "generate", str(recipe), "--dir", str(tmp_path / "run"), "--fresh"]
     assert run(main_arguments) == 0  # only the reward models changed: the pool is kept
     message = fails("score", recipe)
     assert ("safety" if kind == "equal" else str(model)) in message
@@ -184,7 +193,7 @@ def test_reward_model_of_the_wrong_length(
     fails: Fail,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import equipoise.stages.pool as stage
+    import equipoise.stages.score as stage
 
     def load(*_: object) -> dict[str, RewardModel]:
         return {"helpfulness": ShortChanged(), "safety": ShortChanged()}  # type: ignore[dict-item]
@@ -201,7 +210,7 @@ def test_a_pool_in_which_no_prompt_has_three_cells(
     generate = {**tiny_recipe(assets)["generate"], "completions_per_prompt": 2}
     recipe = recipe_file(tmp_path, assets, generate=generate, distil={"data": "moec"})
     for stage in ("generate", "score"):
-        assert run([stage, str(recipe), "--dir", str(tmp_path / "run")]) == 0
+        assert run(["stage", stage, str(recipe), "--dir", str(tmp_path / "run")]) == 0
     message = fails("distil", recipe)
     assert "3 cells" in message
     assert "completions_per_prompt" in message
@@ -240,7 +249,7 @@ def test_a_full_disk_during_generate(
     assert f"equipoise run {target}" in message
     assert (shards / "shard-00000.parquet").exists()
     assert not (shards / "shard-00002.parquet").exists()
-    assert run(["generate", str(target)]) == 0
+    assert run(["stage", "generate", str(target)]) == 0
     found = [json.loads((path / "generate/stage.json").read_text()) for path in (target, generated)]
     assert found[0]["outputs"] == found[1]["outputs"]
 
@@ -249,14 +258,15 @@ def test_evaluated_prompts_that_training_saw_are_refused(
     generated: Path, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from equipoise.errors import DataError
-    from equipoise.pipeline.job import Job, read_prompts
+    from equipoise.pipeline import unseen
+    from equipoise.pipeline.job import Job
+    from equipoise.pipeline.readers import read_prompts
+    from equipoise.pipeline.stored import stored_recipe
     from equipoise.progress import Progress
-    from equipoise.stages import unseen
-    from equipoise.store.rundir import stored_recipe
 
     shutil.copytree(generated, tmp_path / "run")
     with RunDir.open(tmp_path / "run", stored_recipe(generated)) as opened:
-        job = Job(run=opened, progress=Progress(quiet=True))
+        job = Job.of(opened, Progress(quiet=True))
         prompts = read_prompts(opened)
         test = [prompt for prompt in prompts if prompt.split == "test"]
         sizes = unseen.check_unseen(job, test)

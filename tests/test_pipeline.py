@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 
-from equipoise.pipeline.job import read_prompts, read_scored
-from equipoise.pipeline.plan import PLANNED, read_plan
+from equipoise.pipeline.plan import read_plan
+from equipoise.pipeline.readers import read_prompts, read_scored
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_all, run_stage
+from equipoise.pipeline.spec import Phase
+from equipoise.pipeline.stored import stored_recipe
+from equipoise.pipeline.table import STAGES as TABLE
+from equipoise.pipeline.table import of_phase
+from equipoise.pipeline.unseen import judges_by_hash, judges_by_name, judges_in_training
 from equipoise.pool.calibrate import Calibration
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
-from equipoise.stages.unseen import judges_by_hash, judges_by_name, judges_in_training
-from equipoise.store.fingerprint import STAGES
-from equipoise.store.rundir import RunDir, stored_recipe
 from equipoise.types import Delivery, ScoredCompletion
 from leaks import shared_runs
 from pipeline_kit import blank_pictures, prompt_texts, save_assets, tiny_recipe, write_recipe
@@ -39,6 +42,7 @@ def pairs_file(file: Path) -> Path:
     return file
 
 
+STAGES = [row.name for row in of_phase(Phase.RUN)]
 METHODS = ["start", "prompting", "rerank2", "rerank4", "steering", "tuned"]
 
 
@@ -112,7 +116,7 @@ def test_the_report_holds_every_method_by_both_judges(finished: Path) -> None:
     assert report["intersections"]["reward model helpfulness rows"] == 0
     assert report["reward_models"]["reward helpfulness"]["held_out"]["metric"] == "accuracy"
     assert set(report["stages"]) == {*STAGES} - {"report"}
-    assert set(report["planned"]) == {*PLANNED}
+    assert set(report["planned"]) == {row.name for row in TABLE.values() if row.planned}
     assert min(report["planned"].values()) > 0
     assert report["ceiling"]["generalization"]["mp"]["helpfulness"]["value"] > 0
     assert len(report["losses"]["tuned"]["loss"]) == 6

@@ -11,9 +11,10 @@ import yaml
 
 from equipoise.config import Recipe
 from equipoise.errors import RunError
+from equipoise.pipeline.rundir import RunDir
+from equipoise.pipeline.stored import stored_recipe
 from equipoise.recipes.load import load_recipe
 from equipoise.recipes.source import shown_model
-from equipoise.store.rundir import RunDir, stored_recipe
 
 
 @pytest.fixture

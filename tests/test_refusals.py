@@ -18,7 +18,8 @@ from equipoise.evaluate.quality import drift
 from equipoise.evaluate.refusals import refusal_curves
 from equipoise.models.hub import resolve_model
 from equipoise.overlap import prompt_key
-from equipoise.pipeline.job import read_prompts
+from equipoise.pipeline.readers import read_prompts
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_stage
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
@@ -30,7 +31,6 @@ from equipoise.rewards.card import read_card
 from equipoise.rewards.load import load_reward_model
 from equipoise.stages.quality_of import benign, group_of, spread
 from equipoise.stats import Bootstrap, Estimate
-from equipoise.store.rundir import RunDir
 from equipoise.types import Delivery, DialSetting, Message, Prompt
 from equipoise.worlds.workshop.tables import REFUSALS
 from eval_kit import ATTRIBUTES, synthetic_deliveries, synthetic_report

@@ -19,16 +19,25 @@ from equipoise.config import (
 )
 from equipoise.dials.dials import Dials
 from equipoise.errors import ConfigError
-from equipoise.pipeline.job import FLUENCY, Job, read_calibration, read_scored, read_steered
+from equipoise.pipeline.job import Job
+from equipoise.pipeline.readers import (
+    FLUENCY,
+    START_CURVE,
+    STRENGTHS,
+    read_calibration,
+    read_directions,
+    read_scored,
+    read_steered,
+)
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_stage
+from equipoise.pipeline.stored import stored_recipe
 from equipoise.pool.moec import distil
 from equipoise.progress import Progress
 from equipoise.recipes.load import build_recipe, load_recipe
-from equipoise.stages.steer import STRENGTHS, read_directions
-from equipoise.stages.tune import START_CURVE, steering_of
-from equipoise.steer.regeneration import batches_of, regenerate, wishes
-from equipoise.store.rundir import RunDir, stored_recipe
-from equipoise.types import Completion, DialSetting, ScoredCompletion, SteeredCompletion
+from equipoise.stages.tune import steering_of
+from equipoise.steer.regeneration import batches_of, regenerate_batch, wishes
+from equipoise.types import Completion, DialSetting, Prompt, ScoredCompletion, SteeredCompletion
 from pipeline_kit import save_assets, tiny_recipe, write_recipe
 from steering_kit import steered_engine
 from tuning_kit import ATTRIBUTES, prompt
@@ -67,13 +76,16 @@ def test_a_resumed_pool_repeats_the_same_rows() -> None:
     engine = steered_engine()
     prompts = [prompt(i) for i in range(7)]
     own = GenerateConfig(sampling=SamplingConfig(max_tokens=6), batch_size=12)
-    args = {"dials": Dials(ATTRIBUTES, 5), "seed": 3}
-    whole = list(regenerate(prompts, engine, engine.encoder, config(), own, **args))
-    rest = list(regenerate(prompts, engine, engine.encoder, config(), own, **args, done=[0, 2]))
-    assert [number for number, _ in whole] == [0, 1, 2, 3]
-    assert rest == [whole[1], whole[3]]
-    assert sum(map(len, batches_of(prompts, engine.encoder, config(), own))) == 7
-    rows = [one for _, batch in whole for one, _ in batch]
+    batches = batches_of(prompts, engine.encoder, config(), own)
+    assert sum(map(len, batches)) == 7
+
+    def sampled(batch: list[Prompt]) -> list[tuple[Completion, tuple[float, ...]]]:
+        wanted = [wishes(one, config(), dials=Dials(ATTRIBUTES, 5), seed=3) for one in batch]
+        return regenerate_batch(batch, wanted, engine, engine.encoder, own.sampling, seed=3)
+
+    whole = list(map(sampled, batches))
+    assert [sampled(batches[number]) for number in (3, 1)] == [whole[3], whole[1]]
+    rows = [one for batch in whole for one, _ in batch]
     assert all(one.round == 1 and one.setting is not None for one in rows)
     assert len({(one.prompt_id, one.sample_index) for one in rows}) == len(rows) == 42
 
@@ -148,7 +160,7 @@ def test_a_start_reads_the_directions_of_its_run(steered: Path, tmp_path: Path) 
     with RunDir.open(copy, Recipe.model_validate(changed), fresh=True) as run:
         run_stage("tune", run, progress=Progress(quiet=True))
         assert len(run.done("tune").read_json(START_CURVE)) == 2
-        steering = steering_of(Job(run, Progress(quiet=True)))
+        steering = steering_of(Job.of(run, Progress(quiet=True)))
         directions = read_directions(run.done("steer"))
     assert steering is not None and steering.layer == directions.layer
     assert torch.equal(steering.vectors, directions.vectors)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_stage
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
-from equipoise.store.rundir import RunDir
 from pipeline_kit import save_assets, tiny_recipe, write_recipe
 
 DRIVER = Path(__file__).with_name("crash_driver.py")

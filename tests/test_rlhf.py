@@ -21,14 +21,15 @@ from equipoise.dials.tokens import install
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import RewardError, TrainingError
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_all
+from equipoise.pipeline.stored import with_new_defaults
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
 from equipoise.rlhf.closeness import AskPlan, closeness, deaf_floor
 from equipoise.rlhf.online import Guards, StartReference
 from equipoise.rlhf.rollouts import Ask, OnlineConfig, Rollouts
-from equipoise.store.fingerprint import diff, with_new_defaults
-from equipoise.store.rundir import RunDir
+from equipoise.store.rundir import diff
 from equipoise.tune.trainer import TunedPolicy
 from equipoise.types import DialSetting, Prompt
 from pipeline_kit import save_assets, tiny_recipe, write_recipe

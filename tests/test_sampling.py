@@ -13,7 +13,7 @@ from equipoise.encoding.encode import Encoder
 from equipoise.engine.draw import draw
 from equipoise.engine.sample import TransformersEngine
 from equipoise.errors import ModelError
-from equipoise.pool.generate import generate
+from equipoise.pool.generate import batches_of, generate, generate_batch
 from equipoise.seeds import derive_seed
 from equipoise.types import Branch, DialSetting, GenerationRequest, Message, Prompt
 from tuning_kit import ATTRIBUTES, prompt, tiny_policy
@@ -136,9 +136,11 @@ def test_generate_repeats_the_same_bytes_when_some_prompts_are_done() -> None:
     )
     one = engine()
     whole = list(generate(prompts, one, one.encoder, config, seed=3))
-    done = {rows[0].prompt_id for rows in whole[:4]}
-    rest = list(generate(prompts, one, one.encoder, config, seed=3, done=done))
-    assert rest == whole[4:]
+    # Three prompts to a batch; the last two batches by themselves.
+    batches = batches_of(prompts, one.encoder, config)
+    assert [len(batch) for batch in batches] == [3, 3, 3]
+    rest = [generate_batch(batch, one, one.encoder, config, seed=3) for batch in batches[1:]]
+    assert [rows for batch in rest for rows in batch] == whole[3:]
     assert all(c.finish in ("stop", "length") and c.n_tokens <= 8 for row in whole for c in row)
 
 

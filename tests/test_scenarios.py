@@ -141,7 +141,7 @@ def test_the_command_takes_what_is_there_and_samples_the_rest(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = write_policy(tmp_path)  # lab's default has an auto, which this run did not sweep
-    assert command("evaluate", finished / "run", "--policy", policy) == 0
+    assert command("stage", "scenarios", finished / "run", "--policy", policy) == 0
     place = finished / "run" / "scenarios" / "policy"
     assert str(place) in capsys.readouterr().out
     assert {item.name for item in place.iterdir()} == {
@@ -153,7 +153,7 @@ def test_the_command_takes_what_is_there_and_samples_the_rest(
     assert found["scenarios"]["kids"]["why"] == "children"
     assert found["n_prompts"] == 4 and len(found["policy_hash"]) == 64
     first = (place / "scenarios.json").read_bytes()
-    assert command("evaluate", finished / "run", "--policy", policy) == 0
+    assert command("stage", "scenarios", finished / "run", "--policy", policy) == 0
     assert (place / "scenarios.json").read_bytes() == first
     assert command("report", finished / "run") == 0  # the run is still whole
 
@@ -169,12 +169,12 @@ def test_a_swept_setting_is_not_sampled_again(
     monkeypatch.setattr(stage, "_sampled", never)
     scenarios = {"kids": POLICY["scenarios"]["kids"]}  # type: ignore[index]
     policy = write_policy(tmp_path, scenarios=scenarios)
-    assert command("evaluate", finished / "run", "--policy", policy) == 0
+    assert command("stage", "scenarios", finished / "run", "--policy", policy) == 0
 
 
 def test_forge_lift_is_measured_through_the_door(finished: Path, tmp_path: Path) -> None:
     policy = write_policy(tmp_path)
-    assert command("evaluate", finished / "run", "--policy", policy, "--forge", "2") == 0
+    assert command("stage", "forge", finished / "run", "--policy", policy, "--answers", "2") == 0
     found = json.loads((finished / "run/scenarios/policy/forge.json").read_text("utf-8"))
     assert found["scenario"] == "lab" and found["setting"] == [1, 1]  # the widest, its middle
     assert (found["n_prompts"], found["repeats"]) == (4, 2)
@@ -194,6 +194,6 @@ def test_a_broken_policy_changes_nothing(
 ) -> None:
     shutil.rmtree(finished / "run" / "scenarios", ignore_errors=True)
     policy = write_policy(tmp_path, default_scenario="nobody")
-    assert command("evaluate", finished / "run", "--policy", policy) == 1
+    assert command("stage", "scenarios", finished / "run", "--policy", policy) == 1
     assert "nobody" in capsys.readouterr().err
     assert not (finished / "run" / "scenarios").exists()

@@ -221,7 +221,7 @@ def test_a_manifest_of_before_is_refused_with_the_command_that_writes_it_anew(
     with pytest.raises(ConfigError, match="cannot be scored live") as caught:
         load_scorer(place / "tune" / "model", manifest(files))
     assert "names the files of the reward model for helpfulness" in caught.value.why
-    assert caught.value.fix == f"write it anew: `equipoise tune {place} --fresh`"
+    assert caught.value.fix == f"write it anew: `equipoise stage tune {place} --fresh`"
 
 
 @pytest.mark.parametrize("fault", ["none", "no scale", "swapped", "missing"])

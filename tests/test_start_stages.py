@@ -26,12 +26,12 @@ from equipoise.data.dialogues import load_rows
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, DataError, RunError, TrainingError
 from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_all, run_stage
 from equipoise.progress import Progress
 from equipoise.recipes.load import load_recipe
 from equipoise.rlhf.online import log_probs
 from equipoise.rlhf.rollouts import Ask
-from equipoise.store.rundir import RunDir
 from equipoise.training.loop import Training
 from equipoise.types import Message, PreferencePair, Prompt
 from pipeline_kit import ITEMS, VERBS, blank_pictures, save_assets, tiny_recipe, write_recipe
@@ -375,7 +375,7 @@ def test_a_changed_alignment_keeps_the_base_model(finished: Path) -> None:
     with opened(finished, plain, fresh=True) as run:
         assert run.is_done("base") and run.is_done("sft")
         assert not run.is_done("align") and not run.is_done("generate")
-        with pytest.raises(RunError, match="equipoise align"):
+        with pytest.raises(RunError, match="equipoise stage align"):
             run_stage("generate", run, progress=QUIET)
         run_stage("align", run, progress=QUIET)
         assert run.done("align").facts()["steps"] == 3
@@ -386,9 +386,11 @@ def test_a_changed_alignment_keeps_the_base_model(finished: Path) -> None:
 def test_a_stage_says_which_one_it_waits_for(tmp_path: Path) -> None:
     with (
         opened(tmp_path, start_recipe(tmp_path)) as run,
-        pytest.raises(RunError, match="equipoise sft"),
+        pytest.raises(RunError, match=r"stage sft of .* is not complete") as caught,
     ):
         run_stage("align", run, progress=QUIET)
+    assert "run it first: equipoise stage base " in caught.value.fix
+    assert "all that is missing (base, sft)" in caught.value.fix
 
 
 def test_alignment_by_rlhf_as_a_stage(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_directions_on_disk_are_safetensors_and_json(tmp_path: Path) -> None:
     assert torch.equal(back.vectors, found.vectors)
     assert (back.layer, back.agreement) == (found.layer, found.agreement)
     (tmp_path / "directions.json").write_text('{"attributes": ["one"]}')
-    with pytest.raises(ModelError, match="equipoise steer"):
+    with pytest.raises(ModelError, match="equipoise stage steer"):
         Directions.load(tmp_path)
 
 

@@ -16,8 +16,8 @@ from equipoise.errors import ModelError, RunError
 from equipoise.models.load import load_causal
 from equipoise.pipeline import rundate
 from equipoise.pipeline.job import Job
+from equipoise.pipeline.rundir import RunDir
 from equipoise.progress import Progress
-from equipoise.store.rundir import RunDir
 from equipoise.types import Rendering
 
 _DATED = "<|system|>Today is {{ strftime_now('%d %b %Y') }}.<|end|>" + TURNS + ASKED
@@ -109,10 +109,10 @@ def test_a_run_keeps_the_date_of_its_first_day(
             return cls(2031, 1, 2)
 
     with RunDir.open(tmp_path / "run", recipe) as run:
-        first = Job(run, Progress()).rendering
+        first = Job.of(run, Progress()).rendering
     monkeypatch.setattr(rundate.datetime, "date", Tomorrow)
     with RunDir.open(tmp_path / "run", recipe) as run:
-        assert Job(run, Progress()).rendering.key == first.key
+        assert Job.of(run, Progress()).rendering.key == first.key
     (tmp_path / "run" / "date.json").write_text('{"date": "yesterday"}')
     with RunDir.open(tmp_path / "run", recipe) as run, pytest.raises(RunError, match="no date"):
-        _ = Job(run, Progress()).rendering
+        _ = Job.of(run, Progress()).rendering

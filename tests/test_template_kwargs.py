@@ -12,9 +12,9 @@ from equipoise.dials.dials import Dials
 from equipoise.encoding.encode import Encoder
 from equipoise.errors import ConfigError, ModelError
 from equipoise.models.load import load_causal
+from equipoise.pipeline.table import STAGES, affected_by
 from equipoise.policy.file import parse_policy
 from equipoise.protocol.replies import RefusedError
-from equipoise.store.fingerprint import SPECS, first_affected
 from equipoise.types import Rendering
 from serve_kit import (
     ATTRIBUTES,
@@ -83,9 +83,9 @@ def test_one_and_true_are_two_renderings() -> None:
 
 def test_a_recipe_that_sets_other_variables_encodes_again() -> None:
     change = ["chat_template_kwargs.enable_thinking: (absent) -> true"]
-    assert first_affected(change, recipe()) == "sft"
-    read = {name for name, spec in SPECS.items() if "model" in spec.reads}
-    reading = {name for name, spec in SPECS.items() if "chat_template_kwargs" in spec.reads}
+    assert affected_by(change, recipe())[0] == "sft"
+    read = {name for name, spec in STAGES.items() if "model" in spec.reads}
+    reading = {name for name, spec in STAGES.items() if "chat_template_kwargs" in spec.reads}
     assert reading == read | {"sft", "align"}
 
 

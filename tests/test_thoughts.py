@@ -24,12 +24,12 @@ from equipoise.engine.seam import Generation, Sampled, Token
 from equipoise.engine.text import AnswerText
 from equipoise.errors import ConfigError
 from equipoise.models.load import LoadedPolicy, load_causal
+from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.runner import run_all, run_stage
 from equipoise.policy.rules import DialPolicy
 from equipoise.pool.score import shortened
 from equipoise.serve.main import check_policy
 from equipoise.serve.prepare import ServedModel
-from equipoise.store.rundir import RunDir
 from equipoise.training.loop import Training
 from equipoise.tune.trainer import tune
 from equipoise.types import Branch, GenerationRequest, Message, Rendering

@@ -37,7 +37,7 @@ from benchmarks.tables import filled
 from transformers import AutoConfig
 
 from equipoise.models.hub import resolve_model
-from equipoise.stages.tune import START_CURVE
+from equipoise.pipeline.readers import START_CURVE
 from equipoise.store.shards import to_plain
 
 RESULT = Path(__file__).with_name("results.json")

@@ -63,7 +63,7 @@ _HOME = {
     "Rendering": "types",
     "Responder": "types",
     "RewardModel": "types",
-    "RunDir": "store.rundir",
+    "RunDir": "pipeline.rundir",
     "Sampling": "config",
     "ScoredCompletion": "types",
     "Scorer": "rewards.scorer",

@@ -32,7 +32,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="Written by `equipoise tune`.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_DIR", help="Written by `equipoise stage tune`.")
+    ],
     policy: Annotated[
         str | None, typer.Option("--policy", metavar="FILE", help="Dial policy with scenarios.")
     ] = None,

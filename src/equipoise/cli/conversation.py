@@ -136,7 +136,7 @@ class Conversation:
             raise ModelError(
                 "this model has no dials",
                 why="its directory holds no dials.json",
-                fix="give the directory that `equipoise tune` wrote: RUN/tune/model",
+                fix="give the directory that `equipoise stage tune` wrote: RUN/tune/model",
             )
         self.panel = DialPanel(loaded.manifest.dials, policy)
         """The dials."""

@@ -14,6 +14,7 @@ import typer
 
 from equipoise.cli import chat, checking, look, serving, stages
 from equipoise.errors import EquipoiseError
+from equipoise.pipeline.table import STAGES
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C; typer hands it back instead of raising."""
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # It prints its warnings by itself: the root would print them once more.
     logging.getLogger("huggingface_hub").propagate = False
     try:
+        _refuse_old_command(arguments)
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
@@ -82,6 +84,14 @@ def _be_lenient_at_the_edge() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _refuse_old_command(arguments: Sequence[str]) -> None:
+    """Say what a command is called now."""
+    old = arguments[0] if arguments else ""
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    if old in STAGES and old not in known:
+        _fail(f"error: `equipoise {old}` is now `equipoise stage {old}`", code=2)
 
 
 def _usage(error: typer.exceptions.TyperException) -> None:

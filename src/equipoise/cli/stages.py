@@ -1,4 +1,4 @@
-"""``equipoise run`` and one command per stage; all take a recipe or a run directory."""
+"""``equipoise run`` and ``equipoise stage NAME``; both take a recipe or a run directory."""
 
 from __future__ import annotations
 
@@ -9,27 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from equipoise.progress import Progress
-    from equipoise.store.rundir import RunDir
+from equipoise.pipeline.spec import Phase
+from equipoise.pipeline.table import STAGES
 
-START_COMMANDS = {
-    "base": "Train a base model from raw text (recipes that make their start model).",
-    "sft": "Fine-tune it on dialogues.",
-    "align": "Align it: DPO on preference pairs, or RLHF on rewards.",
-}
-COMMANDS = {
-    "fit-reward": "Train the recipe's own reward models.",
-    "generate": "Sample completions of the training prompts from the untouched model.",
-    "score": "Score the pool with the reward models and calibrate.",
-    "steer": "Find what to add to the model's states to steer it, and how strongly.",
-    "regenerate": "Sample a second pool under steering, for the cells that are rare.",
-    "distil": "Distil the scored pool (MOEC).",
-    "tune": "Tune the dials (CLM, ExMATE or RLHF).",
-    "judge": "Let the judges read the pool: the scale of what they will say.",
-    "evaluate": "Turn every dial on unseen prompts and measure.",
-    "report": "Write the report: HTML, JSON and figures.",
-}
+if TYPE_CHECKING:
+    from equipoise.pipeline.rundir import RunDir
+    from equipoise.progress import Progress
 
 RecipeArgument = Annotated[
     str,
@@ -38,6 +23,10 @@ RecipeArgument = Annotated[
         help="Name of a shipped recipe, a YAML file, or a run directory to go on with.",
         show_default=False,
     ),
+]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run directory that is evaluated.", show_default=False),
 ]
 DirOption = Annotated[
     Path | None,
@@ -54,22 +43,12 @@ FreshOption = Annotated[
     bool,
     typer.Option(
         "--fresh",
-        help="Drop what an earlier run left: from the first stage that a changed recipe affects, "
-        "else from this stage on.",
+        help="Drop what an earlier run left: the stages that a changed recipe affects, else this "
+        "stage, and all that depend on them.",
     ),
 ]
 PolicyOption = Annotated[
-    str | None,
-    typer.Option("--policy", metavar="FILE", help="Also measure the scenarios of a dial policy."),
-]
-ForgeOption = Annotated[
-    int,
-    typer.Option(
-        "--forge",
-        metavar="N",
-        min=0,
-        help="With --policy: measure forge lift over HTTP, N answers per prompt.",
-    ),
+    str, typer.Option("--policy", metavar="FILE", help="Dial policy; `example` is shipped.")
 ]
 TextOption = Annotated[
     bool | None,
@@ -83,10 +62,18 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add ``run`` and the stages to the command table."""
+    """Add ``run``, ``stage`` and ``report`` to the command table."""
     app.command("run", help="Run all stages, or go on where an earlier run stopped.")(run)
-    for name, text in (START_COMMANDS | COMMANDS).items():
-        app.command(name, help=text)(_stage_command(name))
+    group = typer.Typer(help="Run one stage of a recipe.", no_args_is_help=True)
+    for name, row in STAGES.items():
+        if row.phase is Phase.BESIDE:
+            command = BESIDE[name]
+        else:
+            command = _showing_command(name) if row.shows_text else _stage_command(name)
+        group.command(name, help=row.help)(command)
+        if row.shows_text:
+            app.command(name, help=row.help)(command)
+    app.add_typer(group, name="stage")
 
 
 def run(
@@ -117,7 +104,11 @@ def _stage_command(name: str) -> Callable[..., None]:
     ) -> None:
         _run_stage(name, recipe, directory, set_, data, fresh=fresh)
 
-    def report(
+    return command
+
+
+def _showing_command(name: str) -> Callable[..., None]:
+    def command(
         recipe: RecipeArgument,
         directory: DirOption = None,
         set_: SetOption = None,
@@ -128,20 +119,7 @@ def _stage_command(name: str) -> Callable[..., None]:
     ) -> None:
         _run_stage(name, recipe, directory, set_, data, fresh=fresh, text=text)
 
-    def evaluate(
-        recipe: RecipeArgument,
-        directory: DirOption = None,
-        set_: SetOption = None,
-        data: DataOption = None,
-        fresh: FreshOption = False,
-        policy: PolicyOption = None,
-        forge: ForgeOption = 0,
-        debug: DebugOption = False,
-    ) -> None:
-        _run_stage(name, recipe, directory, set_, data, fresh=fresh, policy=policy, forge=forge)
-
-    others: dict[str, Callable[..., None]] = {"report": report, "evaluate": evaluate}
-    return others.get(name, command)
+    return command
 
 
 def _run_stage(
@@ -153,37 +131,60 @@ def _run_stage(
     *,
     fresh: bool,
     text: bool | None = None,
-    policy: str | None = None,
-    forge: int = 0,
 ) -> None:
-    from equipoise.pipeline.runner import run_scenarios, run_stage
-
-    if forge:
-        from equipoise.cli.serving import need_extra
-
-        need_extra()
+    from equipoise.pipeline.runner import run_stage
 
     with _opened(recipe, directory, set_, data, fresh=fresh, stage=name) as (run_dir, progress):
         run_stage(name, run_dir, progress=progress, text=text, fresh=fresh)
         if run_dir.is_done(name):  # not if the recipe does without
             print(f"{name}: {run_dir.path / name}")
-        if policy is not None:
-            print(f"scenarios: {run_scenarios(policy, run_dir, progress=progress, forge=forge)}")
+
+
+def scenarios(run: RunArgument, policy: PolicyOption, debug: DebugOption = False) -> None:
+    """Measure the scenarios of a dial policy."""
+    from equipoise.pipeline.runner import run_beside
+
+    with _opened(run) as (run_dir, progress):
+        place = run_beside("scenarios", run_dir, progress=progress, policy=policy)
+    print(f"scenarios: {place}")
+
+
+def forge(
+    run: RunArgument,
+    policy: PolicyOption,
+    answers: Annotated[
+        int, typer.Option("--answers", metavar="N", min=1, help="Per prompt and version.")
+    ],
+    debug: DebugOption = False,
+) -> None:
+    """Measure forge lift through the HTTP server."""
+    from equipoise.cli.serving import need_extra
+    from equipoise.pipeline.runner import run_beside
+
+    need_extra()
+    with _opened(run) as (run_dir, progress):
+        place = run_beside("forge", run_dir, progress=progress, policy=policy, answers=answers)
+    print(f"forge: {place}")
+
+
+BESIDE: dict[str, Callable[..., None]] = {"scenarios": scenarios, "forge": forge}
+"""Stages outside the order of a run, which ask for more than a recipe."""
 
 
 @contextmanager
 def _opened(
     recipe: str,
-    directory: Path | None,
-    set_: list[str] | None,
-    data: str | None,
+    directory: Path | None = None,
+    set_: list[str] | None = None,
+    data: str | None = None,
     *,
-    fresh: bool,
-    stage: str | None,
+    fresh: bool = False,
+    stage: str | None = None,
 ) -> Iterator[tuple[RunDir, Progress]]:
+    from equipoise.pipeline.rundir import RunDir
+    from equipoise.pipeline.stored import stored_recipe
     from equipoise.progress import Progress
     from equipoise.recipes.load import build_recipe, load_recipe
-    from equipoise.store.rundir import RunDir, stored_recipe
 
     given = Path(recipe)
     if given.is_dir():

@@ -194,7 +194,7 @@ def _unusable(path: Path, why: str) -> ConfigError:
     return ConfigError(
         f"{path} is not a usable manifest",
         why=why,
-        fix="copy dials.json from the directory that `equipoise tune` wrote",
+        fix="copy dials.json from the directory that `equipoise stage tune` wrote",
     )
 
 

@@ -194,7 +194,7 @@ class Encoder:
             raise ModelError(
                 "this model has no dials",
                 why="its directory holds no dials.json",
-                fix="tune it first: `equipoise tune`",
+                fix="tune it first: `equipoise stage tune`",
             )
         return self.manifest.control_ids(setting)
 

@@ -1,46 +1,23 @@
-"""The order of the stages: the one place, beside the command line, that knows it."""
+"""Runs stages: fingerprint, "nothing to do", threads, and only then the stage's module."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from equipoise.pipeline.job import MADE, Job
+from equipoise.pipeline.job import Job
+from equipoise.pipeline.rundir import RunDir
+from equipoise.pipeline.spec import Phase, StageSpec, view_of
+from equipoise.pipeline.table import STAGES, is_asked_for, of_phase, reads_of
+from equipoise.pipeline.unseen import judges_by_name, warn_of_judges
 from equipoise.progress import Progress
-from equipoise.stages import distil as distilling
-from equipoise.stages import evaluate as measuring
-from equipoise.stages import judge as bench
-from equipoise.stages import pool, start
-from equipoise.stages import steer as steering
-from equipoise.stages import tune as tuning
-from equipoise.stages.unseen import judges_by_name, warn_of_judges
-from equipoise.store.rundir import RunDir
+from equipoise.store.stagedir import Stage
 
-StageFunction = Callable[[Job], None]
-
-STAGES: Mapping[str, StageFunction] = {
-    "prompts": pool.prompts,
-    "fit-reward": pool.fit_reward,
-    "generate": pool.generate,
-    "score": pool.score,
-    "steer": steering.steer,
-    "regenerate": steering.regenerate,
-    "distil": distilling.distil,
-    "tune": tuning.tune,
-    "judge": bench.judge,
-    "evaluate": measuring.evaluate,
-    "report": measuring.report,
-}
-"""Command name to stage, in order."""
-
-START_STAGES: Mapping[str, StageFunction] = {
-    "base": start.base,
-    "sft": start.sft,
-    "align": start.align,
-}
-"""The same for the stages that make a start model; they come before all others."""
+PAGE = "report.html"
 
 
 def run_all(
@@ -61,24 +38,24 @@ def run_all(
     from equipoise.pipeline.pace import Pace
     from equipoise.pipeline.plan import print_plan
 
-    job = _job(run, progress, text=text, fresh=fresh)
-    warn_of_judges(job, judges_by_name(job.recipe))
-    for name, make in START_STAGES.items():
-        if getattr(run.recipe, name) is not None:
-            make(job)
-    if not run.is_done("tune"):
-        tuning.check_thoughts(job)
-    pool.prompts(job)
+    job = _job(run, progress, text)
+    warn_of_judges(job, judges_by_name(run.recipe))
+    for row in of_phase(Phase.START):
+        if is_asked_for(row, run.recipe):
+            _make(row, job, fresh=fresh)
+    first, *others = of_phase(Phase.RUN)
+    _check_start([row for row in others if is_asked_for(row, run.recipe)], job)
+    _make(first, job, fresh=fresh)
     pace = Pace(print_plan(job), job.progress.say)
     with job.progress.watched(pace.check):
-        for name, stage in list(STAGES.items())[1:]:
-            pace.begin(name)
-            stage(job)
-            pace.end(run.done(name).minutes if run.is_done(name) else 0.0)
+        for row in others:
+            pace.begin(row.name)
+            _make(row, job, fresh=fresh)
+            pace.end(run.done(row.name).minutes if run.is_done(row.name) else 0.0)
     minutes = run.minutes()
     listed = ", ".join(f"{name} {spent:.1f}" for name, spent in minutes.items())
     job.progress.say(f"minutes: {listed}; {sum(minutes.values()):.1f} in all")
-    return run.path / "report" / measuring.PAGE
+    return run.path / others[-1].name / PAGE
 
 
 def run_stage(
@@ -89,54 +66,90 @@ def run_stage(
     text: bool | None = None,
     fresh: bool = False,
 ) -> None:
-    """Run one stage (and the loading of prompts, which all of them need).
+    """Run one stage, and before it the loading of prompts, if it needs them.
 
     Args:
-        name: A key of :data:`STAGES` or :data:`START_STAGES`.
+        name: A stage that has a folder of its own.
         run: See :func:`run_all`.
         progress: See :func:`run_all`.
         text: See :func:`run_all`.
         fresh: See :func:`run_all`.
     """
-    job = _job(run, progress, text=text, fresh=fresh)
-    if name in START_STAGES:
-        START_STAGES[name](job)
-        return
-    if run.recipe.model.startswith(MADE):
-        run.done(run.recipe.model.removeprefix(MADE))
-    if name in ("steer", "regenerate", "tune") and not run.is_done(name):
-        tuning.check_thoughts(job)
-    if name not in ("prompts", "fit-reward") and not run.is_done("prompts"):
-        pool.prompts(job)
-    STAGES[name](job)
+    job, row = _job(run, progress, text), STAGES[name]
+    _check_start([row], job)
+    first = of_phase(Phase.RUN)[0]
+    if row.prompts_first(run.recipe) and not run.is_done(first.name):
+        _make(first, job, fresh=fresh)
+    _make(row, job, fresh=fresh)
 
 
-def run_scenarios(
-    policy: str, run: RunDir, *, progress: Progress | None = None, forge: int = 0
-) -> Path:
-    """Measure what every scenario of a dial policy delivers, and return the folder of the result.
+def run_beside(name: str, run: RunDir, *, progress: Progress | None = None, **options: Any) -> Path:
+    """Measure something more of a run that is evaluated, and return where the result lies.
 
     Args:
-        policy: A policy file, or the name of a shipped policy.
+        name: A stage of the phase ``BESIDE``.
         run: A run directory whose evaluate stage is complete.
         progress: See :func:`run_all`.
-        forge: Also measure forge lift over HTTP, with so many answers per prompt.
+        options: What the stage's function asks for.
     """
-    from equipoise.stages.scenarios import evaluate_scenarios
-
-    job = _job(run, progress, text=None, fresh=False)
-    place = evaluate_scenarios(job, policy)
-    if forge:
-        from equipoise.serve.forge import forge_over_http
-
-        forge_over_http(job, policy, repeats=forge)
+    row, job = STAGES[name], _job(run, progress, None)
+    for needed in row.inputs:
+        run.done(needed)
+    job.settle_threads()
+    place: Path = _imported(row)(_seen_by(row, job), **options)
     return place
 
 
-def _job(run: RunDir, progress: Progress | None, *, text: bool | None, fresh: bool) -> Job:
+def _make(row: StageSpec, whole: Job, *, fresh: bool) -> None:
+    """Bring one stage to its end; its module is imported only if there is something to do."""
+    run, job = whole.run, _seen_by(row, whole)
+    if not is_asked_for(row, run.recipe):
+        job.progress.say(f"{row.name}: nothing to do (the recipe has no `{row.optional}`)")
+        return
+    stage = _begin(row, job, fresh=fresh)
+    if stage.complete and row.shows_text and stage.facts().get("text") != job.text:
+        # With and without text are two views of one run: no reason to refuse.
+        run.drop_from({row.name})
+        stage = _begin(row, job, fresh=fresh)
+    if stage.complete:
+        job.progress.say(f"{row.name}: nothing to do")
+        return
+    if row.computes:
+        whole.settle_threads()
+    _imported(row)(job, stage)
+
+
+def _begin(row: StageSpec, job: Job, *, fresh: bool) -> Stage:
+    return job.run.begin(row.name, models=row.models(job), fresh=fresh)
+
+
+def _imported(row: StageSpec) -> Any:
+    module, _, function = row.where.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _seen_by(row: StageSpec, job: Job) -> Job:
+    recipe = job.run.recipe
+    reads = (*reads_of(row, recipe), *row.checks)
+    return Job(job.run, job.progress, view_of(recipe, reads, stage=row.name), job.text)
+
+
+def _check_start(rows: Sequence[StageSpec], job: Job) -> None:
+    """Refuse a start model that thinks before it answers, at no more cost than its tokenizer."""
+    if not any(row.refuses_thoughts and not job.run.is_done(row.name) for row in rows):
+        return
+    from equipoise.encoding.encode import Encoder
+    from equipoise.encoding.thoughts import refuse_thoughts
+    from equipoise.models.hub import resolve_model
+    from equipoise.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_model(job.place(job.recipe.model)))
+    refuse_thoughts(Encoder(tokenizer, rendering=job.rendering))
+
+
+def _job(run: RunDir, progress: Progress | None, text: bool | None) -> Job:
     quieten()
-    shown = run.shows_text(text)
-    return Job(run=run, progress=progress or Progress(), fresh=fresh, text=shown)
+    return Job.of(run, progress or Progress(), text=run.shows_text(text))
 
 
 def quieten() -> None:

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING
 
 from equipoise.dials.dials import Dials
 from equipoise.pipeline.job import Job
+from equipoise.pipeline.readers import SCENARIOS, evaluated_prompts, read_judges
 from equipoise.policy.decide import Server, allowed_levels
 from equipoise.policy.file import find_policy, load_policy
 from equipoise.policy.rules import DialPolicy, Key
-from equipoise.stages.evaluate import evaluated_prompts
-from equipoise.stages.judge import read_judges
-from equipoise.stages.scenarios import FOLDER
-from equipoise.stages.tune import MODEL
 from equipoise.store.publish import json_bytes, publish_bytes
 from equipoise.store.shards import to_plain
 from equipoise.types import DialSetting
@@ -30,15 +27,15 @@ _AT_ONCE = 64
 """Requests under way, each in a slot: a step of many rows costs little more than one of few."""
 
 
-def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
+def forge(job: Job, *, policy: str, answers: int) -> Path:
     """Serve the run's tuned model, forge, measure, and write ``forge.json``.
 
     The setting is the middle of what the widest scenario allows: there a dial has room both ways.
 
     Args:
         job: Of a run whose evaluate stage is complete.
-        policy_name: A policy file, or a shipped policy.
-        repeats: Answers per prompt and version.
+        policy: A policy file, or a shipped policy.
+        answers: Per prompt and version.
 
     Returns:
         The file: ``RUN/scenarios/POLICY/forge.json``.
@@ -47,21 +44,19 @@ def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
         ServingError: The server gave no answers.
     """
     from equipoise.evaluate.forge import ForgePlan, measure_forge
-    from equipoise.models.load import load_causal
     from equipoise.steer.served import HttpResponder
 
     recipe, config = job.recipe, job.recipe.evaluate
-    file = find_policy(policy_name)
-    policy = load_policy(file, job.dials)
-    scenario, setting = widest(policy, job.dials)
-    job.settle_threads()
-    loaded = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
+    file = find_policy(policy)
+    rules = load_policy(file, job.dials)
+    scenario, setting = widest(rules, job.dials)
+    loaded = job.tuned_policy()
     judges = read_judges(job)
     sampling = config.sampling
     prompts = evaluated_prompts(job)
-    plan = ForgePlan(job.dials, repeats=repeats, phrases=config.phrases, bootstrap=job.bootstrap)
+    plan = ForgePlan(job.dials, repeats=answers, phrases=config.phrases, bootstrap=job.bootstrap)
     with (
-        served(loaded, file, policy) as (url, key),
+        served(loaded, file, rules) as (url, key),
         job.progress.task("forge", plan.n_answers(len(prompts))) as advance,
     ):
         measured = measure_forge(
@@ -73,7 +68,7 @@ def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
                 sampling=sampling.model_copy(
                     update={
                         "temperature": min(sampling.temperature, 2.0),
-                        "max_tokens": min(sampling.max_tokens, policy.limits.max_tokens),
+                        "max_tokens": min(sampling.max_tokens, rules.limits.max_tokens),
                     }
                 ),
                 workers=_AT_ONCE,
@@ -86,11 +81,11 @@ def forge_over_http(job: Job, policy_name: str, *, repeats: int) -> Path:
         )
     facts = {
         "scenario": scenario,
-        "policy_hash": policy.hash,
+        "policy_hash": rules.hash,
         "model_hash": loaded.hash,
         "split": config.split,
     }
-    place = job.run.path / FOLDER / file.stem
+    place = job.run.path / SCENARIOS / file.stem
     with job.run.writing():
         place.mkdir(parents=True, exist_ok=True)
         publish_bytes(place / RESULT, json_bytes({**facts, **to_plain(measured)}))

@@ -90,7 +90,7 @@ def served_model(loaded: LoadedPolicy, name: str, *, scored: bool = False) -> Se
         raise ModelError(
             "this model has no dials",
             why="its directory holds no dials.json",
-            fix="tune it first: `equipoise tune`",
+            fix="tune it first: `equipoise stage tune`",
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ConfigError(

@@ -139,15 +139,15 @@ def load_scorer(
         ConfigError: The manifest names none, there is no run, or a model is not the named one.
         ModelError: A reward model cannot be loaded.
     """
+    from equipoise.pipeline.stored import stored_recipe
     from equipoise.pool.calibrate import Calibration
     from equipoise.rewards.load import files_hash, load_reward_model, reward_hash
-    from equipoise.store.rundir import stored_recipe
 
     if manifest.calibration is None or not manifest.reward_models:
         raise _cannot_score(
             model_dir,
             "its dials.json names no reward models and no calibration",
-            "tune with `equipoise tune`, which writes both; or do not ask for scores",
+            "tune with `equipoise stage tune`, which writes both; or do not ask for scores",
         )
     place = run or _run_of(model_dir)
     recipe, fitted = stored_recipe(place), place / "fit-reward" / "fitted"
@@ -162,7 +162,7 @@ def load_scorer(
                     model_dir,
                     f"its dials.json names the files of the reward model for {attribute}, but not "
                     "the sign, logit, format and max_length that they were read with",
-                    f"write it anew: `equipoise tune {place} --fresh`",
+                    f"write it anew: `equipoise stage tune {place} --fresh`",
                 )
             raise _cannot_score(
                 model_dir,

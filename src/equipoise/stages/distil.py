@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-from equipoise.pipeline.job import (
+from functools import partial
+
+from equipoise.pipeline.job import Job
+from equipoise.pipeline.readers import (
+    EXAMPLES,
     FLUENCY,
-    Job,
     read_calibration,
     read_prompts,
     read_scored,
     read_steered,
     workshop_parser,
 )
+from equipoise.pool.backdoor import back_door
+from equipoise.pool.calibrate import unit_scores
+from equipoise.pool.moec import distil as distil_pool
 from equipoise.store.shards import to_plain
+from equipoise.store.stagedir import Stage
 from equipoise.types import ControlledExample
 
-EXAMPLES = "examples.parquet"
 
-
-def distil(job: Job) -> None:
+def distil(job: Job, stage: Stage) -> None:
     """Distil the scored pool (MOEC) and measure the back door before and after."""
     recipe = job.recipe
-    stage = job.begin("distil")
-    if stage is None:
-        return
-    from equipoise.pool.backdoor import back_door
-    from equipoise.pool.calibrate import unit_scores
-    from equipoise.pool.moec import distil as distil_pool
-
     own, steered = read_scored(job.run), read_steered(job.run)
     scored = [*own, *(row.scored for row in steered)]
     drops: list[float] = [0.0] * len(own)
     if steered:
         usual = job.run.done("steer").read_json(FLUENCY)
         drops += [usual[row.scored.completion.prompt_id] - row.fluency for row in steered]
-    units = unit_scores(scored, read_calibration(job.run))
-    by_id = {prompt.id: prompt for prompt in read_prompts(job.run)}
-    parses = workshop_parser(recipe)
-
-    def run_moec(config: object) -> tuple[list[ControlledExample], object]:
-        return distil_pool(
-            scored,
-            units,
-            by_id,
-            config,  # type: ignore[arg-type]
-            dials=job.dials,
-            parses=parses,
-            fluency_drops=drops,
-        )
-
+    run_moec = partial(
+        distil_pool,
+        scored,
+        unit_scores(scored, read_calibration(job.run)),
+        {prompt.id: prompt for prompt in read_prompts(job.run)},
+        dials=job.dials,
+        parses=workshop_parser(recipe),
+        fluency_drops=drops,
+    )
     examples, facts = run_moec(recipe.distil)
     raw, _ = run_moec(recipe.distil.model_copy(update={"data": "raw"}))
     doors = {
@@ -59,8 +51,3 @@ def distil(job: Job) -> None:
     stage.publish_json("backdoor.json", doors)
     stage.finish(examples=len(examples))
     job.progress.say(f"distil: {len(examples)} examples kept of {len(scored)}")
-
-
-def read_examples(job: Job) -> list[ControlledExample]:
-    """Return the distilled set."""
-    return job.run.done("distil").read_shard(EXAMPLES, ControlledExample)

@@ -1,107 +1,67 @@
-"""Step 4 on disk: sweep every responder over unseen prompts, measure, and write the report."""
+"""Step 4 on disk: sweep every responder over unseen prompts, and measure."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from typing import TYPE_CHECKING
+from functools import cache, partial
 
-from equipoise.pipeline.job import (
-    Job,
-    policy_hash,
-    read_prompts,
-    reward_hashes,
+from equipoise.evaluate.sweep import sweep, sweep_settings
+from equipoise.pipeline.job import Job, shard_name
+from equipoise.pipeline.plan import Speed, pass_size
+from equipoise.pipeline.readers import (
+    AUTO,
+    CHUNK,
+    GRID,
+    MEASURES,
+    ONE_DIAL,
+    evaluated_prompts,
+    read_judges,
 )
-from equipoise.stages.judge import read_judges
-from equipoise.stages.quality_of import AUTO, ONE_DIAL
-from equipoise.stages.unseen import (
+from equipoise.pipeline.unseen import (
     REWARD,
     check_unseen,
     judges_in_training,
+    of_kind,
     warn_of_judges,
 )
+from equipoise.recipes.check import rerank_size
+from equipoise.rewards.scorer import Scorer
+from equipoise.seeds import derive_seed
+from equipoise.stages.figures_of import measures_of
+from equipoise.stages.quality_of import benign
+from equipoise.stages.responders import responders
 from equipoise.store.shards import to_plain
 from equipoise.store.stagedir import Stage
 from equipoise.types import Completion, Delivery, DialSetting, JudgeKind, Prompt, Responder
 
-if TYPE_CHECKING:
-    from equipoise.models.load import LoadedPolicy
-    from equipoise.rewards.scorer import Scorer
-
-PAGE = "report.html"
-MEASURES = "measures.json"
-_TITLES = {"deliveries": "", ONE_DIAL: ", one dial at a time", AUTO: ", all dials on auto"}
+_TITLES = {GRID: "", ONE_DIAL: ", one dial at a time", AUTO: ", all dials on auto"}
 """What the progress says of each folder of deliveries."""
-CHUNK = 4
-"""Prompts per shard of deliveries."""
 
 
-def evaluate(job: Job) -> None:
+def evaluate(job: Job, stage: Stage) -> None:
     """Sweep every responder over the evaluated split and measure; resumes by shard."""
-    recipe = job.recipe
-    models = {"policy": policy_hash(recipe.model)}
-    rewards, judged = (reward_hashes(c, job) for c in (recipe.reward_models, recipe.judges))
-    for kind, hashes in (("reward", rewards), ("judge", judged)):
-        models.update({f"{kind}/{attribute}": digest for attribute, digest in hashes.items()})
-    if recipe.refusal_judge is not None:
-        models.update(reward_hashes({"refusal judge": recipe.refusal_judge}, job))
-    stage = job.begin("evaluate", models)
-    if stage is None:
-        return
-    named = {f"{REWARD} {attribute}": digest for attribute, digest in rewards.items()}
-    warn_of_judges(job, judges_in_training(named, judged))
-    from equipoise.evaluate.sweep import sweep_settings
-    from equipoise.models.load import load_causal
-    from equipoise.stages.figures_of import measures_of
-    from equipoise.stages.quality_of import benign
-    from equipoise.stages.responders import responders
-
-    @cache
-    def untouched() -> LoadedPolicy:
-        return load_causal(recipe.model, rendering=job.rendering)
-
+    recipe, models = job.recipe, stage.fingerprint["models"]
+    rewards = {f"{REWARD} {name}": digest for name, digest in of_kind("reward", models).items()}
+    warn_of_judges(job, judges_in_training(rewards, of_kind("judge", models)))
+    untouched = cache(job.policy)
     prompts = evaluated_prompts(job)
     intersections = check_unseen(job, prompts)
     judges = read_judges(job)
-    n_attributes = len(recipe.attributes)
     grid = sweep_settings(job.dials, auto=False)
     for responder in responders(job, judges["optimization"], untouched):
-        _sweep_one(job, stage, responder, prompts, judges, "deliveries", grid)
+        sweep_one = partial(_sweep_one, job, stage, responder, judges=judges)
+        sweep_one(GRID, prompts, grid)
         # Auto is a control of its own: only a tuned policy has learnt one.
         if responder.name == "tuned" and recipe.evaluate.auto_sweep:
             both = sweep_settings(job.dials, auto=True)
-            _sweep_one(job, stage, responder, prompts, judges, ONE_DIAL, both[len(grid) :])
+            sweep_one(ONE_DIAL, prompts, both[len(grid) :])
         if responder.name == "tuned":
-            free = [DialSetting((None,) * n_attributes)]
-            _sweep_one(job, stage, responder, benign(prompts), judges, AUTO, free)
+            sweep_one(AUTO, benign(prompts), [DialSetting((None,) * len(recipe.attributes))])
     measures = measures_of(job, stage, judges["generalization"].calibration, prompts, untouched)
     stage.publish_json(MEASURES, to_plain(replace(measures, intersections=intersections)))
     stage.finish(prompts=len(prompts))
-
-
-def evaluated_prompts(job: Job) -> list[Prompt]:
-    """Return the prompts of the evaluated split, at most ``max_prompts``."""
-    config = job.recipe.evaluate
-    found = [prompt for prompt in read_prompts(job.run) if prompt.split == config.split]
-    return found[: config.max_prompts]
-
-
-def report(job: Job) -> None:
-    """Write ``report.json``, the page and the figures."""
-    stage = job.run.begin("report", fresh=job.fresh)
-    if stage.complete and stage.facts().get("text") != job.text:
-        # With and without text are two views of one run: no reason to refuse.
-        job.run.drop_from("report")
-        stage = job.run.begin("report")
-    if stage.complete:
-        job.progress.say("report: nothing to do")
-        return
-    from equipoise.stages.report import render_report
-
-    render_report(job, stage)
-    stage.finish(text=job.text)
 
 
 class Counted:
@@ -126,37 +86,57 @@ def _sweep_one(
     job: Job,
     stage: Stage,
     responder: Responder,
-    prompts: Sequence[Prompt],
-    judges: Mapping[JudgeKind, Scorer],
     folder: str,
+    prompts: Sequence[Prompt],
     settings: Sequence[DialSetting],
+    *,
+    judges: Mapping[JudgeKind, Scorer],
 ) -> None:
-    from equipoise.evaluate.sweep import sweep
-    from equipoise.seeds import derive_seed
-
-    recipe, config = job.recipe, job.recipe.evaluate
+    recipe = job.recipe
     if not settings:
         return
-    chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
-    names = [f"{folder}/{responder.name}/shard-{i:05d}.parquet" for i in range(len(chunks))]
-    held = sum(len(part) for name, part in zip(names, chunks, strict=True) if stage.has(name))
     # One seed for all methods: rerankers of different N share their samples by it.
     seed = derive_seed(recipe.seed, "evaluate")
+
+    def make(name: str, part: Sequence[Prompt]) -> None:
+        counted = Counted(responder)
+        swept = sweep(
+            counted,
+            part,
+            settings,
+            judges,
+            seed=seed,
+            repeats=recipe.evaluate.repeats,
+        )
+        rows = [row for chunk in swept for row in chunk]
+        cost = {"tokens": counted.tokens_through_model, "sampling_seconds": counted.seconds}
+        stage.publish_rows(name, rows, Delivery, **cost)
+
+    parts = {
+        f"{folder}/{responder.name}/{shard_name(i)}": prompts[start : start + CHUNK]
+        for i, start in enumerate(range(0, len(prompts), CHUNK))
+    }
     title = f"evaluate {responder.name}{_TITLES[folder]}"
-    with job.progress.task(title, len(prompts), done=held) as advance:
-        for name, part in zip(names, chunks, strict=True):
-            if stage.has(name):
-                continue
-            counted = Counted(responder)
-            swept = sweep(
-                counted,
-                part,
-                settings,
-                judges,
-                seed=seed,
-                repeats=config.repeats,
-            )
-            rows = [row for chunk in swept for row in chunk]
-            cost = {"tokens": counted.tokens_through_model, "sampling_seconds": counted.seconds}
-            stage.publish_rows(name, rows, Delivery, **cost)
-            advance(len(part))
+    job.make_missing(stage, title, parts, make, size=len)
+
+
+def cost(job: Job, speed: Speed) -> float:
+    """Return estimated seconds: every method's answers are sampled, and judged."""
+    recipe, config = job.recipe, job.recipe.evaluate
+    count = speed.counts[config.split]
+    settings: int = recipe.levels ** len(recipe.attributes)
+    answers = min(count, config.max_prompts or count) * settings * config.repeats
+    samples = [rerank_size(name) or 1 for name in config.responders]
+    single = float(sum(n == 1 for n in samples))
+    if config.auto_sweep and "tuned" in config.responders and len(recipe.attributes) > 1:
+        # Only the tuned model is swept with a dial on auto.
+        single += recipe.levels * len(recipe.attributes) / settings
+    reranked = float(max([n for n in samples if n > 1], default=0))
+    if config.rerank_stock is not None and reranked:
+        # The stock is drawn once per prompt, not once per setting.
+        reranked = config.rerank_stock / settings
+    sampled = answers * (single + reranked) * config.sampling.max_tokens
+    judged, rewards = pass_size(recipe.judges, job), pass_size(recipe.reward_models, job)
+    read = answers * ((single + (reranked > 0)) * (judged + rewards) + reranked * rewards)
+    text = speed.prompt_tokens + config.sampling.max_tokens
+    return sampled / speed.sampled + 2 * text * read / speed.flops

@@ -8,12 +8,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from equipoise.evaluate.measures import JUDGES, Ceiling, Cost, Measures, Method, Quality
-from equipoise.pipeline.job import Job, workshop_parser
+from equipoise.pipeline.job import CURVE, Job
+from equipoise.pipeline.readers import (
+    GRID,
+    ONE_DIAL,
+    START_CURVE,
+    read_deliveries,
+    workshop_parser,
+)
 from equipoise.recipes.check import rerank_size
-from equipoise.stages.quality_of import ONE_DIAL
-from equipoise.stages.tune import START_CURVE
 from equipoise.store.stagedir import Stage
-from equipoise.types import Delivery, JudgeKind, Prompt, ScoredCompletion, UnitScale
+from equipoise.types import JudgeKind, Prompt, ScoredCompletion, UnitScale
 
 if TYPE_CHECKING:
     from equipoise.evaluate.measure import ControlReport
@@ -32,13 +37,13 @@ def measures_of(
     from equipoise.stages.quality_of import quality_of, refusals_of, tuned_quality
 
     config, dials, bootstrap = job.recipe.evaluate, job.dials, job.bootstrap
-    found = {name: _deliveries(stage, name) for name in config.responders}
+    found = {name: read_deliveries(stage, name) for name in config.responders}
     by_id = {prompt.id: prompt for prompt in prompts}
     controls: dict[str, dict[JudgeKind, ControlReport]] = {}
     qualities: dict[str, Quality] = {}
     with job.progress.task("measure", len(found)) as advance:
         for name, deliveries in found.items():
-            swept = [*deliveries, *_deliveries(stage, name, ONE_DIAL)]
+            swept = [*deliveries, *read_deliveries(stage, name, ONE_DIAL)]
             controls[name] = {
                 judge: measure(swept, judge=judge, dials=dials, bootstrap=bootstrap)
                 for judge in JUDGES
@@ -74,18 +79,11 @@ def measures_of(
     )
 
 
-def _deliveries(stage: Stage, method: str, folder: str = "deliveries") -> list[Delivery]:
-    shards = stage.read_rows(Delivery, prefix=f"{folder}/{method}/")
-    return [row for rows in shards for row in rows]
-
-
 def _cost(job: Job, stage: Stage, method: str) -> Cost:
-    facts = {
-        name: stage.shard_facts(name) for name in stage.shards if name.startswith("deliveries/")
-    }
+    facts = {name: stage.shard_facts(name) for name in stage.shards if name.startswith(f"{GRID}/")}
 
     def total(key: str, chosen: str) -> float:
-        start = f"deliveries/{chosen}/"
+        start = f"{GRID}/{chosen}/"
         return sum(float(fact[key]) for name, fact in facts.items() if name.startswith(start))
 
     seconds = total("sampling_seconds", method)
@@ -98,7 +96,7 @@ def _cost(job: Job, stage: Stage, method: str) -> Cost:
     if method != "tuned":
         return cost
     tuned = job.run.done("tune")
-    names = [name for name in ("curve.json", START_CURVE) if name in tuned.outputs]
+    names = [name for name in (CURVE, START_CURVE) if name in tuned.outputs]
     curves = [tuned.read_json(name) for name in names]
     return replace(
         cost,

@@ -1,65 +1,44 @@
-"""The judges of an evaluation, both kinds on the unit scale of the start model's own pool."""
+"""What the judges say of the start model's pool: the unit scale of the evaluation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from equipoise.pipeline.job import (
-    Job,
+from equipoise.pipeline.job import Job
+from equipoise.pipeline.plan import Speed, pass_size
+from equipoise.pipeline.readers import (
+    CALIBRATION,
+    JUDGED_POOL,
     load_reward_models,
-    load_scorer,
     read_calibration,
     read_prompts,
     read_scored,
-    reward_hashes,
 )
+from equipoise.pool.calibrate import calibrate, calibration_report, own_pool
+from equipoise.pool.score import score
 from equipoise.store.shards import to_plain
-from equipoise.types import JudgeKind, ScoredCompletion
-
-if TYPE_CHECKING:
-    from equipoise.rewards.scorer import Scorer
-
-SCALE = "calibration.json"
-FACTS = "pool.json"
+from equipoise.store.stagedir import Stage
+from equipoise.types import ScoredCompletion
 
 
-def judge(job: Job) -> None:
-    """Let the judges read the start model's pool, which gives them their scale; by shard."""
-    recipe = job.recipe
-    stage = job.begin("judge", reward_hashes(recipe.judges, job))
-    if stage is None:
-        return
-    from equipoise.pool.calibrate import calibrate, calibration_report, own_pool
-    from equipoise.pool.score import score
-
-    judges = load_reward_models(recipe.judges, job)
+def judge(job: Job, stage: Stage) -> None:
+    """Let the judges read the pool, which gives them their scale; resumes by shard."""
+    judges = load_reward_models(job.recipe.judges, job)
     source, by_id = job.run.done("score"), {p.id: p for p in read_prompts(job.run)}
-    shards = [name for name in source.shards if name.startswith("shard-")]
-    with job.progress.task("judge the pool", len(shards)) as advance:
-        for name in shards:
-            if not stage.has(name):
-                rows = source.read_shard(name, ScoredCompletion)
-                chunks = score([row.completion for row in rows], by_id, judges)
-                judged = [row for chunk in chunks for row in chunk]
-                stage.publish_rows(name, judged, ScoredCompletion)
-            advance(1)
+
+    def make(name: str, shard: str) -> None:
+        rows = source.read_shard(shard, ScoredCompletion)
+        chunks = score([row.completion for row in rows], by_id, judges)
+        stage.publish_rows(name, [row for chunk in chunks for row in chunk], ScoredCompletion)
+
+    shards = {name: name for name in source.shards if name.startswith("shard-")}
+    job.make_missing(stage, "judge the pool", shards, make)
     pool = own_pool([row for rows in stage.read_rows(ScoredCompletion) for row in rows])
-    stage.publish_bytes(SCALE, calibrate(pool, mode="pooled").to_json().encode())
+    stage.publish_bytes(CALIBRATION, calibrate(pool, mode="pooled").to_json().encode())
     scored = own_pool(read_scored(job.run))
     facts = calibration_report(scored, read_calibration(job.run), judged=pool)
-    stage.publish_json(FACTS, to_plain(facts))
+    stage.publish_json(JUDGED_POOL, to_plain(facts))
     stage.finish(judged=len(pool))
 
 
-def read_judges(job: Job) -> dict[JudgeKind, Scorer]:
-    """Load both kinds of judges, each with its scale over the start model's own pool."""
-    from equipoise.pool.calibrate import Calibration
-    from equipoise.rewards.scorer import Scorer
-
-    scale = job.run.done("judge").read_bytes(SCALE).decode()
-    return {
-        "optimization": load_scorer(job),
-        "generalization": Scorer(
-            load_reward_models(job.recipe.judges, job), Calibration.from_json(scale)
-        ),
-    }
+def cost(job: Job, speed: Speed) -> float:
+    """Return estimated seconds."""
+    return speed.reading_pool(job) * pass_size(job.recipe.judges, job) / speed.flops

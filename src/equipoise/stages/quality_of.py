@@ -8,7 +8,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
 from equipoise.evaluate.measures import JUDGES, Quality
-from equipoise.pipeline.job import Job, note_skipped, workshop_parser
+from equipoise.pipeline.job import Job
+from equipoise.pipeline.readers import AUTO, note_skipped, read_deliveries, workshop_parser
 from equipoise.stats import Estimate
 from equipoise.store.stagedir import Stage
 from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
@@ -16,8 +17,6 @@ from equipoise.types import Delivery, DialSetting, JudgeKind, Prompt
 if TYPE_CHECKING:
     from equipoise.models.load import LoadedPolicy
 
-ONE_DIAL, AUTO = "one-dial", "auto"
-"""Folders of the tuned policy's deliveries with one dial set, and with every dial on auto."""
 Item = TypeVar("Item")
 
 
@@ -83,15 +82,13 @@ def tuned_quality(
         known: What is known of both so far.
     """
     from equipoise.evaluate.quality import perplexity, perplexity_ratio, read_references
-    from equipoise.models.load import load_causal
-    from equipoise.stages.tune import MODEL
 
     start, tuned = known["start"], replace(known["tuned"], drift=drift_of(job, stage, own))
     asked = bool(job.recipe.evaluate.references)
     pairs = _references(job, stage) if asked else _own_answers(job, own, prompts)
     if pairs:
         auto = DialSetting((None,) * len(job.recipe.attributes))
-        policy = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
+        policy = job.tuned_policy()
         before = read_references(untouched.model, untouched.encoder, pairs)
         after = read_references(policy.model, policy.encoder, pairs, setting=auto)
         start = replace(start, perplexity=perplexity(before, bootstrap=job.bootstrap))
@@ -138,7 +135,7 @@ def drift_of(
     """Return per judge and attribute how far the tuned policy, left alone, has moved."""
     from equipoise.evaluate.quality import drift
 
-    free = [row for rows in stage.read_rows(Delivery, prefix=f"{AUTO}/tuned/") for row in rows]
+    free = read_deliveries(stage, "tuned", AUTO)
     if not free:
         return {}
     return {

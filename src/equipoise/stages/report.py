@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from equipoise.errors import RunError
 from equipoise.evaluate.measures import Measures
-from equipoise.pipeline.job import Job, read_prompts, read_skipped, workshop_parser
+from equipoise.models.hub import resolve_model
+from equipoise.pipeline.job import CURVE, Job
 from equipoise.pipeline.plan import read_plan
+from equipoise.pipeline.readers import (
+    JUDGED_POOL,
+    MEASURES,
+    START_CURVE,
+    read_deliveries,
+    read_prompts,
+    read_skipped,
+    workshop_parser,
+)
+from equipoise.pipeline.rundir import RunDir
+from equipoise.pipeline.unseen import judges_by_hash
 from equipoise.pool.moec import MoecReport
 from equipoise.recipes.source import map_models, shown_model
 from equipoise.report.data import BackDoors, ModelFacts, Report, Scale, ShownRecipe, Skipped
+from equipoise.report.render import render
 from equipoise.report.sampler import Texts
-from equipoise.stages.evaluate import MEASURES
-from equipoise.stages.judge import FACTS
-from equipoise.stages.tune import START_CURVE
-from equipoise.stages.unseen import judges_by_hash
-from equipoise.store.rundir import RunDir
+from equipoise.rewards.card import read_card
 from equipoise.store.shards import from_plain
 from equipoise.store.stagedir import Stage
 from equipoise.store.stagefiles import StageFiles
 from equipoise.types import Delivery
 
 
-def render_report(job: Job, stage: Stage) -> None:
-    """Write ``report.html``, ``report.json`` and the figures into the report stage."""
-    from equipoise.report.render import render
-
+def report(job: Job, stage: Stage) -> None:
+    """Write ``report.html``, ``report.json`` and the figures."""
     made = stage.work / "page"
     shutil.rmtree(made, ignore_errors=True)
     with job.run.writing():
         render(gather(job), made, texts=_texts(job) if job.text else None)
     for file in sorted(path for path in made.rglob("*") if path.is_file()):
         stage.publish_bytes(file.relative_to(made).as_posix(), file.read_bytes())
+    stage.finish(text=job.text)
 
 
 def _texts(job: Job) -> Texts:
     evaluated = job.run.done("evaluate")
     deliveries: dict[str, list[Delivery]] = {}
     for method in job.recipe.evaluate.responders:
-        shards = evaluated.read_rows(Delivery, prefix=f"deliveries/{method}/")
-        deliveries[method] = [row for rows in shards for row in rows]
+        deliveries[method] = read_deliveries(evaluated, method)
     marks = None
     if workshop_parser(job.recipe):
         from equipoise.worlds.workshop.oracle import marked
@@ -61,7 +69,7 @@ def gather(job: Job) -> Report:
     measures = _measures(run)
     loaded = run.done("prompts").facts()
     counts, dropped = loaded["counts"], loaded.get("dropped", 0)
-    recipe = map_models(run.recipe.model_dump(mode="json"), lambda _, name: shown_model(name))
+    recipe = map_models(job.recipe.model_dump(mode="json"), lambda _, name: shown_model(name))
     # The folder of the data is the user's own affair: reports are passed on.
     recipe["data"] = None
     return Report(
@@ -80,7 +88,7 @@ def gather(job: Job) -> Report:
         intersections=measures.intersections,
         recipe=ShownRecipe.model_validate(recipe),
         judges_in_training=judges_by_hash(run),
-        pool=from_plain(dict[str, Scale], run.done("judge").read_json(FACTS)),
+        pool=from_plain(dict[str, Scale], run.done("judge").read_json(JUDGED_POOL)),
         no_finished_sentence=scored.facts()["no_finished_sentence"],
         skipped=from_plain(dict[str, Skipped], read_skipped(run)),
         moec=from_plain(MoecReport, distilled.read_json("moec.json")),
@@ -106,7 +114,7 @@ def _measures(run: RunDir) -> Measures:
 
 def _losses(tuned: StageFiles) -> dict[str, dict[str, list[float]]]:
     """Return the curves of a tuning, by column; those without a step are left out."""
-    curves = {"tuned": tuned.read_json("curve.json")}
+    curves = {"tuned": tuned.read_json(CURVE)}
     if START_CURVE in tuned.outputs:
         curves["steered start"] = tuned.read_json(START_CURVE)
     return {
@@ -118,11 +126,6 @@ def _losses(tuned: StageFiles) -> dict[str, dict[str, list[float]]]:
 
 def _cards(job: Job) -> dict[str, ModelFacts]:
     """Return what is known of every fitted reward model and judge, its rows left out."""
-    from pathlib import Path
-
-    from equipoise.models.hub import resolve_model
-    from equipoise.rewards.card import read_card
-
     found: dict[str, ModelFacts] = {}
     refusal = job.recipe.refusal_judge
     for kind, configs in (

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from equipoise.config import Sampling
+from equipoise.encoding.encode import Encoder
+from equipoise.engine.sample import TransformersEngine
+from equipoise.models.load import LoadedPolicy
 from equipoise.pipeline.job import Job
+from equipoise.pipeline.readers import (
+    STRENGTHS,
+    read_directions,
+    read_examples,
+    steered_engine,
+)
 from equipoise.recipes.check import rerank_size
-
-if TYPE_CHECKING:
-    from equipoise.config import Sampling
-    from equipoise.encoding.encode import Encoder
-    from equipoise.models.load import LoadedPolicy
-    from equipoise.rewards.scorer import Scorer
+from equipoise.rewards.scorer import Scorer
+from equipoise.steer.prompting import Prompting, Wording
+from equipoise.steer.reranking import Candidates, Reranking
+from equipoise.steer.responders import Tuned, Untouched
+from equipoise.steer.strengths import Steering, Strengths
 
 
 def responders(job: Job, scorer: Scorer, untouched: Callable[[], LoadedPolicy]) -> Iterator[Any]:
@@ -23,13 +32,6 @@ def responders(job: Job, scorer: Scorer, untouched: Callable[[], LoadedPolicy]) 
         scorer: What reranking ranks by.
         untouched: Returns the untouched model, loaded once for all that need it.
     """
-    from equipoise.engine.sample import TransformersEngine
-    from equipoise.models.load import load_causal
-    from equipoise.stages.tune import MODEL
-    from equipoise.steer.prompting import Prompting, Wording
-    from equipoise.steer.reranking import Candidates, Reranking
-    from equipoise.steer.responders import Tuned, Untouched
-
     recipe, config = job.recipe, job.recipe.evaluate
     sampling = config.sampling
     wanted = config.responders
@@ -52,7 +54,7 @@ def responders(job: Job, scorer: Scorer, untouched: Callable[[], LoadedPolicy]) 
                     job.dials,
                     phrases=config.phrases,
                     in_context=config.in_context,
-                    examples=_examples(job) if config.in_context else (),
+                    examples=read_examples(job.run) if config.in_context else (),
                 ),
             )
         if counts:
@@ -69,16 +71,11 @@ def responders(job: Job, scorer: Scorer, untouched: Callable[[], LoadedPolicy]) 
     if "steering" in wanted:
         yield _steering(job, untouched(), sampling)
     if "tuned" in wanted:
-        engine, encoder = engine_of(
-            load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
-        )
+        engine, encoder = engine_of(job.tuned_policy())
         yield Tuned(engine, encoder, sampling=sampling)
 
 
 def _steering(job: Job, policy: LoadedPolicy, sampling: Sampling) -> Any:
-    from equipoise.stages.steer import STRENGTHS, read_directions, steered_engine
-    from equipoise.steer.strengths import Steering, Strengths
-
     stage = job.run.done("steer")
     by_level = stage.read_json(STRENGTHS)["by_level"]
     return Steering(
@@ -87,9 +84,3 @@ def _steering(job: Job, policy: LoadedPolicy, sampling: Sampling) -> Any:
         sampling=sampling,
         strengths=Strengths({name: tuple(by_level[name]) for name in job.recipe.attributes}),
     )
-
-
-def _examples(job: Job) -> Sequence[Any]:
-    from equipoise.stages.distil import read_examples
-
-    return read_examples(job)

@@ -1,4 +1,4 @@
-"""``equipoise evaluate --policy``: what every scenario of a dial policy delivers in a run."""
+"""What every scenario of a dial policy delivers in a run."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from equipoise.evaluate.scenarios import ScenariosReport
-from equipoise.pipeline.job import Job
+from equipoise.engine.sample import TransformersEngine
+from equipoise.evaluate.scenarios import ScenariosReport, measure_scenarios, scenario_settings
+from equipoise.evaluate.sweep import sweep
+from equipoise.models.hub import model_hash
+from equipoise.pipeline.job import MODEL, Job
+from equipoise.pipeline.readers import (
+    CHUNK,
+    GRID,
+    ONE_DIAL,
+    SCENARIOS,
+    evaluated_prompts,
+    read_deliveries,
+    read_judges,
+)
 from equipoise.policy.file import find_policy, load_policy
-from equipoise.stages.evaluate import CHUNK, evaluated_prompts
-from equipoise.stages.judge import read_judges
-from equipoise.stages.quality_of import ONE_DIAL
-from equipoise.stages.tune import MODEL
+from equipoise.seeds import derive_seed
+from equipoise.steer.responders import Tuned
 from equipoise.store.publish import json_bytes, publish_bytes
 from equipoise.store.shards import to_plain
 from equipoise.types import Delivery, DialSetting
 
-FOLDER = "scenarios"
 RESULT, TABLE = "scenarios.json", "scenarios.md"
 
 
-def evaluate_scenarios(job: Job, policy_name: str) -> Path:
+def scenarios(job: Job, *, policy: str) -> Path:
     """Measure every scenario on the evaluated prompts, as JSON and as a table.
 
     Deliveries that the evaluate stage has sampled are taken from there: it turned every dial over
@@ -29,7 +38,7 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
 
     Args:
         job: Of a run whose evaluate stage is complete.
-        policy_name: A policy file, or a shipped policy.
+        policy: A policy file, or a shipped policy.
 
     Returns:
         The folder of the JSON and the table: ``RUN/scenarios/POLICY``.
@@ -38,13 +47,10 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         RunError: The evaluate stage is not complete.
         ConfigError: The policy does not fit the model.
     """
-    from equipoise.evaluate.scenarios import measure_scenarios, scenario_settings
-    from equipoise.models.hub import model_hash
-
     recipe, tuned = job.recipe, job.run.done("tune").directory(MODEL)
-    file = find_policy(policy_name)
-    policy = load_policy(file, job.dials)
-    settings = scenario_settings(policy, job.dials)
+    file = find_policy(policy)
+    rules = load_policy(file, job.dials)
+    settings = scenario_settings(rules, job.dials)
     wanted = list(dict.fromkeys(s for stands in settings.values() for s in stands.values()))
     measured = measure_scenarios(
         settings,
@@ -52,19 +58,19 @@ def evaluate_scenarios(job: Job, policy_name: str) -> Path:
         dials=job.dials,
         bootstrap=job.bootstrap,
     )
-    reasons = {name: scenario.why for name, scenario in policy.scenarios.items()}
+    reasons = {name: scenario.why for name, scenario in rules.scenarios.items()}
     measured = replace(
         measured,
         scenarios={n: replace(one, why=reasons[n]) for n, one in measured.scenarios.items()},
     )
     facts = {
         "policy": file.stem,
-        "policy_hash": policy.hash,
+        "policy_hash": rules.hash,
         "model_hash": model_hash(str(tuned)),
         "split": recipe.evaluate.split,
         "sampling": recipe.evaluate.sampling.model_dump(mode="json"),
     }
-    place = job.run.path / FOLDER / file.stem
+    place = job.run.path / SCENARIOS / file.stem
     with job.run.writing():
         place.mkdir(parents=True, exist_ok=True)
         publish_bytes(place / RESULT, json_bytes({**facts, **to_plain(measured)}))
@@ -97,9 +103,8 @@ def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:
     evaluated = job.run.done("evaluate")
     held = [
         row
-        for folder in ("deliveries", ONE_DIAL)
-        for rows in evaluated.read_rows(Delivery, prefix=f"{folder}/tuned/")
-        for row in rows
+        for folder in (GRID, ONE_DIAL)
+        for row in read_deliveries(evaluated, "tuned", folder)
         if row.setting in set(wanted)
     ]
     missing = [setting for setting in wanted if setting not in {row.setting for row in held}]
@@ -109,15 +114,8 @@ def _deliveries(job: Job, wanted: Sequence[DialSetting]) -> Iterable[Delivery]:
 
 
 def _sampled(job: Job, settings: Sequence[DialSetting]) -> Iterable[Delivery]:
-    from equipoise.engine.sample import TransformersEngine
-    from equipoise.evaluate.sweep import sweep
-    from equipoise.models.load import load_causal
-    from equipoise.seeds import derive_seed
-    from equipoise.steer.responders import Tuned
-
     recipe, config = job.recipe, job.recipe.evaluate
-    job.settle_threads()
-    policy = load_causal(str(job.run.done("tune").directory(MODEL)), rendering=job.rendering)
+    policy = job.tuned_policy()
     engine = TransformersEngine.of(policy, batch_size=config.batch_size)
     judges = read_judges(job)
     prompts = evaluated_prompts(job)

@@ -184,5 +184,5 @@ def find_directions(
 
 def _unreadable(directory: Path, why: str) -> ModelError:
     return ModelError(
-        f"no steering directions in {directory}", why=why, fix="make them: `equipoise steer`"
+        f"no steering directions in {directory}", why=why, fix="make them: `equipoise stage steer`"
     )

@@ -7,11 +7,11 @@ a wish; what it became is for the reward models to say, on the scale of the mode
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from equipoise.config import GenerateConfig, RegenerateConfig
+from equipoise.config import GenerateConfig, RegenerateConfig, Sampling
 from equipoise.dials.dials import Dials
 from equipoise.encoding.encode import Encoder
 from equipoise.engine.seam import Engine
@@ -47,59 +47,42 @@ def wishes(prompt: Prompt, config: RegenerateConfig, *, dials: Dials, seed: int)
     return found[: config.steered_per_prompt]
 
 
-def regenerate(
-    prompts: Sequence[Prompt],
+def regenerate_batch(
+    batch: Sequence[Prompt],
+    wanted: Sequence[Sequence[Wish]],
     engine: Engine,
     encoder: Encoder,
-    config: RegenerateConfig,
-    sampled_as: GenerateConfig,
+    sampling: Sampling,
     *,
-    dials: Dials,
     seed: int,
-    done: Collection[int] = (),
-) -> Iterator[tuple[int, list[tuple[Completion, tuple[float, ...]]]]]:
-    """Yield the steered completions of one batch of prompts after the other.
-
-    Batches are made of prompts of like length, over all prompts whatever is done: so a resumed run
-    computes, and writes, the same.
+) -> list[tuple[Completion, tuple[float, ...]]]:
+    """Return the steered completions of one batch, with the strengths they were sampled under.
 
     Args:
-        prompts: All prompts of the pool.
+        batch: One of :func:`batches_of`.
+        wanted: The :func:`wishes` of each of its prompts.
         engine: Samples from the untouched model, with directions in the attributes' order.
         encoder: The model's encoder.
-        config: How many, which cells, how strong.
-        sampled_as: Sampling and batch size: those of the own pool.
-        dials: Attributes and levels.
+        sampling: That of the own pool.
         seed: The recipe's seed.
-        done: Numbers of the batches that exist; they are not yielded again.
-
-    Yields:
-        The batch's number, and its completions with the strengths they were sampled under.
     """
-    encoded = {prompt.id: encoder.prompt_ids(prompt.messages) for prompt in prompts}
-    batches = batches_of(prompts, encoder, config, sampled_as)
-    for number, batch in enumerate(batches):
-        if number in done:
-            continue
-        wanted = [wishes(prompt, config, dials=dials, seed=seed) for prompt in batch]
-        requests = [
-            steered_request(
-                encoded[prompt.id],
-                [strengths for _, strengths in drawn],
-                [derive_seed(seed, "steered", prompt.id, i) for i in range(len(drawn))],
-            )
-            for prompt, drawn in zip(batch, wanted, strict=True)
-        ]
-        rows = []
-        for prompt, drawn, items in zip(
-            batch, wanted, engine.generate(requests, sampled_as.sampling), strict=True
-        ):
-            for i, ((cell, strengths), item) in enumerate(zip(drawn, items, strict=True)):
-                completion = item.as_completion(
-                    prompt.id, i, model_hash=engine.model_hash, setting=cell, round=1
-                )
-                rows.append((completion, strengths))
-        yield number, rows
+    requests = [
+        steered_request(
+            encoder.prompt_ids(prompt.messages),
+            [strengths for _, strengths in drawn],
+            [derive_seed(seed, "steered", prompt.id, i) for i in range(len(drawn))],
+        )
+        for prompt, drawn in zip(batch, wanted, strict=True)
+    ]
+    sampled = engine.generate(requests, sampling)
+    return [
+        (
+            item.as_completion(prompt.id, i, model_hash=engine.model_hash, setting=cell, round=1),
+            strengths,
+        )
+        for prompt, drawn, items in zip(batch, wanted, sampled, strict=True)
+        for i, ((cell, strengths), item) in enumerate(zip(drawn, items, strict=True))
+    ]
 
 
 def batches_of(
@@ -108,7 +91,10 @@ def batches_of(
     config: RegenerateConfig,
     sampled_as: GenerateConfig,
 ) -> list[list[Prompt]]:
-    """Return the batches of :func:`regenerate`: prompts by length, then by id."""
+    """Return the prompts that are sampled together: by length, then by id.
+
+    They are the same whatever is sampled already: so a resumed run computes, and writes, the same.
+    """
     order = sorted(prompts, key=lambda p: (len(encoder.prompt_ids(p.messages)), p.id))
     size = max(1, sampled_as.batch_size // config.steered_per_prompt)
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from equipoise.config import Recipe
-from equipoise.store.fingerprint import diff, read_fields, reads_of, with_new_defaults
 from equipoise.store.publish import (
     json_bytes,
     publish_bytes,
@@ -26,16 +24,13 @@ Row = TypeVar("Row")
 class Run(Protocol):
     """What a stage needs from its run directory."""
 
-    path: Path
-    recipe: Recipe
-
     def writing(self) -> AbstractContextManager[None]:
         """Turn disk errors into user errors."""
         ...
 
 
 class Stage(StageFiles):
-    """A stage at work. Make one with :meth:`equipoise.store.rundir.RunDir.begin`.
+    """A stage at work. Make one with :meth:`equipoise.pipeline.rundir.RunDir.begin`.
 
     Args:
         path: The folder.
@@ -55,14 +50,10 @@ class Stage(StageFiles):
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def changes(self) -> list[str]:
-        """Return how the fingerprint differs from the one the stage was begun with."""
+    def begun_with(self) -> dict[str, Any] | None:
+        """Return the fingerprint that the stage was begun with; none if it never was."""
         old = self._record() or read_json_or_none(self.path / RunFile.STARTED)
-        if old is None:
-            return []
-        config = with_new_defaults(old["fingerprint"]["config"], self._run.recipe)
-        kept = read_fields(config, reads_of(self.path.name, self._run.recipe))
-        return diff({**old["fingerprint"], "config": kept}, self.fingerprint)
+        return None if old is None else old["fingerprint"]
 
     def prepare(self) -> None:
         """Make the folder, note the fingerprint, and load the list of what is published."""
@@ -115,7 +106,7 @@ class Stage(StageFiles):
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             self._list({name: publish_bytes(self.path / name, data)})
 
-    def publish_directory(self, name: str, build: Callable[[Path], None]) -> None:
+    def publish_directory(self, name: str, build: Callable[[Path], object]) -> None:
         """Publish a folder that ``build`` fills (a model directory, a report)."""
         with self._run.writing():
             hashes = publish_directory(self.path / name, build)

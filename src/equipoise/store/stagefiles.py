@@ -27,7 +27,7 @@ class RunFile(StrEnum):
 
 
 class StageFiles:
-    """A stage's published files. Get one with :meth:`equipoise.store.rundir.RunDir.done`.
+    """A stage's published files. Get one with :meth:`equipoise.pipeline.rundir.RunDir.done`.
 
     Args:
         path: The folder.

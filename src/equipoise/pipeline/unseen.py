@@ -8,8 +8,9 @@ from pathlib import Path
 from equipoise.config import Recipe, RewardModelConfig
 from equipoise.errors import DataError
 from equipoise.overlap import prompt_key
-from equipoise.pipeline.job import Job, read_prompts
-from equipoise.store.rundir import RunDir
+from equipoise.pipeline.job import Job
+from equipoise.pipeline.readers import prompt_keys
+from equipoise.pipeline.rundir import RunDir
 from equipoise.types import Prompt
 
 REWARD, ALIGN = "reward model", "align reward"
@@ -29,9 +30,7 @@ def check_unseen(job: Job, prompts: Sequence[Prompt]) -> dict[str, int | None]:
         DataError: A set shares a prompt with the evaluated ones.
     """
     wanted = {prompt_key(prompt.messages) for prompt in prompts}
-    keys: dict[str, set[str]] = {"train": set(), "dev": set(), "test": set()}
-    for prompt in read_prompts(job.run):
-        keys[prompt.split].add(prompt_key(prompt.messages))
+    keys = {split: prompt_keys(job.run, (split,)) for split in ("train", "dev", "test")}
     sizes: dict[str, int | None] = {
         f"{split} prompts": len(wanted & found)
         for split, found in keys.items()
@@ -98,15 +97,18 @@ def judges_by_name(recipe: Recipe) -> dict[str, str]:
 
 def judges_by_hash(run: RunDir) -> dict[str, str]:
     """Return :func:`judges_in_training` of a run that is evaluated."""
-    kinds: dict[str, dict[str, str]] = {}
-    for name, digest in run.done("evaluate").facts()["fingerprint"]["models"].items():
-        kind, _, attribute = name.partition("/")
-        kinds.setdefault(kind, {})[attribute] = digest
-    rewards = {f"{REWARD} {name}": digest for name, digest in kinds["reward"].items()}
+    found = run.done("evaluate").facts()["fingerprint"]["models"]
+    trained = {f"{REWARD} {name}": digest for name, digest in of_kind("reward", found).items()}
     if run.recipe.align is not None:
         align = run.done("align").facts()["fingerprint"]["models"]
-        rewards |= {f"{ALIGN} {name}": align[name] for name in run.recipe.align.rewards}
-    return judges_in_training(rewards, kinds["judge"])
+        trained |= {f"{ALIGN} {name}": align[name] for name in run.recipe.align.rewards}
+    return judges_in_training(trained, of_kind("judge", found))
+
+
+def of_kind(kind: str, models: Mapping[str, str]) -> dict[str, str]:
+    """Return attribute to hash of the reward models or judges in a fingerprint."""
+    start = f"{kind}/"
+    return {n.removeprefix(start): digest for n, digest in models.items() if n.startswith(start)}
 
 
 def _rows_of(config: RewardModelConfig, job: Job) -> set[str] | None:
