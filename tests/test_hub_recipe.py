@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from equipoise import load_causal
+from equipoise.cli.forge import served
 from equipoise.cli.main import main
 from equipoise.dials.dials import Dials
 from equipoise.errors import ModelError
 from equipoise.policy.file import find_policy, load_policy
 from equipoise.recipes.load import load_recipe
-from equipoise.serve.forge import served
 from hub_kit import COMMIT, add_model, build_hub, offline
 from hub_models import MODELS, POLICY, save_llama
 from hub_rows import SETS

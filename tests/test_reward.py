@@ -21,8 +21,8 @@ from equipoise.models import load
 from equipoise.overlap import prompt_key
 from equipoise.rewards.baselines import auc, held_out_estimate, length_scores
 from equipoise.rewards.card import read_card
+from equipoise.rewards.classifier import FrozenFeatures
 from equipoise.rewards.fit import fit_reward, split_by_prompt
-from equipoise.rewards.head import FrozenFeatures
 from equipoise.rewards.input import InputEncoder
 from equipoise.rewards.load import ClassifierReward, load_reward_model, reward_hash
 from equipoise.types import Message, PreferencePair, Prompt

@@ -14,7 +14,7 @@ from equipoise.encoding.encode import Encoder
 from equipoise.encoding.template import ChatTemplate
 from equipoise.errors import ModelError, RunError
 from equipoise.models.load import load_causal
-from equipoise.pipeline import rundate
+from equipoise.pipeline import stored as rundate
 from equipoise.pipeline.job import Job
 from equipoise.pipeline.rundir import RunDir
 from equipoise.progress import Progress

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from equipoise.cli import chat, checking, look, serving, stages
+from equipoise.cli import chat, look, serving, stages
 from equipoise.errors import EquipoiseError
 from equipoise.pipeline.table import STAGES
 
@@ -28,7 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 stages.add_commands(app)
-checking.add_commands(app)
 look.add_commands(app)
 chat.add_commands(app)
 serving.add_commands(app)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from equipoise.config import Recipe
 from equipoise.dials.dials import Dials
-from equipoise.pipeline.rundate import settle_date
 from equipoise.pipeline.rundir import RunDir
+from equipoise.pipeline.stored import settle_date
 from equipoise.pipeline.table import MADE
 from equipoise.progress import Progress
 from equipoise.recipes.source import home

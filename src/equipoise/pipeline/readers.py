@@ -148,7 +148,7 @@ def load_reward_models(
     configs: Mapping[str, RewardModelConfig], job: Job
 ) -> dict[str, RewardModel]:
     """Load one reward model (or judge) per attribute, in attribute order."""
-    from equipoise.rewards.head import FrozenFeatures
+    from equipoise.rewards.classifier import FrozenFeatures
     from equipoise.rewards.load import load_reward_model
 
     features: dict[str, FrozenFeatures] = {}

@@ -1,7 +1,13 @@
-"""What a run directory says of itself: the number of its layout, and its recipe."""
+"""What a run directory says of itself: the number of its layout, its recipe, its date.
+
+The date is what chat templates write: the first day of the run. Templates of Llama 3.1, Granite
+and others write today's date into every prompt. A run that goes on after midnight, or is resumed
+next week, must ask with the prompts that it began with.
+"""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +18,7 @@ from equipoise.config import Recipe
 from equipoise.errors import RunError
 from equipoise.recipes.gone import in_todays_fields, readable
 from equipoise.recipes.source import settled_paths
-from equipoise.store.publish import read_json, read_json_or_none
+from equipoise.store.publish import json_bytes, publish_bytes, read_json, read_json_or_none
 
 RECIPE = "recipe.json"
 FORMAT_FILE, FORMAT = "format.json", 1
@@ -72,3 +78,28 @@ def with_new_defaults(old: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     except ValidationError:
         return old
     return {**old, **full}
+
+
+FILE = "date.json"
+
+
+def settle_date(run_dir: Path) -> datetime.date:
+    """Return the date of a run; today's, recorded, where there is none yet.
+
+    Raises:
+        RunError: What is recorded is no date.
+    """
+    file = run_dir / FILE
+    kept = read_json_or_none(file)
+    if kept is None:
+        today = datetime.date.today()
+        publish_bytes(file, json_bytes({"date": today.isoformat()}))
+        return today
+    try:
+        return datetime.date.fromisoformat(kept["date"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{file} holds no date",
+            why="the chat template writes this date into every prompt of the run",
+            fix='restore the line {"date": "YYYY-MM-DD"} with the day on which the run began',
+        ) from error

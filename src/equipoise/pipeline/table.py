@@ -132,7 +132,7 @@ STAGES: Mapping[str, StageSpec] = {
         ),
         StageSpec(
             "forge", "Measure how far typed text can move a dial, through the HTTP server.",
-            "equipoise.serve.forge:forge",
+            "equipoise.cli.forge:forge",
             reads=_EVALUATED, inputs=("prompts", "score", "tune", "judge", "evaluate"),
             phase=Phase.BESIDE,
         ),

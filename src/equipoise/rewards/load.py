@@ -19,8 +19,14 @@ from equipoise.models.limits import check_vocabulary
 from equipoise.models.load import default_device, load_tokenizer
 from equipoise.models.read import read_config
 from equipoise.rewards.card import Pooling, RewardCard, read_card
-from equipoise.rewards.classifier import longest_input, read_classifier, settle_padding
-from equipoise.rewards.head import FrozenFeatures, head_of, model_inputs
+from equipoise.rewards.classifier import (
+    FrozenFeatures,
+    head_of,
+    longest_input,
+    model_inputs,
+    read_classifier,
+    settle_padding,
+)
 from equipoise.rewards.input import InputEncoder, RewardInput, length_batches
 from equipoise.types import Prompt, RewardModel
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from equipoise.config import FitRewardConfig
 from equipoise.errors import TrainingError
-from equipoise.rewards.head import answer_mean, head_of, model_inputs
+from equipoise.rewards.classifier import answer_mean, head_of, model_inputs
 from equipoise.rewards.input import EncodedRow, RewardInput, length_batches
 from equipoise.training.checkpoints import Curve, OnStep
 from equipoise.training.loop import Training, drive

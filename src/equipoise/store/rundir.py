@@ -16,15 +16,18 @@ on, is none of the store's affairs: :mod:`equipoise.pipeline.rundir` knows.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from equipoise.errors import RunError
-from equipoise.store.lock import locked
 from equipoise.store.publish import TEMPORARY, is_full, json_bytes, publish_bytes, remove_orphans
 from equipoise.store.stagefiles import RunFile, StageFiles
 
@@ -143,3 +146,38 @@ def _short(value: Any) -> str:
 
 def _existing(path: Path) -> Path:
     return next(item for item in (path, *path.absolute().parents) if item.exists())
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the directory's lock.
+
+    Raises:
+        RunError: Another process holds it; named by pid, host and start time.
+    """
+    # The lock belongs to the open descriptor: it dies with the process, so none is ever stale.
+    descriptor = os.open(path / RunFile.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"another process is at work in {path}",
+                why=_holder(descriptor),
+                fix="wait for it to end, stop it, or name another directory with --dir",
+            ) from error
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        data = json.dumps(note).encode().ljust(256)
+        os.pwrite(descriptor, data, 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        note = json.loads(os.pread(descriptor, 256, 0))
+        return f"pid {note['pid']} on {note['host']} holds it since {note['started']}"
+    except (ValueError, KeyError, OSError):
+        return "it is locked by a process that has just started"
