@@ -43,11 +43,11 @@ class Subject(Protocol):
 
 
 class Run:
-    """``equipoise generate``, by the shards that it publishes."""
+    """``equipoise stage generate``, by the shards that it publishes."""
 
     def __init__(self, start: Start, place: Path) -> None:
         small = ("--set", "generate.batch_size=64", "--set", "prompts.train.0.limit=400")
-        self.process = start("generate", "workshop", "--dir", str(place), *small)
+        self.process = start("stage", "generate", "workshop", "--dir", str(place), *small)
         self._stage = place / "generate"
 
     def ready(self) -> None:

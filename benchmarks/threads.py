@@ -6,7 +6,7 @@
 The neighbour is one ``while True: pass``. The commands are those that users call, with the
 Workshop's start model (for serve and chat with dials that were not trained: as fast as tuned ones):
 
-    run     ``equipoise generate``: the time of the next SHARDS shards, CAP seconds at most
+    run     ``equipoise stage generate``: the time of the next SHARDS shards, CAP seconds at most
     serve   STREAMS streamed answers at once, WINDOW seconds
     chat    one answer after the other, WINDOW seconds
 

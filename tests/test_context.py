@@ -120,7 +120,7 @@ def test_a_run_without_room_ends_before_it_samples(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(assets, **changes))
     with pytest.raises(SystemExit) as caught:
-        main(["generate", str(recipe), "--dir", str(tmp_path / "run")])
+        main(["stage", "generate", str(recipe), "--dir", str(tmp_path / "run")])
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert "context of 512 tokens" in error

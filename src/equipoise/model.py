@@ -108,6 +108,6 @@ def load(name: str | Path) -> Model:
         raise ModelError(
             "this model has no dials",
             why="its directory holds no dials.json",
-            fix="give the directory that `equipoise tune` wrote: RUN/tune/model",
+            fix="give the directory that a run wrote: RUN/tune/model",
         )
     return Model(policy, policy.manifest.dials)
