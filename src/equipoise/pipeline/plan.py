@@ -31,8 +31,8 @@ PLAN = "plan.json"
 """Of a run directory: stage to the minutes that were first planned for it."""
 ROWS_UNKNOWN = 5000
 """Taken for a source without a limit whose rows are not on this disk."""
-PROBE_TOKENS = 12
-PROBE_LENGTH = 160
+PROBE_TOKENS, PROBE_LENGTH, PROBE_LOGITS = 12, 160, 1 << 24
+"""Tokens sampled, length of a row trained on, and its logits in all (several copies are held)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def probe(job: Job) -> Speed:
     sampling = config.sampling.model_copy(update={"max_tokens": PROBE_TOKENS})
     seconds = _best_of(lambda: engine.generate(requests, sampling))
     sampled = len(encoded) * k * PROBE_TOKENS / seconds
-    trained = training_speed(policy, encoded, min(job.recipe.tune.batch_size, 8))
+    rows = PROBE_LOGITS // (PROBE_LENGTH * policy.model.config.get_text_config().vocab_size)
+    trained = training_speed(policy, encoded, min(job.recipe.tune.batch_size, 8, max(rows, 1)))
     size = sum(parameter.numel() for parameter in policy.model.parameters())
     return Speed(
         sampled=sampled,

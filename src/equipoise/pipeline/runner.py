@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.pipeline.job import Job
+from equipoise.pipeline.memory import give_back
 from equipoise.pipeline.rundir import RunDir
 from equipoise.pipeline.spec import Phase, StageSpec, view_of
 from equipoise.pipeline.table import STAGES, is_asked_for, of_phase, reads_of
@@ -47,6 +48,7 @@ def run_all(
     _check_start([row for row in others if is_asked_for(row, run.recipe)], job)
     _make(first, job, fresh=fresh)
     pace = Pace(print_plan(job), job.progress.say)
+    give_back()
     with job.progress.watched(pace.check):
         for row in others:
             pace.begin(row.name)
@@ -117,6 +119,7 @@ def _make(row: StageSpec, whole: Job, *, fresh: bool) -> None:
     if row.computes:
         whole.settle_threads()
     _imported(row)(job, stage)
+    give_back()
 
 
 def _begin(row: StageSpec, job: Job, *, fresh: bool) -> Stage:
