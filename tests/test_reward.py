@@ -278,11 +278,13 @@ def test_two_heads_on_one_frozen_backbone_read_it_once(
     features: dict[str, FrozenFeatures] = {}
     rows = [(prompt("mend the lamp"), text) for text in ("ask slow", "ask fast", "ask slow")]
     configs = {name: RewardModelConfig(model=str(tmp_path / name)) for name in "ab"}
-    together = [
-        load_reward_model(config, attribute=name, features=features).score(rows)
+    models = [
+        load_reward_model(config, attribute=name, features=features)
         for name, config in configs.items()
     ]
+    together = [model.score(rows) for model in models]
     [shared] = features.values()
+    assert all(model.model.base_model is shared.body for model in models)  # type: ignore[attr-defined]
     alone = [load_reward_model(config, attribute=name) for name, config in configs.items()]
     assert together == [model.score(rows) for model in alone]
     assert together[0] != together[1]

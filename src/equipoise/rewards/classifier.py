@@ -67,6 +67,12 @@ class FrozenFeatures:
         self._model, self._batch_size = model.eval(), batch_size
         self._kept: dict[RewardInput, torch.Tensor] = {}
 
+    @property
+    def body(self) -> torch.nn.Module:
+        """The frozen backbone, without a head."""
+        body: torch.nn.Module = self._model.base_model
+        return body
+
     def of(self, rows: Sequence[RewardInput]) -> torch.Tensor:
         """Return features (B, D), in order; rows that the last call had are not computed again."""
         import torch

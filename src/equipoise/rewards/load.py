@@ -135,6 +135,8 @@ def load_reward_model(
         shared = FrozenFeatures(model, batch_size=batch_size)
         if features is not None:
             shared = features.setdefault(source, shared)
+            # Both bodies hold the same numbers: one of them is enough.
+            setattr(model, model.base_model_prefix, shared.body)
     return ClassifierReward(
         model,
         encode,
