@@ -15,9 +15,13 @@ from equipoise.config import Recipe
 from equipoise.recipes.load import shipped
 
 ROOT = Path(__file__).parent.parent
+HISTORY = {"log.md", "CHANGELOG.md"}
+"""They may name files that are gone; git has them."""
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_PATH = re.compile(r"(?<![\w./-])(?:src|tests|scripts|benchmarks|examples|docs)/[\w./*-]*\w")
+_MODULE = re.compile(r"python -m (benchmarks[\w.]*\w)")
 
 names = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -42,6 +46,25 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
         assert target.exists(), f"{page.name}: {link}"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+@names
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    """Of the repository: by its path or pattern, or as a module that ``python -m`` runs."""
+    if page.name in HISTORY:
+        return
+    text = page.read_text("utf-8")
+    modules = [name.replace(".", "/") for name in _MODULE.findall(text)]
+    paths = [*_PATH.findall(text), *(f"{m}.py" for m in modules if not (ROOT / m).is_dir())]
+    assert [path for path in paths if not any(ROOT.glob(path))] == []
+
+
+def test_contributing_names_files_of_the_package() -> None:
+    """A path in its table or text that begins with none of the above is below ``src/equipoise``."""
+    spans = re.findall(r"`([a-z_]+/|[\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    paths = [span for span in spans if not _PATH.match(span)]
+    assert len(paths) > 30
+    assert [path for path in paths if not (ROOT / "src/equipoise" / path).exists()] == []
 
 
 def test_every_page_is_reached_from_the_index() -> None:
