@@ -18,13 +18,13 @@ PLAIN = [ROOT / "README.md", *(page for page in DOCS if page.name not in HISTORY
 
 MAX_WORDS = 30
 MAX_README = 100
-MAX_DOCS = 2400
+MAX_DOCS = 2105
+"""Lines of all pages but the log, which grows with every experiment (2,400 with it, 2026-11-30)."""
 MAX_PAGE = 80
 """Lines of a page; a new page has no more."""
 LONG = {
     "dials.md": 127,
     "evaluate.md": 106,
-    "log.md": 288,
     "paper-study.md": 142,
     "real-models.md": 107,
     "rlhf.md": 90,
@@ -188,12 +188,12 @@ def lines(page: Path) -> int:
 
 def test_readme_and_docs_stay_short() -> None:
     assert lines(ROOT / "README.md") <= MAX_README
-    assert sum(map(lines, DOCS)) <= MAX_DOCS
+    assert sum(lines(page) for page in DOCS if page.name != "log.md") <= MAX_DOCS
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_a_page_is_short_or_on_the_list(page: Path) -> None:
-    assert lines(page) <= LONG.get(page.name, MAX_PAGE)
+    assert page.name == "log.md" or lines(page) <= LONG.get(page.name, MAX_PAGE)
 
 
 def test_the_list_of_long_pages_shrinks_with_them() -> None:
