@@ -26,7 +26,7 @@ from equipoise.report.figures_data import losses
 from equipoise.report.page import page
 from equipoise.report.render import drawings, render
 from equipoise.report.sampler import MAX_BYTES, Texts, sampler
-from equipoise.stages.report import gather
+from equipoise.stages.report import gather, losses_of
 from equipoise.stats import Bootstrap
 from equipoise.store.shards import to_plain
 from equipoise.types import Message, Prompt
@@ -395,3 +395,10 @@ def test_measures_that_cannot_be_read_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"measures\.json") as refused:
         gather(SimpleNamespace(run=run))  # type: ignore[arg-type]
     assert f"equipoise stage evaluate {tmp_path / 'run'} --fresh" in refused.value.fix
+
+
+def test_a_tuning_that_an_earlier_version_began_has_its_curves() -> None:
+    logged = [{"step": 1, "loss": 3.0, "usual": 0.1}, {"step": 2, "loss": 2.0, "new": 5.0}]
+    tuned = SimpleNamespace(outputs={}, read_json=lambda name: logged)
+    found = losses_of(tuned)  # type: ignore[arg-type]
+    assert found == {"tuned": {"step": [1, 2], "loss": [3.0, 2.0], "new": [None, 5.0]}}

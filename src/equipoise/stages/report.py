@@ -93,7 +93,7 @@ def gather(job: Job) -> Report:
         skipped=from_plain(dict[str, Skipped], read_skipped(run)),
         moec=from_plain(MoecReport, distilled.read_json("moec.json")),
         backdoor=from_plain(BackDoors, distilled.read_json("backdoor.json")),
-        losses=_losses(tuned),
+        losses=losses_of(tuned),
         reward_models=_cards(job),
         stages=run.minutes(),
         planned=read_plan(run.path),
@@ -112,13 +112,17 @@ def _measures(run: RunDir) -> Measures:
     return found
 
 
-def _losses(tuned: StageFiles) -> dict[str, dict[str, list[float]]]:
-    """Return the curves of a tuning, by column; those without a step are left out."""
+def losses_of(tuned: StageFiles) -> dict[str, dict[str, list[float | None]]]:
+    """Return the curves of a tuning, by column; those without a step are left out.
+
+    The last row says which columns there are: an earlier version, which began the tuning, may have
+    logged others.
+    """
     curves = {"tuned": tuned.read_json(CURVE)}
     if START_CURVE in tuned.outputs:
         curves["steered start"] = tuned.read_json(START_CURVE)
     return {
-        name: {key: [row[key] for row in rows] for key in rows[0]}
+        name: {key: [row.get(key) for row in rows] for key in rows[-1]}
         for name, rows in curves.items()
         if rows
     }
