@@ -70,6 +70,11 @@ def test_dials_are_turned_by_name_and_left_free_without(model: eq.Model) -> None
         ({"safety": float("nan")}, "out of range"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"max_new_tokens": 0}, "at least one token"),
+        ({"safety": "0.5"}, "a dial value is a number"),
+        ({"safety": None}, "a dial value is a number"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"temperature": "hot"}, "temperature hot"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens 2.5"),
     ],
 )
 def test_what_cannot_be_asked_is_said(model: eq.Model, dials: dict, said: str) -> None:
@@ -81,5 +86,5 @@ def test_a_model_without_dials_is_refused(tmp_path: Path) -> None:
     policy = lively_policy()
     policy.model.save_pretrained(tmp_path)
     policy.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(eq.EquipoiseError, match="no dials"):
+    with pytest.raises(eq.EquipoiseError, match=r"no dials(.|\n)*`equipoise stage tune`"):
         eq.load(tmp_path)

@@ -57,21 +57,20 @@ class Model:
             ConfigError: There is no such dial, or a value is out of its range.
             DataError: The prompt cannot be encoded, or leaves no room for an answer.
         """
-        if not temperature >= 0 or max_new_tokens < 1:
+        try:
+            sampling = Sampling(temperature=temperature, max_tokens=max_new_tokens)
+        except ValueError as error:
             raise ConfigError(
                 f"temperature {temperature} with max_new_tokens {max_new_tokens} cannot be sampled",
-                why="a temperature is at least 0, and an answer has at least one token",
+                why="a temperature is a number, at least 0, and an answer has at least one token",
                 fix="leave them out for the defaults",
-            )
+            ) from error
         messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         control_ids = self._encoder.control_ids(self._setting(dials))
         request = GenerationRequest(
             tuple(self._encoder.prompt_ids(messages)),
             (Branch(control_ids, derive_seed(seed, "ask")),),
         )
-        sampling = Sampling(temperature=temperature or 1.0, max_tokens=max_new_tokens)
-        if temperature == 0:
-            sampling = sampling.model_copy(update={"top_k": 1})
         return self._engine.generate([request], sampling)[0][0].text
 
     def _setting(self, values: dict[str, float]) -> DialSetting:
@@ -108,6 +107,6 @@ def load(name: str | Path) -> Model:
         raise ModelError(
             "this model has no dials",
             why="its directory holds no dials.json",
-            fix="give the directory that a run wrote: RUN/tune/model",
+            fix="give the directory that `equipoise stage tune` wrote: RUN/tune/model",
         )
     return Model(policy, policy.manifest.dials)

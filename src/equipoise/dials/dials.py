@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from equipoise.errors import ConfigError
@@ -85,7 +86,7 @@ def level_for_value(value: float, levels: int, *, rounding: Literal["up", "neare
     Raises:
         ConfigError: If the value is outside [0, 1] or not a number.
     """
-    if not 0.0 <= value <= 1.0:
+    if not (isinstance(value, Real) and 0.0 <= value <= 1.0):
         raise ConfigError(
             f"dial value {value} is out of range",
             why="a dial value is a number from 0 (least) to 1 (most)",
