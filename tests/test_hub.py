@@ -22,7 +22,10 @@ print(type(model).__name__, model.config.hidden_size, policy.encoder.has_chat_te
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2"), ("meta-llama/Llama-3.1-8B-Instruct", "Llama")],
+    [
+        pytest.param("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2", marks=pytest.mark.nightly),
+        ("meta-llama/Llama-3.1-8B-Instruct", "Llama"),
+    ],
 )
 def test_a_model_is_loaded_by_its_hub_id(tmp_path: Path, name: str, kind: str) -> None:
     import transformers

@@ -28,7 +28,17 @@ WEIGHTS = "adapter_model.safetensors"
 NEW_PROCESS = (Cell(False, 0, "exmate"), Cell(True, 64, "rlhf"))
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        # With spare rows and without, the same is done but for the number of rows.
+        cell
+        if cell.spare_rows or cell in NEW_PROCESS
+        else pytest.param(cell, marks=pytest.mark.nightly)
+        for cell in CELLS
+    ],
+    ids=str,
+)
 def test_what_was_tuned_is_what_is_loaded_and_merged(cell: Cell, tmp_path: Path) -> None:
     found = check(cell, tmp_path, new_process=cell in NEW_PROCESS)
     assert found["holds"], found

@@ -202,8 +202,15 @@ def test_a_policy_that_others_may_write_is_not_in_force(tmp_path: Path) -> None:
     server.rules()
 
 
-@pytest.mark.parametrize("sort_keys", [True, False])
-@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize(
+    ("sort_keys", "closed"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.nightly),
+        pytest.param(False, True, marks=pytest.mark.nightly),
+    ],
+)
 def test_no_part_of_a_policy_is_in_force(tmp_path: Path, *, sort_keys: bool, closed: bool) -> None:
     """Written in place and cut anywhere, whichever field stands last."""
     server, late = make_server(tmp_path), 0

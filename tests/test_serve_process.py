@@ -161,6 +161,7 @@ def unshare() -> list[str]:
     return command
 
 
+@pytest.mark.nightly
 def test_all_of_it_runs_without_a_route_to_anywhere() -> None:
     """The test below, in a network namespace that has nothing but its own loopback."""
     test = f"{__file__}::{test_the_whole_life_of_a_server.__name__}"
