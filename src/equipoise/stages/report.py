@@ -113,14 +113,11 @@ def _measures(run: RunDir) -> Measures:
 
 
 def losses_of(tuned: StageFiles) -> dict[str, dict[str, list[float | None]]]:
-    """Return the curves of a tuning, by column; those without a step are left out.
-
-    The last row says which columns there are: an earlier version, which began the tuning, may have
-    logged others.
-    """
+    """Return the curves of a tuning, by column; those without a step are left out."""
     curves = {"tuned": tuned.read_json(CURVE)}
     if START_CURVE in tuned.outputs:
         curves["steered start"] = tuned.read_json(START_CURVE)
+    # An earlier version, which began the tuning, may have logged other columns than the last row's.
     return {
         name: {key: [row.get(key) for row in rows] for key in rows[-1]}
         for name, rows in curves.items()
