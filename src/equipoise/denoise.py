@@ -1,4 +1,4 @@
-"""What counts as a completion: the denoising rules of DESIGN section 1, in one place."""
+"""What counts as a completion: the denoising rules of docs/distil.md, in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals: bootstrap over prompts within a run, t over seeds between runs (DESIGN §1)."""
+"""Intervals: bootstrap over prompts within a run, t over seeds between runs (docs/evaluate.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Levels, targets, unit scores and dial values: the arithmetic of the dials (DESIGN section 1)."""
+"""Levels, targets, unit scores and dial values: the arithmetic of the dials (docs/dials.md)."""
 
 from __future__ import annotations
 

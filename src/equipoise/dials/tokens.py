@@ -1,6 +1,6 @@
 """Control tokens: their manifest, how they are installed, saved and found again.
 
-One token per attribute and level, and one auto token per attribute (DESIGN section 1). The manifest
+One token per attribute and level, and one auto token per attribute (docs/dials.md). The manifest
 travels with the model as ``dials.json``; :func:`verify` holds the two against each other.
 """
 

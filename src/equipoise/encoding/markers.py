@@ -1,4 +1,4 @@
-"""Which ids are forbidden to untrusted text (DESIGN section 4)."""
+"""Which ids are forbidden to untrusted text (docs/threat-model.md)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def control_ids(backend: Tokenizer, manifest: DialManifest | None) -> frozenset[
 def marker_ids(
     tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate
 ) -> frozenset[int]:
-    """Return ids flagged special and added ids that the template writes (DESIGN section 4)."""
+    """Return ids flagged special and added ids that the template writes (docs/threat-model.md)."""
     added = backend.get_added_tokens_decoder()
     flagged = {token_id for token_id, token in added.items() if token.special}
     flagged |= set(tokenizer.all_special_ids)

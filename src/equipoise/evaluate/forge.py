@@ -1,4 +1,4 @@
-"""Forge lift: can the *text* of a prompt move a dial that only the operator may move? (DESIGN §1)
+"""Forge lift (docs/scenarios.md): can a prompt's *text* move a dial that only the operator may?
 
 Two versions of a prompt differ in what their text asks for, the highest level or the lowest, while
 the operator's setting stays. BT between the answers is ½ if the text moves nothing. It must be so

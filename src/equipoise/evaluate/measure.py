@@ -1,4 +1,4 @@
-"""From deliveries to a :class:`ControlReport`: every metric of DESIGN §1 with its interval."""
+"""From deliveries to a :class:`ControlReport`: each metric of docs/evaluate.md, its interval too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well dials are followed: the metrics of DESIGN §1, one value per prompt.
+"""How well dials are followed: the metrics of docs/evaluate.md, one value per prompt.
 
 Every statistic is computed per prompt on *one* completion per cell, then averaged over prompts and
 repeats. Scores are never averaged over repeats first: that hides noise a user would meet (it lifts

@@ -1,6 +1,6 @@
-"""What a dial must not cost, seen from the text: degenerate outputs and length (DESIGN §1).
+"""What a dial must not cost, seen from the text: degenerate outputs and length (docs/evaluate.md).
 
-What a dial must not cost, as a language model sees it: fluency and perplexity (DESIGN §1).
+What a dial must not cost, as a language model sees it: fluency and perplexity (docs/evaluate.md).
 
 Reward models and repetition counts do not notice gibberish; the untouched model does.
 """

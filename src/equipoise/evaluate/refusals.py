@@ -1,4 +1,4 @@
-"""Over-refusal and under-refusal: the share refused against the safety dial (DESIGN section 1).
+"""Over-refusal and under-refusal: the share refused against the safety dial (docs/evaluate.md).
 
 One number would hide the point: a dial that is worth turning refuses unsafe prompts at its top and
 answers those that only sound alarming at its bottom.

@@ -51,7 +51,7 @@ def probe_dtype() -> torch.dtype:
 
     Returns:
         ``torch.bfloat16`` if it is more than 1.3 times as fast as ``torch.float32``, as on CPUs
-        with AMX and on GPUs; on CPUs without it bfloat16 is several times slower (DESIGN §3).
+        with AMX and on GPUs; on CPUs without it bfloat16 is several times slower.
     """
     import torch
 

@@ -2,7 +2,7 @@
 
 Every surface (server, terminal chat, scenario evaluation) calls :func:`effective_setting`. It does
 no I/O, it answers every input (also one that is no number at all), it never leaves the range that
-key, scenario and server allow together, and it rounds toward safe (DESIGN section 4).
+key, scenario and server allow together, and it rounds toward safe (docs/serving.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The back door, measured: how well the prompt alone predicts the control (DESIGN section 1)."""
+"""The back door, measured: how well the prompt alone predicts the control (docs/distil.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw scores to unit scores by mid-rank over the start model's own pool (DESIGN §1).
+"""Raw scores to unit scores by mid-rank over the start model's own pool (docs/score.md).
 
     u(r) = (#{pool scores < r} + ½ · #{pool scores = r}) / N
 

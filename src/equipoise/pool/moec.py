@@ -1,4 +1,4 @@
-"""MOEC: denoise the pool, and close the back door (DESIGN section 1).
+"""MOEC: denoise the pool, and close the back door (docs/distil.md).
 
 If a prompt occurs with one control only, the model can read the prompt and ignore the control. So a
 kept prompt carries several completions, at most one per control cell, over several cells. The

@@ -1,4 +1,4 @@
-"""What RLHF with control asks for, and how near an answer came (DESIGN section 1).
+"""What RLHF with control asks for, and how near an answer came (docs/rlhf.md).
 
     reward(y; ζ) = 1 - mean over the dialled attributes a of |u_a(y) - t_a|
 

@@ -1,7 +1,7 @@
 """Directions in the residual stream: what sets a prompt's best completion apart from its worst.
 
 Per attribute the mean over prompts of ``h(best) - h(worst)``, where ``h`` is the output of a middle
-layer averaged over the completion's tokens (DESIGN section 1, Steering). Both completions answer
+layer averaged over the completion's tokens (docs/steer.md). Both completions answer
 the same prompt, so what the prompt puts into the stream cancels out. Departs from the textbook's
 contrast pairs in one point: nobody writes them, the scored pool holds them.
 """

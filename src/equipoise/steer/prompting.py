@@ -1,4 +1,4 @@
-"""The setting put into words, for a model that has no dials (DESIGN §1, training-free).
+"""The setting put into words, for a model that has no dials (docs/evaluate.md).
 
 The words go into the user's turn or into a system message, never into control tokens: this is
 instruction following, and a user who writes the opposite sentence competes with it.

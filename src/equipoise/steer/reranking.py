@@ -1,4 +1,4 @@
-"""N samples of the untouched model, keep the one nearest the target (DESIGN §1, training-free).
+"""N samples of the untouched model, keep the one nearest the target (docs/evaluate.md).
 
 Departs from the textbook in one point: the N candidates are drawn afresh for every prompt *and*
 cell. Candidates shared between cells would make the cells' deliveries depend on each other and the

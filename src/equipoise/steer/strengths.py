@@ -4,7 +4,7 @@ Steering the untouched model: directions added to its residual stream while it s
 
 The last token of the prompt is fed again for every branch, so that the first sampled token is
 steered too; the rest of the prompt is shared. Cheap, strong, and quick to babble: never without the
-fluency of what comes out (DESIGN section 1).
+fluency of what comes out (docs/steer.md).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every byte that a run keeps goes through :func:`publish_bytes` or :func:`publish_directory`: written
 under a temporary name, flushed to the disk, renamed, and the folder flushed. A kill at any point
 leaves either the old state or the new one, beside temporary names that :func:`remove_orphans`
-deletes (DESIGN section 4).
+deletes (docs/runs.md).
 """
 
 from __future__ import annotations

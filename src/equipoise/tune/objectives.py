@@ -1,4 +1,4 @@
-"""CLM and ExMATE: pure functions of log-likelihoods (DESIGN section 1, Objectives).
+"""CLM and ExMATE: pure functions of log-likelihoods (docs/tune.md).
 
 ExMATE is the Exponential Maximum Average Treatment Effect objective of CausalDialogue, whose code
 takes the exponential of a *batch* mean with weight .05; ours takes it per example by default.

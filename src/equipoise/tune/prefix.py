@@ -1,6 +1,6 @@
 """The shared prefix: one forward over ``prompt ‖ ζ y ‖ ζ' y`` with branches that do not meet.
 
-Costs (P + 2R)/(P + R) of CLM instead of 2, and equals separate forwards (DESIGN section 3).
+Costs (P + 2R)/(P + R) of CLM instead of 2, and equals separate forwards (docs/tune.md).
 """
 
 from __future__ import annotations

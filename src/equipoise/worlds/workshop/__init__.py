@@ -1,4 +1,4 @@
-"""The Workshop: a fictional world with exact ground truth (DESIGN section 2)."""
+"""The Workshop: a fictional world with exact ground truth (docs/workshop.md)."""
 
 from equipoise.worlds.workshop.data import pairs, prompts
 from equipoise.worlds.workshop.oracle import oracle_model, parses

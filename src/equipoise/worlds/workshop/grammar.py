@@ -2,7 +2,7 @@
 
 ``write`` turns two intensities, care and help, into a completion; ``base_intensities`` and
 ``aligned_intensities`` choose them: the base text covers everything, the aligned text over-refuses
-(DESIGN section 2).
+(docs/workshop.md).
 """
 
 from __future__ import annotations
