@@ -1,4 +1,4 @@
-"""From deliveries to a :class:`ControlReport`: each metric of docs/evaluate.md, its interval too."""
+"""Deliveries to a :class:`ControlReport`: every metric of docs/evaluate.md, with its interval."""
 
 from __future__ import annotations
 
