@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from benchmarks.results import ROOT, agreed, flat, read, shaped, write
 
-SINGLE = ("architectures", "damaged", "encoder", "lora", "threads")
+SINGLE = ("architectures", "damaged", "decoder", "encoder", "lora", "threads")
 FILES = [*ROOT.glob("*/results.json"), *(ROOT / f"{name}.json" for name in SINGLE)]
 
 
