@@ -1,6 +1,4 @@
-"""What a dial must not cost, seen from the text: degenerate outputs and length (docs/evaluate.md).
-
-What a dial must not cost, as a language model sees it: fluency and perplexity (docs/evaluate.md).
+"""What a dial must not cost: degenerate outputs, length, fluency, perplexity (docs/evaluate.md).
 
 Reward models and repetition counts do not notice gibberish; the untouched model does.
 """

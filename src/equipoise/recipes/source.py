@@ -1,10 +1,10 @@
-"""YAML as it looks: the core schema of YAML 1.2, in which 010 is ten and ``yes`` is a word.
+"""What a recipe's file says: its YAML as it looks, and its relative paths.
 
-PyYAML by itself reads YAML 1.1: ``yes`` and ``on`` as true, 010 as 8, 12:30 as 750, 1e-4 as text.
+The YAML is the core schema of YAML 1.2, in which 010 is ten and ``yes`` is a word. PyYAML by
+itself reads YAML 1.1: ``yes`` and ``on`` as true, 010 as 8, 12:30 as 750, 1e-4 as text.
 
-Relative paths of a recipe: from the recipe's own folder, then from the working directory.
-
-They are settled once, when the recipe is read, so that ``recipe.json`` of a run means the same from
+Relative paths start from the recipe's own folder, then from the working directory. They are
+settled once, when the recipe is read, so that ``recipe.json`` of a run means the same from
 everywhere. Sources keep the names they were given, as draws and reports depend on them: it is the
 folder ``data`` that is settled for them.
 """

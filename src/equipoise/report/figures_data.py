@@ -1,7 +1,4 @@
-"""Figures of what went into the dials: the pool, the distilled set, the back door, the losses.
-
-The figure of over- and under-refusal: share refused against the safety dial.
-"""
+"""Figures of what went into the dials (pool, distilled set, back door, losses), and of refusals."""
 
 from __future__ import annotations
 

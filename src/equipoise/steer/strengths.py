@@ -1,10 +1,9 @@
-"""How hard to push for a level: a monotone map from level to strength, fitted on dev prompts.
+"""Steering the untouched model: how hard to push for a level, and the responder that pushes.
 
-Steering the untouched model: directions added to its residual stream while it samples.
-
-The last token of the prompt is fed again for every branch, so that the first sampled token is
-steered too; the rest of the prompt is shared. Cheap, strong, and quick to babble: never without the
-fluency of what comes out (docs/steer.md).
+A monotone map from level to strength is fitted on dev prompts. While the model samples, directions
+are added to its residual stream. The last token of the prompt is fed again for every branch, so
+that the first sampled token is steered too; the rest of the prompt is shared. Cheap, strong, and
+quick to babble: never without the fluency of what comes out (docs/steer.md).
 """
 
 from __future__ import annotations
